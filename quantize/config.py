@@ -1,0 +1,152 @@
+"""Every setting of the quantiser, the built-in recipes, and recipe files (YAML)."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from quantize.common import PT2Error
+
+ORDERS = ("none", "random", "hessian", "ssr", "foldable")
+BLOCK_SIZES = (64, 128, 256)
+DTYPES = ("float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of one run. The defaults are the ``default`` recipe.
+
+    Attributes:
+        order: columns' order. none, random, hessian (falling Hessian diagonal, per matrix), ssr
+            (the paper's eq. 16, per matrix, chosen block by block), foldable (one order of the
+            residual stream for the whole model, a free one for down_proj, one within each head for
+            o_proj: the exporter can fold all of them into neighbouring weights).
+        block_size: columns that share one alpha and mu per row.
+        itf: Iterative Ternary Fitting (eq. 9-10), at most ``itf_steps`` steps.
+        aga: Activation-aware Grid Alignment (eq. 12-13).
+        compensate: spread each block's error over the columns that are still to come.
+        reround: rounds of re-rounding T inside the block with error feedback, each followed by AGA
+            (0: T stays as ITF left it, as in the paper).
+        damping: share of the Hessian's mean diagonal that is added to the diagonal.
+        calibration: text file, folder, data set name, or ``file.safetensors:tensor`` of token ids.
+        samples, seqlen: calibration windows and tokens in each.
+        bos: put the model's BOS token in front of every calibration window.
+        order_samples: windows from which the foldable order's activation energies are taken.
+        skip: regular expression; linears whose name it matches are left as they are.
+        device, dtype: of the forward pass. The quantiser's arithmetic is float32 and float64.
+        threads: CPU threads (0: as torch chooses).
+        seed: of the calibration windows and the random order.
+        batch_size: windows per forward pass.
+    """
+
+    order: str = "foldable"
+    block_size: int = 128
+    itf: bool = True
+    itf_steps: int = 50
+    aga: bool = True
+    compensate: bool = True
+    reround: int = 1
+    damping: float = 0.01
+    calibration: str = "wikitext2"
+    samples: int = 128
+    seqlen: int = 2048
+    bos: bool = False
+    order_samples: int = 16
+    skip: str | None = None
+    device: str = "auto"
+    dtype: str = "float32"
+    threads: int = 0
+    seed: int = 0
+    batch_size: int = 4
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            object.__setattr__(self, f.name, _typed(f.name, getattr(self, f.name), str(f.type)))
+        _one_of("order", self.order, ORDERS)
+        _one_of("block_size", self.block_size, BLOCK_SIZES)
+        _one_of("dtype", self.dtype, DTYPES)
+        _one_of("device", self.device, DEVICES)
+        least = {"itf_steps": 1, "reround": 0, "samples": 1, "seqlen": 2, "order_samples": 1,
+                 "threads": 0, "seed": 0, "batch_size": 1}  # fmt: skip
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise PT2Error(f"setting {name} must be at least {low}, not {getattr(self, name)}")
+        if not 0 < self.damping <= 10:
+            raise PT2Error(f"setting damping must be above 0 and at most 10, not {self.damping}")
+        if self.skip is not None:
+            try:
+                re.compile(self.skip)
+            except re.error as e:
+                raise PT2Error(f"setting skip is not a regular expression: {e}") from e
+
+    def identity(self) -> dict[str, Any]:
+        """The settings as the manifest holds them: no folders of this machine."""
+        values = dataclasses.asdict(self)
+        path, _, tensor = self.calibration.partition(".safetensors:")
+        values["calibration"] = Path(path).name + (f".safetensors:{tensor}" if tensor else "")
+        return values
+
+
+# What differs from the defaults. "paper" is the paper to the letter.
+RECIPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {"order": "ssr", "reround": 0},
+}
+
+
+def load_recipe(name: str, **overrides: Any) -> Config:
+    """Make a Config from a recipe and the settings given beside it.
+
+    Args:
+        name: ``default``, ``paper``, or a YAML file with settings (its ``recipe`` key may name one
+            of the two to start from).
+        overrides: settings that win over the recipe's; None means not given.
+
+    Raises:
+        PT2Error: no such recipe or file, not YAML, an unknown setting, or a wrong value.
+    """
+    values = dict(RECIPES[name]) if name in RECIPES else _recipe_file(Path(name))
+    values.update({k: v for k, v in overrides.items() if v is not None})
+    return Config(**values)
+
+
+def _recipe_file(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise PT2Error(f"no recipe {str(path)!r}: give {', '.join(RECIPES)} or a YAML file")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise PT2Error(f"cannot read the recipe {path}: {e}") from e
+    if not isinstance(raw, dict):
+        raise PT2Error(f"the recipe {path} must hold lines such as 'order: ssr'")
+    base = raw.pop("recipe", "default")
+    if base not in RECIPES:
+        raise PT2Error(f"{path}: recipe must be one of {', '.join(RECIPES)}, not {base!r}")
+    known = {f.name for f in dataclasses.fields(Config)}
+    unknown = sorted(str(k) for k in raw if k not in known)
+    if unknown:
+        raise PT2Error(f"{path}: unknown setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
+    return {**RECIPES[base], **raw}
+
+
+def _typed(name: str, value: Any, kind: str) -> Any:
+    if kind == "str | None" and value is None:
+        return None
+    wanted = {"int": int, "float": float, "bool": bool}.get(kind, str)
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
+        raise PT2Error(f"setting {name} must be of type {wanted.__name__}, not {value!r}")
+    return value
+
+
+def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        choices = ", ".join(str(a) for a in allowed)
+        raise PT2Error(f"setting {name} must be one of {choices}, not {value!r}")

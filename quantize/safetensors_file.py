@@ -1,0 +1,92 @@
+"""Check a safetensors file before anything is read from it.
+
+The layout (https://github.com/huggingface/safetensors#format): eight bytes with the header's length,
+the header as JSON, then the tensors' bytes. The library maps the file lazily, so a truncated copy may
+be noticed only in the middle of a long run; here every length and offset is checked at the start.
+Free of torch and numpy.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantize.common import PT2Error
+
+ITEM_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+    "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4,
+    "I64": 8, "U64": 8, "F64": 8,
+}  # fmt: skip
+MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a header: the format's own dtype name, its shape, its place in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def read_header(path: str | os.PathLike[str]) -> dict[str, TensorInfo]:
+    """Read and check the header of a safetensors file.
+
+    Returns:
+        tensor name -> :class:`TensorInfo`, in the order of the names.
+
+    Raises:
+        PT2Error: the file is missing, truncated or too long, or its header is broken: no JSON,
+            an unknown dtype, a size that does not fit the shape, gaps or overlaps.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as f:
+            first = f.read(8)
+            length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
+            if len(first) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+                raise _broken(path, f"its header does not fit in its {size} bytes")
+            text = f.read(length)
+    except OSError as e:
+        raise PT2Error(f"cannot read {path}: {e.strerror}") from e
+    try:
+        raw = json.loads(text)
+        tensors = {k: _tensor(v) for k, v in raw.items() if k != "__metadata__"}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise _broken(path, "its header is not a valid list of tensors") from e
+    _check_layout(path, tensors, size - 8 - length)
+    return dict(sorted(tensors.items()))
+
+
+def _tensor(value: dict) -> TensorInfo:
+    begin, end = (int(x) for x in value["data_offsets"])
+    shape = tuple(int(n) for n in value["shape"])
+    if any(n < 0 for n in shape):
+        raise ValueError("negative size")
+    return TensorInfo(str(value["dtype"]), shape, begin, end)
+
+
+def _check_layout(path: Path, tensors: dict[str, TensorInfo], data_bytes: int) -> None:
+    """The tensors must cover the rest of the file exactly, without gaps or overlaps."""
+    at = 0
+    for name, t in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if t.dtype not in ITEM_BYTES:
+            raise _broken(path, f"tensor {name} has the unknown dtype {t.dtype}")
+        if t.begin != at or t.end - t.begin != math.prod(t.shape) * ITEM_BYTES[t.dtype]:
+            raise _broken(path, f"the bytes of tensor {name} do not fit its shape and place")
+        at = t.end
+    if at != data_bytes:
+        kind = "truncated" if at > data_bytes else "longer than its header says"
+        raise _broken(path, f"it is {kind} ({data_bytes} bytes of tensors, {at} expected)")
+
+
+def _broken(path: Path, why: str) -> PT2Error:
+    return PT2Error(f"{path} is not a whole safetensors file: {why}; copy or download it again")
