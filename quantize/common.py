@@ -5,6 +5,7 @@ Kept free of torch and numpy so that each command starts quickly.
 
 from __future__ import annotations
 
+import argparse
 import errno
 import hashlib
 import json
@@ -15,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -107,6 +108,18 @@ def human_seconds(s: float) -> str:
     minutes, seconds = divmod(round(s), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's parser, but a wrong option gives one line, not the whole usage, and no guessing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_ERROR, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
 def run_cli(name: str, body: Callable[[], int | None]) -> int:
