@@ -111,7 +111,7 @@ def human_seconds(s: float) -> str:
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's parser, but a wrong option gives one line, not the whole usage, and no guessing."""
+    """argparse, but a wrong option gives one line, not the whole usage, and nothing is guessed."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)
