@@ -1,0 +1,217 @@
+"""The command ``pt2-export``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from export.config import ORDINARY_TYPES, TYPES, ExportConfig, parse_size
+from quantize.common import ArgumentParser, PT2Error, human_bytes, read_json, run_cli
+
+if TYPE_CHECKING:
+    from export.pipeline import ExportReport, Progress
+
+_EPILOG = """\
+examples:
+  pt2-export model.gguf                         the newest artifact in this folder, as TQ2_1
+  pt2-export model.gguf --from qwen3-8b-pt2 --type tq1_1
+                                                1.875 bits a weight: smallest, needs our llama.cpp
+  pt2-export model.gguf --type q2_k             2.625 bits, runs on any llama.cpp
+  pt2-export model.gguf --embedding-type q4_k --output-type q6_k
+  pt2-export model.gguf --split-max-size 2G     model-00001-of-0000N.gguf
+
+then: pt2-llama run llama-cli -m model.gguf -p "The river"
+
+Where embeddings and head are tied (one tensor), --embedding-type is the type of both.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of ``pt2-export``; returns the exit code."""
+    args = _parser().parse_args(argv)
+    return run_cli("pt2-export", lambda: _run(args))
+
+
+def _parser() -> argparse.ArgumentParser:
+    d = ExportConfig()
+    ordinary = ", ".join(ORDINARY_TYPES)
+    p = ArgumentParser(
+        prog="pt2-export",
+        description="Write an artifact of pt2-quantize as a complete GGUF file for llama.cpp.",
+        epilog=_EPILOG,
+    )
+    p.add_argument("out", metavar="OUT.gguf", type=Path, help="the file to write")
+    p.add_argument(
+        "--from",
+        dest="artifact",
+        metavar="DIR",
+        type=Path,
+        help="the artifact (default: the newest complete one in the current folder)",
+    )
+    p.add_argument(
+        "--model",
+        metavar="DIR",
+        type=Path,
+        help="the source model (default: where the artifact was made from)",
+    )
+    p.add_argument(
+        "--type",
+        type=str.lower,
+        choices=TYPES,
+        default=d.type,
+        help=f"of the ternary linears (default: {d.type})",
+    )
+    for option, default, what in (
+        ("--embedding-type", d.embedding_type, "of the token embeddings"),
+        ("--output-type", d.output_type, "of the head"),
+        ("--fallback-type", d.fallback_type, "of linears that cannot be ternary"),
+    ):
+        p.add_argument(
+            option,
+            metavar="TYPE",
+            type=str.lower,
+            choices=list(ORDINARY_TYPES),
+            default=default,
+            help=f"{what}: {ordinary} (default: {default})",
+        )
+    p.add_argument(
+        "--strict",
+        action="store_true",
+        help="fail if a linear of a decoder block would not be ternary",
+    )
+    p.add_argument(
+        "--no-verify",
+        dest="verify",
+        action="store_false",
+        help="skip the check of the model's fingerprint and of the written file",
+    )
+    p.add_argument(
+        "--split-max-size",
+        metavar="SIZE",
+        type=str,
+        help="write files of at most SIZE of tensors, such as 500M or 2G",
+    )
+    p.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
+    return p  # fmt: skip
+
+
+def _run(args: argparse.Namespace) -> int:
+    config = ExportConfig(
+        type=args.type,
+        embedding_type=args.embedding_type,
+        output_type=args.output_type,
+        fallback_type=args.fallback_type,
+        strict=args.strict,
+        verify=args.verify,
+        split_max_size=parse_size(args.split_max_size) if args.split_max_size else 0,
+        overwrite=args.overwrite,
+    )
+    artifact = args.artifact or newest_artifact(Path())
+    from rich.console import Console
+
+    from export.pipeline import export_gguf
+
+    out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+    if args.artifact is None:
+        err.print(f"exporting {artifact}, the newest artifact here")
+    with _progress(err) as progress:
+        report = export_gguf(artifact, args.out, config, model_dir=args.model, progress=progress)
+    _show(out, report, config)
+    return 0
+
+
+def newest_artifact(folder: Path) -> Path:
+    """The complete artifact in ``folder`` whose manifest was written last.
+
+    Raises:
+        PT2Error: there is none.
+    """
+    found = []
+    for manifest in folder.glob("*/manifest.json"):
+        try:
+            value = read_json(manifest)
+        except PT2Error:
+            continue
+        if isinstance(value, dict) and value.get("format") == "pt2-artifact":
+            found.append((value.get("complete") is True, manifest.stat().st_mtime_ns, manifest))
+    complete = [f for f in found if f[0]]
+    if complete:
+        return max(complete)[2].parent
+    if found:
+        last = max(found)[2].parent
+        raise PT2Error(f"{last} is not complete: finish it with pt2-quantize --resume")
+    raise PT2Error("no artifact in this folder: give one with --from DIR, made by pt2-quantize")
+
+
+@contextmanager
+def _progress(console: Any) -> Iterator[Progress]:
+    """One bar per stage on a terminal, one line per stage elsewhere."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description:36}"), BarColumn(), MofNCompleteColumn())
+    tasks: dict[str, Any] = {}
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bars:
+
+        def update(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+                if not console.is_terminal:
+                    console.print(f"{stage} ...")
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield update
+
+
+def _show(console: Any, report: ExportReport, config: ExportConfig) -> None:
+    from rich.table import Table
+
+    ratio = report.f16_bytes / report.file_bytes
+    lines = {
+        "written": ", ".join(str(f) for f in report.files),
+        "size": f"{human_bytes(report.file_bytes)}, 1/{ratio:.1f} of F16",
+        "bits per weight": f"{report.bpw:.3f} (the whole file), "
+        f"{report.ternary_bpw:.3f} (its {report.ternary_parameters:,} ternary weights "
+        f"of {report.parameters:,})",
+        "read back": "every tensor as meant, bit for bit, by llama.cpp's library"
+        if report.verified
+        else "not verified (--no-verify)",
+    }
+    if report.error is not None:
+        worst = max(report.errors, key=lambda n: report.errors[n])
+        lines["conversion error"] = (
+            f"{100 * report.error:.2f}% RMS of the weights, from rounding alpha and mu to Q2_K's "
+            f"scales (worst: {100 * report.errors[worst]:.2f}%, {worst})"
+        )
+    if report.tied and config.output_type != config.embedding_type:
+        lines["note"] = (
+            f"embeddings and head are one tensor here: --output-type {config.output_type} is not "
+            f"used, both are {config.embedding_type}"
+        )
+    if len(report.files) == 1 and config.split_max_size:
+        lines["note on splitting"] = "not split: all of it fits into one file of that size"
+    if report.fallbacks:
+        lines["not ternary"] = f"{len(report.fallbacks)} linears, see below"
+    summary = Table.grid(padding=(0, 2))
+    for key, value in lines.items():
+        summary.add_row(key, value)
+    console.print(summary)
+    console.print(_others(report))
+
+
+def _others(report: ExportReport) -> Any:
+    """Tensors that are not ternary, those of one type, shape and reason in one line."""
+    from rich.table import Table
+
+    table = Table(title="tensors that are not ternary", title_justify="left", box=None)
+    for column in ("tensor", "shape", "type", "reason"):
+        table.add_column(column)
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for name, shape, kind, reason in report.others:
+        groups.setdefault((shape, kind, reason), []).append(name)
+    for (shape, kind, reason), names in groups.items():
+        label = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+        table.add_row(label, " x ".join(map(str, shape)), kind, reason)
+    return table

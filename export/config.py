@@ -1,0 +1,91 @@
+"""Every option of the exporter."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from quantize.common import PT2Error
+
+TYPES = ("tq2_1", "tq1_1", "q2_k")
+
+# Types for ordinary tensors, by llama.cpp's names, each with the type that takes its place where a
+# row is no whole number of its blocks (as llama-quantize does).
+ORDINARY_TYPES: dict[str, str | None] = {
+    "q2_k": "q4_0",
+    "q3_k": "q4_0",
+    "q4_k": "q5_0",
+    "q5_k": "q5_1",
+    "q6_k": "q8_0",
+    "q4_0": "f16",
+    "q4_1": "f16",
+    "q5_0": "f16",
+    "q5_1": "f16",
+    "q8_0": "f16",
+    "f16": None,
+    "bf16": None,
+    "f32": None,
+}
+
+_SIZE = re.compile(r"(\d+)([KMG]?)", re.IGNORECASE)
+_UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3}
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Settings of one export.
+
+    Attributes:
+        type: of the ternary linears: ``tq2_1`` (2.25 bpw), ``tq1_1`` (1.875 bpw), or ``q2_k``
+            (2.625 bpw, runs on an unmodified llama.cpp).
+        embedding_type: of the token embeddings (which are the head as well where the two are tied).
+        output_type: of the head.
+        fallback_type: of linears that the quantiser kept or whose width the type cannot hold.
+        strict: make such a fallback an error.
+        verify: compare the model with the artifact's fingerprint, and the written file with what
+            was meant, through llama.cpp's library.
+        split_max_size: bytes per output file, 0 for one file.
+        overwrite: replace an existing output.
+    """
+
+    type: str = "tq2_1"
+    embedding_type: str = "q6_k"
+    output_type: str = "q6_k"
+    fallback_type: str = "q8_0"
+    strict: bool = False
+    verify: bool = True
+    split_max_size: int = 0
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        for name, allowed in {
+            "type": TYPES,
+            "embedding_type": ORDINARY_TYPES,
+            "output_type": ORDINARY_TYPES,
+            "fallback_type": ORDINARY_TYPES,
+        }.items():
+            value = str(getattr(self, name)).lower()
+            if value not in allowed:
+                option = "--" + name.replace("_", "-")
+                raise PT2Error(f"{option} must be one of {', '.join(allowed)}, not {value!r}")
+            object.__setattr__(self, name, value)
+        if self.split_max_size < 0:
+            raise PT2Error(f"--split-max-size must not be negative: {self.split_max_size}")
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that shape the file's content, for its metadata."""
+        keys = ("type", "embedding_type", "output_type", "fallback_type")
+        return {k: v for k, v in asdict(self).items() if k in keys}
+
+
+def parse_size(text: str) -> int:
+    """``"2G"`` -> 2000000000; decimal units, as llama.cpp's splitting tools read them.
+
+    Raises:
+        PT2Error: not a size.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or int(match[1]) == 0:
+        raise PT2Error(f"--split-max-size {text!r} is not a size such as 500M or 2G")
+    return int(match[1]) * _UNITS[match[2].upper()]

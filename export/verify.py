@@ -1,0 +1,93 @@
+"""Read a written file back through llama.cpp's own dequantisers and compare it bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+from export.encode import Item, TernaryRows
+from export.ggml import Ggml
+from export.types import TERNARY_TYPES
+from export.writer import digest
+from quantize.common import PT2Error
+
+_VALUES_AT_ONCE = 1 << 24
+
+
+def verify_files(
+    files: Sequence[Path],
+    items: Sequence[Item],
+    digests: Mapping[str, str],
+    ternary: Callable[[Item], TernaryRows],
+    ggml: Ggml,
+    step: Callable[[], None],
+) -> None:
+    """Check every tensor of the written files.
+
+    All of them: type, shape, and the bytes that were meant to be written. TQ2_1 and TQ1_1: the
+    weights that the C library decodes are those of the artifact, bit for bit. Q2_K: the C library
+    decodes the bytes as NumPy does.
+
+    Args:
+        files: one GGUF file or its splits.
+        digests: tensor name -> SHA-256 of the bytes that were written.
+        ternary: gives the artifact's weights for an item, read anew.
+        step: called after each tensor.
+
+    Raises:
+        PT2Error: the first difference.
+    """
+    found = {}
+    for file in files:
+        for t in gguf.GGUFReader(file).tensors:
+            found[t.name] = t
+    if found.keys() != {i.tensor.name for i in items}:
+        raise _differs("the list of tensors")
+    for item in items:
+        name = item.tensor.name
+        t = found[name]
+        if t.tensor_type != item.type or tuple(reversed(t.shape.tolist())) != item.tensor.shape:
+            raise _differs(f"{name} (type or shape)")
+        data = np.asarray(t.data)
+        if digest(data) != digests[name]:
+            raise _differs(f"{name} (bytes)")
+        if item.tensor.source is not None:
+            compare_weights(name, data, item, ternary, ggml)
+        step()
+
+
+def compare_weights(
+    name: str,
+    data: NDArray[Any],
+    item: Item,
+    ternary: Callable[[Item], TernaryRows],
+    ggml: Ggml,
+) -> None:
+    """Compare a ternary weight as the C library decodes it with what it should be."""
+    kind = item.type.name.lower()
+    rows, cols = item.tensor.shape
+    chunk = max(1, _VALUES_AT_ONCE // cols)
+    meant = ternary(item) if kind in TERNARY_TYPES else None
+    for first in range(0, rows, chunk):
+        part = slice(first, first + chunk)
+        if meant is not None:
+            whole = TernaryRows(meant.codes[part], meant.alpha[part], meant.mu[part]).dequantize()
+        elif kind == "q2_k":
+            whole = gguf.dequantize(data[part], item.type)
+        else:
+            return
+        actual = ggml.dequantize(data[part], item.type)
+        if not np.array_equal(actual.view(np.uint32), whole.view(np.uint32)):
+            raise _differs(f"{name} (weights)")
+
+
+def _differs(what: str) -> PT2Error:
+    return PT2Error(
+        f"the written file does not read back as it should: {what} differs; nothing was kept. "
+        "Check the disk, and run pt2-llama doctor"
+    )
