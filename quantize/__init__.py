@@ -1,7 +1,7 @@
 """Ternarise Hugging Face language models: ``quantize.ternarize(model_dir, out_dir, config)``.
 
-The names below are loaded when first used, so that importing a light module of this package does not
-import torch.
+The names below are loaded when first used, so that importing a light module of this package does
+not import torch.
 """
 
 from __future__ import annotations

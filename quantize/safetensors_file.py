@@ -1,8 +1,9 @@
 """Check a safetensors file before anything is read from it.
 
-The layout (https://github.com/huggingface/safetensors#format): eight bytes with the header's length,
-the header as JSON, then the tensors' bytes. The library maps the file lazily, so a truncated copy may
-be noticed only in the middle of a long run; here every length and offset is checked at the start.
+The layout (https://github.com/huggingface/safetensors#format): eight bytes with the header's
+length, the header as JSON, then the tensors' bytes. The library maps the file lazily, so that a
+truncated copy may be noticed only in the middle of a long run; here lengths and offsets are checked
+first.
 Free of torch and numpy.
 """
 

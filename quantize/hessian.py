@@ -1,0 +1,55 @@
+"""Second moments of a linear's inputs, gathered batch by batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantize.common import PT2Error
+
+# Column panels when multiplying: only the panels on and above the diagonal are computed.
+PANELS = 4
+PANEL_MIN = 256
+
+
+class InputMoments:
+    """The sum of x x^T over tokens, float64 ``[cols, cols]`` (eq. 12's C; GPTQ's Hessian)."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._sum: Tensor | None = None  # only the upper panels are filled
+
+    def add(self, x: Tensor) -> None:
+        """Add the tokens of ``x``, ``[..., cols]`` in any floating dtype."""
+        x = x.detach().reshape(-1, x.shape[-1]).float()
+        cols = x.shape[1]
+        if self._sum is None:
+            self._sum = torch.zeros(cols, cols, dtype=torch.float64, device=x.device)
+        self.count += x.shape[0]
+        width = max(PANEL_MIN, -(-cols // PANELS))
+        for start in range(0, cols, width):
+            stop = min(start + width, cols)
+            # The product is full float32 (no TF32); across batches the sum is float64.
+            self._sum[start:stop, start:] += x[:, start:stop].T @ x[:, start:]
+
+    def mean(self, where: str) -> Tensor:
+        """The mean of x x^T, float64 ``[cols, cols]``, symmetric.
+
+        Raises:
+            PT2Error: NaN or Inf in the inputs; ``where`` names them.
+        """
+        if self._sum is None:
+            raise PT2Error(f"{where}: no calibration tokens reached it")
+        upper = self._sum.triu() / self.count
+        mean = upper + upper.triu(1).T
+        if not bool(mean.isfinite().all()):
+            raise PT2Error(
+                f"NaN or Inf in the activations ({where}): use --dtype float32 or bfloat16, "
+                "or check the model"
+            )
+        return mean
+
+
+def mean_square(w: Tensor, hessian: Tensor) -> float:
+    """The mean over tokens of ``|W x|^2``: the scale of E_x."""
+    return float(((w @ hessian.to(w.dtype)) * w).sum(dtype=torch.float64))

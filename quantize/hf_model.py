@@ -1,0 +1,264 @@
+"""A Hugging Face causal LM run one decoder block at a time, with its weights read when needed.
+
+The decoder layers and the rotary embedding are transformers' own classes, so attention, QK-norm,
+biases and rope scaling are theirs. The table below says, per architecture, where those classes are
+and which linears a block has, which of them share an input, and what their orders fold into.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantize.checkpoint import Checkpoint, torch_dtype
+from quantize.common import PT2Error
+
+
+@dataclass(frozen=True)
+class Site:
+    """One input within a decoder block and the linears that read it.
+
+    Attributes:
+        role: ``residual`` (reads the residual stream: its column order must be the model-wide one),
+            ``heads`` (reads the attention heads' outputs: an order within each head folds into
+            v_proj's rows), or ``free`` (an order folds into the rows of the linears before it).
+        linears: names below the block, e.g. ``self_attn.q_proj``.
+    """
+
+    role: str
+    linears: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Where an architecture's classes live in transformers, and its sites in the order they run."""
+
+    module: str
+    prefix: str
+    sites: tuple[Site, ...]
+
+
+LLAMA_SITES = (
+    Site("residual", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    Site("heads", ("self_attn.o_proj",)),
+    Site("residual", ("mlp.gate_proj", "mlp.up_proj")),
+    Site("free", ("mlp.down_proj",)),
+)
+ADAPTERS = {
+    "LlamaForCausalLM": Adapter("llama.modeling_llama", "Llama", LLAMA_SITES),
+    "MistralForCausalLM": Adapter("mistral.modeling_mistral", "Mistral", LLAMA_SITES),
+    "Qwen2ForCausalLM": Adapter("qwen2.modeling_qwen2", "Qwen2", LLAMA_SITES),
+    "Qwen3ForCausalLM": Adapter("qwen3.modeling_qwen3", "Qwen3", LLAMA_SITES),
+}
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+NORM = "model.norm.weight"
+
+
+class _LastSite(Exception):
+    """Ends a forward pass whose remaining results are not wanted."""
+
+
+class StreamedModel:
+    """A causal LM that holds at most one decoder block.
+
+    Attributes:
+        config: transformers' config.
+        n_blocks, hidden_size, head_dim, queries_per_kv: the shapes the orders need.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: str = "cpu", dtype: str = "float32") -> None:
+        """Read the config and check that the architecture is known.
+
+        Raises:
+            PT2Error: an unknown architecture (the known ones are named) or a broken config.
+        """
+        self.checkpoint = checkpoint
+        self.device = torch.device(device)
+        self.dtype = torch_dtype(dtype)
+        if checkpoint.architecture not in ADAPTERS:
+            raise PT2Error(
+                f"{checkpoint.path / 'config.json'} names the architecture "
+                f"{checkpoint.architecture or '(none)'}; supported: {', '.join(sorted(ADAPTERS))}"
+            )
+        self.adapter = ADAPTERS[checkpoint.architecture]
+        self.config = _load_config(checkpoint)
+        heads = self.config.num_attention_heads
+        self.n_blocks: int = self.config.num_hidden_layers
+        self.hidden_size: int = self.config.hidden_size
+        self.head_dim: int = getattr(self.config, "head_dim", None) or self.hidden_size // heads
+        self.queries_per_kv: int = heads // (self.config.num_key_value_heads or heads)
+        self._module = importlib.import_module(f"transformers.models.{self.adapter.module}")
+        self._rotary = self._class("RotaryEmbedding")(self.config).to(self.device)
+
+    def linear_name(self, block: int, linear: str) -> str:
+        """The module's full name, e.g. ``model.layers.3.mlp.up_proj``."""
+        return f"model.layers.{block}.{linear}"
+
+    def weight(self, module: str) -> Tensor:
+        """A linear's weight, float32 ``[out, in]``, on the device."""
+        return self.checkpoint.read(f"{module}.weight").to(self.device, torch.float32)
+
+    @torch.no_grad()
+    def embed(self, tokens: Tensor) -> Tensor:
+        """int64 ``[n, len]`` -> the residual stream, ``[n, len, hidden]`` in the forward dtype."""
+        shape = (self.config.vocab_size, self.hidden_size)
+        table = self.checkpoint.read(EMBEDDING, shape).to(self.device, self.dtype)
+        return nn.functional.embedding(tokens.to(self.device), table)
+
+    def load_block(self, index: int, replace: Mapping[str, Tensor] | None = None) -> nn.Module:
+        """Build decoder block ``index`` with its weights in the forward dtype.
+
+        Args:
+            replace: module name -> weight ``[out, in]`` to use instead of the checkpoint's.
+        """
+        with torch.device("meta"):
+            layer = self._class("DecoderLayer")(self.config, layer_idx=index)
+        prefix = f"model.layers.{index}."
+        for name, parameter in list(layer.named_parameters()):
+            module = prefix + name.rpartition(".")[0]
+            if replace is not None and name.endswith(".weight") and module in replace:
+                value = replace[module]
+            else:
+                value = self.checkpoint.read(prefix + name, tuple(parameter.shape))
+            _set_parameter(layer, name, value.to(self.device, self.dtype))
+        return layer.eval()
+
+    @torch.no_grad()
+    def forward_block(self, layer: nn.Module, hidden: Tensor, index: int) -> Tensor:
+        """One decoder block on ``[n, len, hidden]``, every window from position 0, causal."""
+        length = hidden.shape[1]
+        positions = torch.arange(length, device=hidden.device)[None]
+        out = layer(
+            hidden,
+            attention_mask=self._sliding_mask(index, length),
+            position_ids=positions,
+            position_embeddings=self._rotary(hidden, positions),
+        )
+        return out[0] if isinstance(out, tuple) else out
+
+    def capture_inputs(
+        self,
+        layer: nn.Module,
+        hidden: Tensor,
+        index: int,
+        take: Callable[[int, Tensor], None],
+        *,
+        to_the_end: bool = False,
+    ) -> Tensor | None:
+        """Run a block only as far as needed to see the inputs of its sites.
+
+        Args:
+            take: called with (index into ``adapter.sites``, input ``[n, len, in]``).
+            to_the_end: run the whole block and return its output.
+        """
+        handles = []
+        last = len(self.adapter.sites) - 1
+        for number, site in enumerate(self.adapter.sites):
+
+            def hook(_: nn.Module, args: tuple[Tensor, ...], number: int = number) -> None:
+                take(number, args[0])
+                if number == last and not to_the_end:
+                    raise _LastSite
+
+            module = layer.get_submodule(site.linears[0])
+            handles.append(module.register_forward_pre_hook(hook))
+        try:
+            return self.forward_block(layer, hidden, index)
+        except _LastSite:
+            return None
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def head(self) -> Callable[[Tensor], Tensor]:
+        """The final norm and the output head: ``[n, hidden]`` -> float32 logits ``[n, vocab]``."""
+        with torch.device("meta"):
+            norm = self._class("RMSNorm")(self.hidden_size, eps=self.config.rms_norm_eps)
+        scale = self.checkpoint.read(NORM, (self.hidden_size,))
+        _set_parameter(norm, "weight", scale.to(self.device, self.dtype))
+        tied = getattr(self.config, "tie_word_embeddings", False)
+        shape = (self.config.vocab_size, self.hidden_size)
+        table = self.checkpoint.read(EMBEDDING if tied else HEAD, shape)
+        table = table.to(self.device, self.dtype)
+        return lambda hidden: (norm(hidden) @ table.T).float()
+
+    def _class(self, kind: str) -> Any:
+        return getattr(self._module, self.adapter.prefix + kind)
+
+    def _sliding_mask(self, index: int, length: int) -> Tensor | None:
+        """None where plain causal attention is right: sdpa then masks by itself."""
+        window = getattr(self.config, "sliding_window", None)
+        types = getattr(self.config, "layer_types", None)
+        if types is not None and types[index] != "sliding_attention":
+            return None
+        if window is None or length <= window:
+            return None
+        at = torch.arange(length, device=self.device)
+        distance = at[:, None] - at[None, :]
+        return ((distance >= 0) & (distance < window))[None, None]
+
+
+def check_linears(
+    model: StreamedModel, block_size: int, skip: str | None
+) -> tuple[list[str], dict[str, str]]:
+    """Which linears become ternary and which are kept, from the headers alone.
+
+    Returns:
+        (names of the ternary linears, kept linear -> reason)
+
+    Raises:
+        PT2Error: a tensor is missing or no matrix, its width is not a multiple of the block size,
+            or ``skip`` leaves nothing to do.
+    """
+    ternary: list[str] = []
+    kept: dict[str, str] = {}
+    for block in range(model.n_blocks):
+        for linear in (name for site in model.adapter.sites for name in site.linears):
+            name = model.linear_name(block, linear)
+            info = model.checkpoint.info(f"{name}.weight")
+            if skip is not None and re.search(skip, name):
+                kept[name] = f"matches --skip {skip}"
+                continue
+            if len(info.shape) != 2:
+                raise PT2Error(f"tensor {name}.weight is no matrix but {list(info.shape)}")
+            if info.shape[1] % block_size:
+                raise PT2Error(
+                    f"{name}.weight has {info.shape[1]} columns, no multiple of the block size "
+                    f"{block_size}: use another --block-size, or --skip {linear.split('.')[-1]}"
+                )
+            ternary.append(name)
+    if not ternary:
+        raise PT2Error(f"--skip {skip} matches every linear: nothing is left to ternarise")
+    return ternary, kept
+
+
+def _load_config(checkpoint: Checkpoint) -> Any:
+    from transformers import AutoConfig
+
+    where = checkpoint.path / "config.json"
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+        config._attn_implementation = "sdpa"
+        sizes = (config.num_hidden_layers, config.hidden_size, config.num_attention_heads,
+                 config.vocab_size, config.num_key_value_heads)  # fmt: skip
+    except Exception as e:  # transformers raises whatever its fields' checks raise
+        raise PT2Error(f"transformers cannot use {where}: {e}") from e
+    if not all(isinstance(s, int) and s > 0 for s in sizes):
+        raise PT2Error(
+            f"{where}: layers, widths, heads and vocabulary must be whole numbers above 0"
+        )
+    return config
+
+
+def _set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    parameter = nn.Parameter(value, requires_grad=False)
+    setattr(module.get_submodule(owner), leaf, parameter)

@@ -1,0 +1,433 @@
+"""From a checkpoint to an artifact: streams decoder blocks, resumes, reports.
+
+For every block: the calibration activations (which come from the blocks quantised before) run
+through the block as far as its last linear's input, which gives one Hessian per input; the linears
+that share an input are quantised as one tall matrix; then the activations run through the block
+with the weights as they are stored. Memory holds one block and the activations.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quantize import reorder
+from quantize.artifact import (
+    MANIFEST,
+    RUN,
+    Artifact,
+    ArtifactWriter,
+    TernaryMatrix,
+    pack_ternary,
+    read_manifest,
+    sha256_array,
+)
+from quantize.calibration import load_calibration
+from quantize.checkpoint import Checkpoint
+from quantize.common import PT2Error, read_json, write_json
+from quantize.config import Config
+from quantize.gptq import Method, Ternary, quantize_matrix
+from quantize.hessian import InputMoments, mean_square
+from quantize.hf_model import Site, StreamedModel, check_linears
+from quantize.progress import Reporter
+
+
+@dataclass
+class Result:
+    """What a run made.
+
+    Attributes:
+        path: the artifact.
+        matrices: the manifest's entries, see docs/design.md.
+        kept: linears left as they are -> reason.
+        block_size: columns per alpha and mu.
+        seconds: of this run.
+        warnings: what the log said.
+    """
+
+    path: Path
+    matrices: dict[str, dict[str, Any]]
+    kept: dict[str, str]
+    block_size: int
+    seconds: float
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def parameters(self) -> int:
+        """Weights that are now ternary."""
+        return sum(m["rows"] * m["cols"] for m in self.matrices.values())
+
+
+def ternarize(
+    model_dir: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    config: Config | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+) -> Result:
+    """Ternarise a Hugging Face causal LM into an artifact folder.
+
+    Args:
+        model_dir: folder with ``config.json``, safetensors and, for text calibration, a tokenizer.
+        out_dir: the artifact's folder; made if missing.
+        config: the settings; the default recipe if None.
+        resume: take up a run that was stopped; ends in the same bytes as one that was not.
+        overwrite: replace an artifact that is already there.
+        reporter: told of progress.
+
+    Raises:
+        PT2Error: anything the user can mend; one line that names what and where.
+    """
+    began = time.monotonic()
+    config = config or Config()
+    reporter = reporter or Reporter()
+    out = Path(out_dir)
+    _refuse_overwriting(out, resume, overwrite)
+    checkpoint = Checkpoint.open(Path(model_dir))
+    device = pick_device(config.device)
+    with arithmetic(config.threads) as threads:
+        model = StreamedModel(checkpoint, device, config.dtype)
+        _, kept = check_linears(model, config.block_size, config.skip)
+        run = _run_record(out, checkpoint)
+        reporter.start("reading the model", 100)
+        digest, run["fingerprint"] = checkpoint.fingerprint(
+            run.get("fingerprint"), lambda done, total: None
+        )
+        calibration = load_calibration(
+            config.calibration, checkpoint.path, samples=config.samples, seqlen=config.seqlen,
+            vocab=model.config.vocab_size, seed=config.seed, bos=config.bos,
+        )  # fmt: skip
+        reporter.done()
+        identity = {
+            "model": checkpoint.identity(digest),
+            "settings": {**config.identity(), "device": device, "threads": threads},
+            "versions": versions(),
+            "calibration": calibration.record,
+            "kept": kept,
+        }
+        exists = (out / MANIFEST).exists()
+        writer = (ArtifactWriter.resume if resume and exists else ArtifactWriter.create)(
+            out, identity
+        )
+        worker = _Run(model, config, writer, reporter, run)
+        worker.blocks(calibration.tokens)
+    seconds = time.monotonic() - began
+    manifest = writer.manifest
+    return Result(
+        out, manifest["matrices"], manifest["kept"], config.block_size, seconds, reporter.warnings
+    )
+
+
+class _Run:
+    """One run over all blocks."""
+
+    def __init__(
+        self, model: StreamedModel, config: Config, writer: ArtifactWriter, reporter: Reporter,
+        run: dict[str, Any],
+    ) -> None:  # fmt: skip
+        self.model = model
+        self.config = config
+        self.writer = writer
+        self.reporter = reporter
+        self.run = run
+        self.method = Method(
+            config.block_size, config.itf, config.itf_steps, config.aga, config.compensate,
+            config.reround, config.damping,
+        )  # fmt: skip
+
+    def blocks(self, tokens: Tensor) -> None:
+        """Quantise, or replay, every block in turn."""
+        done = self.writer.blocks_done
+        if self.writer.manifest["complete"]:
+            return
+        self._save_run()
+        self.residual_perm = self._residual_perm(tokens)
+        batches = -(-tokens.shape[0] // self.config.batch_size)
+        hidden = self.model.embed(tokens)
+        # Steps: one per batch and pass; the matrices of a block count as much as one pass.
+        self.reporter.start("ternarising", 3 * batches * self.model.n_blocks)
+        for index in range(self.model.n_blocks):
+            if index < done:
+                self._replay(hidden, index)
+            else:
+                self._quantize(hidden, index, batches)
+        self.reporter.done()
+        self._save_run()
+        self.writer.finish()
+
+    def _quantize(self, hidden: Tensor, index: int, batches: int) -> None:
+        seconds: dict[str, float] = {}
+        with _timed(seconds, "hessians"):
+            moments = self._moments(hidden, index)
+        matrices: dict[str, Ternary] = {}
+        records: dict[str, dict[str, Any]] = {}
+        with _timed(seconds, "matrices"):
+            sites = list(zip(self.model.adapter.sites, moments, strict=True))
+            for site, moment in sites:
+                self._quantize_site(index, site, moment, matrices, records)
+                self.reporter.step(_figures(index, self.model.n_blocks, records), batches / 4)
+        last = index == self.model.n_blocks - 1
+        with _timed(seconds, "propagation"):
+            weights = {name: m.dequantize() for name, m in matrices.items()}
+            if not last:
+                self._propagate(hidden, index, weights)
+                self.writer.record("activations", str(index), activation_digest(hidden))
+        with _timed(seconds, "writing"):
+            self.writer.write_block(
+                index, [_stored(name, m) for name, m in matrices.items()], records
+            )
+        self.run.setdefault("seconds", {})[str(index)] = seconds
+        self._save_run()
+
+    def _quantize_site(
+        self, index: int, site: Site, moment: InputMoments, matrices: dict[str, Ternary],
+        records: dict[str, dict[str, Any]],
+    ) -> None:  # fmt: skip
+        """Quantise the linears of one site, stacked by rows where they share one order."""
+        kept = self.writer.manifest["kept"]
+        names = [self.model.linear_name(index, linear) for linear in site.linears]
+        names = [n for n in names if n not in kept]
+        if not names:
+            return
+        hessian = moment.mean(f"input of {names[0]}")
+        label, perm = self._order(site, hessian.diagonal(), names[0])
+        ssr = label == "ssr"
+        for group in [[n] for n in names] if ssr else [names]:
+            weights = [self.model.weight(n) for n in group]
+            stacked = torch.cat(weights)
+
+            def log(message: str, name: str = group[0]) -> None:
+                self.reporter.warn(f"{name}: {message}")
+
+            try:
+                result, errors = quantize_matrix(
+                    stacked, hessian, self.method, perm=perm, ssr=ssr, log=log
+                )
+            except PT2Error as e:
+                raise PT2Error(f"{group[0]}: {e}") from e
+            start = 0
+            for name, weight in zip(group, weights, strict=True):
+                stop = start + weight.shape[0]
+                matrices[name] = result.rows_of(start, stop)
+                records[name] = {
+                    "rows": weight.shape[0], "cols": weight.shape[1],
+                    "block_size": self.method.block_size, "order": label,
+                    "norm_w": float(weight.square().sum(dtype=torch.float64)),
+                    "norm_x": mean_square(weight, hessian),
+                    **errors.rows_of(start, stop),
+                }  # fmt: skip
+                start = stop
+
+    def _order(self, site: Site, energy: Tensor, name: str) -> tuple[str, Tensor | None]:
+        order = self.config.order
+        if order in ("none", "ssr"):
+            return order, None
+        if order == "random":
+            return order, reorder.random_order(energy.shape[0], self.config.seed, name)
+        if order == "hessian" or site.role == "free":
+            return "hessian", reorder.descending(energy)
+        if site.role == "heads":
+            model = self.model
+            return "within-head", reorder.within_heads(energy, model.head_dim, model.queries_per_kv)
+        return "residual", self.residual_perm
+
+    def _moments(self, hidden: Tensor, index: int) -> list[InputMoments]:
+        """Sums of x x^T at every site of a block, over all calibration tokens."""
+        layer = self.model.load_block(index)
+        moments = [InputMoments() for _ in self.model.adapter.sites]
+        for batch in hidden.split(self.config.batch_size):
+            self.model.capture_inputs(layer, batch, index, lambda number, x: moments[number].add(x))
+            self.reporter.step(f"block {index + 1}/{self.model.n_blocks}")
+        return moments
+
+    def _propagate(self, hidden: Tensor, index: int, weights: dict[str, Tensor] | None) -> None:
+        """Replace the activations by the block's outputs, in place."""
+        layer = self.model.load_block(index, weights)
+        for batch in hidden.split(self.config.batch_size):
+            batch.copy_(self.model.forward_block(layer, batch, index))
+            self.reporter.step()
+
+    def _replay(self, hidden: Tensor, index: int) -> None:
+        """Run a block that an earlier run has written, and check that nothing has changed."""
+        artifact = Artifact(self.writer.path, self.writer.manifest, np.empty(0, np.int32))
+        weights = {n: _ternary(m).dequantize() for n, m in artifact.block(index).items()}
+        if index == self.model.n_blocks - 1:
+            return
+        self._propagate(hidden, index, {n: w.to(hidden.device) for n, w in weights.items()})
+        if activation_digest(hidden) != self.writer.manifest["activations"][str(index)]:
+            raise PT2Error(
+                f"cannot resume {self.writer.path}: this machine computes other activations after "
+                f"block {index} than the first run did; start again with --overwrite"
+            )
+
+    def _residual_perm(self, tokens: Tensor) -> Tensor:
+        """The residual stream's order, from the artifact if it is there already."""
+        if "global.safetensors" in self.writer.manifest["files"]:
+            artifact = Artifact.open(self.writer.path, allow_incomplete=True)
+            return torch.from_numpy(artifact.residual_perm).long()
+        perm = torch.arange(self.model.hidden_size)
+        if self.config.order == "foldable":
+            perm = reorder.descending(self._residual_energy(tokens[: self.config.order_samples]))
+        self.writer.write_global(perm.to(torch.int32).numpy())
+        return perm
+
+    def _residual_energy(self, tokens: Tensor) -> Tensor:
+        """Mean square of each channel at the inputs that read the residual stream.
+
+        Taken from the full-precision model; every input counts the same (its mean is scaled to 1).
+
+        Returns:
+            float64 ``[hidden]``
+        """
+        batches = -(-tokens.shape[0] // self.config.batch_size)
+        self.reporter.start("ordering the residual stream", batches * self.model.n_blocks)
+        hidden = self.model.embed(tokens)
+        total = torch.zeros(self.model.hidden_size, dtype=torch.float64)
+        for index in range(self.model.n_blocks):
+            layer = self.model.load_block(index)
+            sums: dict[int, Tensor] = {}
+
+            def take(number: int, x: Tensor, sums: dict[int, Tensor] = sums) -> None:
+                energy = x.reshape(-1, x.shape[-1]).double().square().sum(dim=0).cpu()
+                sums[number] = sums[number] + energy if number in sums else energy
+
+            for batch in hidden.split(self.config.batch_size):
+                out = self.model.capture_inputs(layer, batch, index, take, to_the_end=True)
+                batch.copy_(out)
+                self.reporter.step(f"block {index + 1}/{self.model.n_blocks}")
+            for number, site in enumerate(self.model.adapter.sites):
+                if site.role == "residual":
+                    total += sums[number] / sums[number].mean()
+        self.reporter.done()
+        if not bool(total.isfinite().all()):
+            raise PT2Error("NaN or Inf in the activations of the model before any quantisation: "
+                           "use --dtype float32, or check the model")  # fmt: skip
+        return total
+
+    def _save_run(self) -> None:
+        self.run["warnings"] = self.reporter.warnings
+        write_json(self.writer.path / RUN, self.run)
+
+
+def activation_digest(hidden: Tensor) -> str:
+    """A checksum of activations ``[n, len, hidden]`` that sees every bit and is quick to take.
+
+    Each position's bits, as whole numbers, are summed with odd weights that differ by channel; the
+    sums are hashed.
+    """
+    kind = {4: torch.int32, 2: torch.int16}[hidden.element_size()]
+    weights = torch.arange(hidden.shape[-1], device=hidden.device, dtype=torch.int64) * 2 + 1
+    sums = [(part.view(kind).long() * weights).sum(dim=-1).cpu() for part in hidden.split(4)]
+    return sha256_array(torch.cat(sums).numpy())
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the bytes depend on."""
+    names = ("torch", "transformers", "safetensors", "pt2-llm")
+    return {"python": platform.python_version(), **{n: metadata.version(n) for n in names}}
+
+
+@contextmanager
+def arithmetic(threads: int) -> Iterator[int]:
+    """Full-precision, repeatable arithmetic while inside; yields the number of CPU threads."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = (
+        torch.get_num_threads(),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    try:
+        if threads:
+            torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision("highest")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        with torch.no_grad():
+            yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before[0])
+        torch.set_float32_matmul_precision(before[1])
+        torch.use_deterministic_algorithms(before[2], warn_only=before[3])
+
+
+def pick_device(name: str) -> str:
+    """``auto`` to ``cuda`` or ``cpu``; PT2Error where CUDA is asked for and missing."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise PT2Error("--device cuda: torch sees no CUDA device here; use --device cpu")
+    return name
+
+
+def _refuse_overwriting(out: Path, resume: bool, overwrite: bool) -> None:
+    if resume and overwrite:
+        raise PT2Error("--resume and --overwrite exclude each other")
+    if out.exists() and not out.is_dir():
+        raise PT2Error(f"{out} is a file; name a folder for the artifact")
+    if resume or overwrite or not (out / MANIFEST).exists():
+        return
+    state = "a complete" if read_manifest(out)["complete"] else "an unfinished"
+    raise PT2Error(f"{out} holds {state} artifact: use --resume or --overwrite")
+
+
+def _run_record(out: Path, checkpoint: Checkpoint) -> dict[str, Any]:
+    """``run.json`` of an earlier run, if there is a usable one, made to fit this one."""
+    run: Any = {}
+    if (out / RUN).is_file():
+        try:
+            run = read_json(out / RUN)
+        except PT2Error:
+            run = {}  # it only holds timings and a cache
+    run = run if isinstance(run, dict) else {}
+    run["model_dir"] = str(checkpoint.path.resolve())
+    run["host"] = f"{platform.node()} ({platform.machine()}, {os.cpu_count()} cores)"
+    return run
+
+
+def _stored(name: str, m: Ternary) -> TernaryMatrix:
+    return TernaryMatrix(
+        name,
+        pack_ternary(m.t.cpu().numpy()),
+        m.alpha.half().cpu().numpy(),
+        m.mu.half().cpu().numpy(),
+        m.perm.to(torch.int32).cpu().numpy(),
+    )
+
+
+def _ternary(m: TernaryMatrix) -> Ternary:
+    return Ternary(
+        torch.from_numpy(m.codes()),
+        torch.from_numpy(m.alpha).float(),
+        torch.from_numpy(m.mu).float(),
+        torch.from_numpy(m.perm).long(),
+    )
+
+
+def _figures(index: int, n_blocks: int, records: dict[str, dict[str, Any]]) -> str:
+    """One line for the progress bar: the relative output error of the linears done so far."""
+    parts = [
+        f"{name.rpartition('.')[2].removesuffix('_proj')} "
+        f"{r['E_x']['final'] / r['norm_x'] if r['norm_x'] else 0:.3f}"
+        for name, r in records.items()
+    ]
+    return f"block {index + 1}/{n_blocks}  E_x " + " ".join(parts[-4:])
+
+
+@contextmanager
+def _timed(into: dict[str, float], key: str) -> Iterator[None]:
+    began = time.monotonic()
+    yield
+    into[key] = round(time.monotonic() - began, 3)
