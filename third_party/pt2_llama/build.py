@@ -14,7 +14,7 @@ from third_party.pt2_llama import builds, compile, pinned, smoke, source, toolch
 from third_party.pt2_llama.builds import Build, Stamp
 from third_party.pt2_llama.cache import Places, check_disk, lock
 from third_party.pt2_llama.console import say
-from third_party.pt2_llama.overlay import load_overlay, stamp_digest, sync_patched
+from third_party.pt2_llama.overlay import Overlay, load_overlay, stamp_digest, sync_patched
 
 DISK_BYTES = {"cpu": 1_000_000_000, "stock": 600_000_000, "cuda": 5_000_000_000}
 
@@ -57,13 +57,18 @@ class Plan:
     flags: tuple[str, ...]
     tools: tuple[str, ...]
     library_path: tuple[str, ...]
-    overlay: str | None
+    overlay: Overlay | None
     cpu: str
+
+    @property
+    def digest(self) -> str | None:
+        """Digest of the overlay, None for stock."""
+        return self.overlay.digest() if self.overlay else None
 
     @property
     def key(self) -> str:
         """Key of the finished build."""
-        return builds.build_key(self.overlay, self.flags, self.tools, self.tc.cxx_version, self.cpu)
+        return builds.build_key(self.digest, self.flags, self.tools, self.tc.cxx_version, self.cpu)
 
     @property
     def objects_name(self) -> str:
@@ -95,7 +100,7 @@ def make_plan(options: Options, where: Places) -> Plan:
     tools = compile.STOCK_TOOLS if options.variant == "stock" else compile.TOOLS
     if options.tests and options.variant != "stock":
         tools += compile.TEST_TOOLS
-    overlay = None if options.variant == "stock" else load_overlay(where.overlay).digest()
+    overlay = None if options.variant == "stock" else load_overlay(where.overlay)
     return Plan(options, tc, tuple(flags), tools, library_path, overlay, toolchain.cpu_signature())
 
 
@@ -119,10 +124,10 @@ def ensure_pristine(where: Places, given: Path | None = None) -> Path:
     return where.pristine
 
 
-def ensure_patched(where: Places, given: Path | None = None) -> Path:
-    """The patched source in the cache, in step with the current overlay. Needs the lock."""
+def ensure_patched(where: Places, overlay: Overlay, given: Path | None = None) -> Path:
+    """The patched source in the cache, in step with the overlay. Needs the lock."""
     pristine = ensure_pristine(where, given)
-    changed = sync_patched(pristine, where.patched, load_overlay(where.overlay))
+    changed = sync_patched(pristine, where.patched, overlay)
     if changed:
         say(f"overlay and edits applied: {changed} files changed in {where.patched}")
     return where.patched
@@ -130,10 +135,11 @@ def ensure_patched(where: Places, given: Path | None = None) -> Path:
 
 def source_dir(where: Places) -> Path:
     """The patched source tree, fetched and patched when needed."""
-    if stamp_digest(where.patched) == load_overlay(where.overlay).digest():
+    overlay = load_overlay(where.overlay)
+    if stamp_digest(where.patched) == overlay.digest():
         return where.patched
     with lock(where, "preparing the source"):
-        return ensure_patched(where)
+        return ensure_patched(where, overlay)
 
 
 def build(options: Options, where: Places) -> Build:
@@ -150,9 +156,10 @@ def build(options: Options, where: Places) -> Build:
         if not options.force and (ready := _ready(plan, where)):
             say(f"nothing to do: {ready.describe()}")
             return ready
-        stock = options.variant == "stock"
-        prepare = ensure_pristine if stock else ensure_patched
-        tree = prepare(where, options.source)
+        if plan.overlay is None:
+            tree = ensure_pristine(where, options.source)
+        else:
+            tree = ensure_patched(where, plan.overlay, options.source)
         check_disk(where.root, DISK_BYTES[options.variant], f"a {options.variant} build")
         made = _compile_and_check(plan, where, tree)
         for folder in builds.prune(where, keep=made):
@@ -241,7 +248,7 @@ def _stamp(plan: Plan, amx: str, results: dict[str, float]) -> Stamp:
         variant=plan.options.variant,
         key=plan.key,
         source=pinned.SDIST_SHA256,
-        overlay=plan.overlay,
+        overlay=plan.digest,
         cpu=plan.cpu,
         amx=amx,
         tools=plan.tools,

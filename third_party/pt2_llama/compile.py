@@ -13,7 +13,7 @@ from third_party.pt2_llama import pinned
 from third_party.pt2_llama.console import Bar, say
 from third_party.pt2_llama.toolchain import Cublas, Toolchain
 
-TOOLS = (
+TOOLS: tuple[str, ...] = (
     "llama-cli",
     "llama-completion",
     "llama-bench",
@@ -26,8 +26,13 @@ TOOLS = (
     "llama-tokenize",
 )
 # `stock` is there to be measured and to prove that our Q2_K files need no patch.
-STOCK_TOOLS = ("llama-completion", "llama-bench", "llama-quantize", "llama-perplexity")
-TEST_TOOLS = ("test-backend-ops", "test-quantize-fns")
+STOCK_TOOLS: tuple[str, ...] = (
+    "llama-completion",
+    "llama-bench",
+    "llama-quantize",
+    "llama-perplexity",
+)
+TEST_TOOLS: tuple[str, ...] = ("test-backend-ops", "test-quantize-fns")
 
 NO_AMX_FILE = "no-amx.cmake"
 # GGML_AMX_* only matter without GGML_NATIVE; with it, ggml asks the compiler's own macros.
