@@ -140,7 +140,7 @@ def source_model(artifact: Artifact) -> Path:
     """
     file = artifact.path / RUN
     record = read_json(file) if file.is_file() else {}
-    folder = record.get("model") if isinstance(record, dict) else None
+    folder = record.get("model_dir") if isinstance(record, dict) else None
     if not isinstance(folder, str):
         raise PT2Error(f"{file} does not name the source model: give its folder with --model DIR")
     if not Path(folder).is_dir():

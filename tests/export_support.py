@@ -1,0 +1,186 @@
+"""Small random models and artifacts for the exporter's tests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+
+from quantize.artifact import RUN, ArtifactWriter, TernaryMatrix, pack_ternary
+from quantize.checkpoint import Checkpoint
+from quantize.common import write_json
+
+Orders = dict[str, NDArray[np.int32]]
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+LINEARS = {
+    "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "mlp": ("gate_proj", "up_proj", "down_proj"),
+}
+TEXT = (
+    "the quick brown fox jumps over the lazy dog while seven wizards boil a pot of jade soup "
+    "and nobody in the village knows why the river turns north before it reaches the sea "
+)
+
+
+def make_model(
+    folder: Path,
+    family: str = "llama",
+    *,
+    tied: bool = False,
+    hidden: int = 256,
+    ffn: int = 512,
+    max_shard: str = "5GB",
+    **extra: Any,
+) -> Path:
+    """Save a random model with a tokenizer; biases and norms are random too, so nothing is neutral.
+
+    Grouped-query attention of 4 heads over 2; the Qwen3 has a head_dim other than hidden / heads.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    vocab = make_tokenizer(folder)
+    settings: dict[str, Any] = {
+        "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": ffn,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": 512, "tie_word_embeddings": tied,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None, **extra,
+    }  # fmt: skip
+    if family in ("qwen3", "mistral"):
+        settings.setdefault("head_dim", hidden // (2 if family == "qwen3" else 4))
+    if family == "llama":
+        settings.setdefault("attention_bias", False)
+    config = transformers.AutoConfig.for_model(family, **settings)
+    torch.manual_seed(len(family))
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim == 1:
+                p.copy_(torch.rand_like(p) + 0.5 if "norm" in name else torch.randn_like(p) * 0.2)
+            else:
+                p.copy_(torch.randn_like(p) * (p.shape[1] ** -0.5))
+    model.save_pretrained(folder, max_shard_size=max_shard)
+    return folder
+
+
+def make_tokenizer(folder: Path) -> int:
+    """Train a small SentencePiece model on :data:`TEXT`; returns its vocabulary's size."""
+    import sentencepiece as spm
+
+    source = folder / "text.txt"
+    source.write_text("\n".join(TEXT.split(" ")) + "\n" + TEXT, encoding="utf-8")
+    size = 320
+    spm.SentencePieceTrainer.train(
+        input=str(source), model_prefix=str(folder / "tokenizer"), vocab_size=size,
+        model_type="bpe", byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    source.unlink()
+    (folder / "tokenizer.vocab").unlink()
+    tokenizer = spm.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "bos_token": "<s>",
+              "eos_token": "</s>", "unk_token": "<unk>",
+              "chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}"}  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return int(tokenizer.vocab_size())
+
+
+def linears(config: dict[str, Any]) -> list[str]:
+    """The module names of all linears of the decoder blocks."""
+    return [
+        f"model.layers.{i}.{part}.{name}"
+        for i in range(config["num_hidden_layers"])
+        for part, names in LINEARS.items()
+        for name in names
+    ]
+
+
+def foldable_orders(model_dir: Path, seed: int = 0) -> tuple[NDArray[np.int32], Orders]:
+    """Random orders of every foldable kind: the residual stream's, and one per linear."""
+    rng = np.random.default_rng(seed)
+    config = Checkpoint.open(model_dir).raw_config
+    n_head, n_kv = config["num_attention_heads"], config["num_key_value_heads"]
+    dim = config.get("head_dim") or config["hidden_size"] // n_head
+    residual = rng.permutation(config["hidden_size"]).astype(np.int32)
+    orders = {}
+    for module in linears(config):
+        if module.endswith("down_proj"):
+            orders[module] = rng.permutation(config["intermediate_size"]).astype(np.int32)
+        elif module.endswith("o_proj"):
+            within = np.stack([rng.permutation(dim) for _ in range(n_kv)])
+            within = np.repeat(within, n_head // n_kv, axis=0)
+            heads = np.arange(n_head)[:, None] * dim
+            orders[module] = (within + heads).reshape(-1).astype(np.int32)
+        else:
+            orders[module] = residual
+    return residual, orders
+
+
+def ternarise(
+    weight: NDArray[np.float32], order: NDArray[np.int32], group: int
+) -> tuple[NDArray[np.int8], NDArray[np.float16], NDArray[np.float16]]:
+    """T, alpha and mu of ``weight[:, order]`` by the plain threshold rule."""
+    w = weight[:, order].reshape(len(weight), -1, group)
+    mu = w.mean(-1, keepdims=True)
+    t = np.where(np.abs(w - mu) > 0.75 * np.abs(w - mu).mean(-1, keepdims=True), np.sign(w - mu), 0)
+    alpha = (np.abs(w - mu) * np.abs(t)).sum(-1) / np.maximum(np.abs(t).sum(-1), 1)
+    return (
+        t.reshape(weight.shape).astype(np.int8),
+        alpha.astype(np.float16),
+        mu[..., 0].astype(np.float16),
+    )
+
+
+def make_artifact(
+    folder: Path,
+    model_dir: Path,
+    *,
+    orders: tuple[NDArray[np.int32], Orders] | None = None,
+    group: int = 128,
+    kept: dict[str, str] | None = None,
+    complete: bool = True,
+) -> Path:
+    """Write an artifact of a model with the format's own writer."""
+    model = Checkpoint.open(model_dir)
+    residual, per_linear = orders or foldable_orders(model_dir)
+    kept = kept or {}
+    writer = ArtifactWriter.create(
+        folder,
+        {
+            "model": model.identity(model.fingerprint()[0]),
+            "settings": {"order": "foldable", "block_size": group},
+            "versions": {}, "calibration": {}, "kept": kept,
+        },
+    )  # fmt: skip
+    writer.write_global(residual)
+    for block in range(model.raw_config["num_hidden_layers"]):
+        matrices, records = [], {}
+        for module in linears(model.raw_config):
+            if f"layers.{block}." not in module or module in kept:
+                continue
+            weight = model.read(f"{module}.weight").float().numpy()
+            t, alpha, mu = ternarise(weight, per_linear[module], group)
+            matrices.append(TernaryMatrix(module, pack_ternary(t), alpha, mu, per_linear[module]))
+            rows, cols = t.shape
+            records[module] = {"rows": rows, "cols": cols, "block_size": group, "order": "foldable"}
+        writer.write_block(block, matrices, records)
+    if complete:
+        writer.finish()
+    write_json(folder / RUN, {"model_dir": str(model_dir)})
+    return folder
+
+
+def dequantized_model(model_dir: Path, artifact_dir: Path) -> Any:
+    """The transformers model with the artifact's ``alpha * T + mu`` in place of its linears."""
+    from quantize.artifact import Artifact
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    artifact = Artifact.open(artifact_dir)
+    weights = dict(model.named_parameters())
+    with torch.no_grad():
+        for block in range(artifact.n_blocks):
+            for name, matrix in artifact.block(block).items():
+                weights[f"{name}.weight"].copy_(torch.from_numpy(matrix.dequantize()))
+    return model.eval()
