@@ -60,7 +60,7 @@ def perplexity(
     Args:
         tokens: int64 ``[windows, ctx]``.
         artifact: take the weights of its linears instead of the model's.
-        second_half: score only what llama.cpp's perplexity tool scores, the tokens after the middle.
+        second_half: score only the tokens that llama.cpp's perplexity tool scores.
 
     Raises:
         PT2Error: the model or the artifact cannot be used, or they do not belong together.

@@ -1,0 +1,162 @@
+"""The command pt2-quantize."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from quantize.common import ArgumentParser, PT2Error, human_seconds, run_cli
+from quantize.config import (
+    BLOCK_SIZES,
+    DEVICES,
+    DTYPES,
+    ORDERS,
+    RECIPES,
+    Config,
+    load_recipe,
+)
+
+if TYPE_CHECKING:
+    from quantize.pipeline import Result
+
+EPILOG = """\
+examples:
+  pt2-quantize Llama-3.2-1B                        ternarise it into ./Llama-3.2-1B-pt2
+  pt2-quantize Qwen3-4B -o q4 --calibration my.txt --seqlen 1024 --device cuda --dtype bfloat16
+  pt2-quantize Qwen3-4B -o q4 --resume             take up a run that was stopped
+  pt2-quantize Qwen3-4B --recipe paper             the paper's method to the letter
+  pt2-quantize Qwen3-4B --skip 'layers.0\\.|down'   leave some linears as they are
+  pt2-quantize Qwen3-4B --report errors.html       draw the errors per block and stage
+
+recipes:
+  default   exact compensation, ITF, AGA, T re-rounded with error feedback, and an order of the
+            columns that pt2-export can fold into the model
+  paper     exact compensation, ITF, AGA, SSR order; no re-rounding. Its orders cannot be folded,
+            so pt2-export refuses it: it is there for comparisons
+  FILE      YAML with settings by the options' names, e.g.  recipe: paper / block_size: 64
+
+calibration:
+  A text file, a folder of .txt files, wikitext2, c4 or ptb (these need pip install 'pt2-llm[data]'
+  and a connection), or FILE.safetensors:TENSOR with token ids. The text is cut into windows that do
+  not overlap, and --samples of them are drawn with --seed. No BOS token is added unless --bos.
+
+supported: Llama, Mistral, Qwen2, Qwen3 (Hugging Face folders with safetensors)
+next:      pt2-export model.gguf --from OUT
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The entry point; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    return run_cli("pt2-quantize", lambda: _run(args))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options; None means not given, so that a recipe's value stands."""
+    parser = ArgumentParser(
+        prog="pt2-quantize",
+        description="Ternarise a Hugging Face language model: W ~ alpha * T + mu, T of {-1, 0, 1}.",
+        epilog=EPILOG,
+    )
+    parser.add_argument("model", help="folder of the model (config.json, *.safetensors, tokenizer)")
+    parser.add_argument("-o", "--out", help="folder of the artifact (default: ./MODEL-pt2)")
+    parser.add_argument("--recipe", default="default", help="default, paper, or a YAML file")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--resume", action="store_true", help="take up a run that was stopped")
+    mode.add_argument("--overwrite", action="store_true", help="replace what OUT holds")
+    parser.add_argument("--report", metavar="FILE", help="draw the errors: .html or .png")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress, no summary")
+
+    text = parser.add_argument_group("calibration")
+    text.add_argument("--calibration", metavar="TEXT", help="see below (wikitext2)")
+    text.add_argument("--samples", type=int, help="windows of text (128)")
+    text.add_argument("--seqlen", type=int, help="tokens in a window (2048)")
+    text.add_argument("--seed", type=int, help="of the windows and of the random order (0)")
+    _switch(text, "bos", "put the BOS token in front of every window (no)")
+
+    method = parser.add_argument_group("method")
+    method.add_argument("--order", choices=ORDERS, help="of the columns (foldable)")
+    method.add_argument("--block-size", type=int, choices=BLOCK_SIZES, help="columns (128)")
+    _switch(method, "itf", "Iterative Ternary Fitting (yes)")
+    _switch(method, "aga", "Activation-aware Grid Alignment (yes)")
+    _switch(method, "compensate", "carry each block's error into the columns to come (yes)")
+    method.add_argument("--reround", type=int, metavar="N", help="rounds of re-rounding T (1)")
+    method.add_argument("--damping", type=float, help="share of the mean Hessian diagonal (0.01)")
+    method.add_argument("--skip", metavar="REGEX", help="leave matching linears as they are")
+
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", choices=DEVICES, help="(auto)")
+    machine.add_argument("--dtype", choices=DTYPES, help="of the forward pass (float32)")
+    machine.add_argument("--threads", type=int, help="CPU threads (as torch chooses)")
+    machine.add_argument("--batch-size", type=int, help="windows per forward pass (4)")
+    return parser
+
+
+def _switch(group: Any, name: str, text: str) -> None:
+    group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=None, help=text)
+
+
+def _run(args: argparse.Namespace) -> int:
+    names = Config.__dataclass_fields__
+    given = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    config = load_recipe(args.recipe, **given)
+    if args.report is not None and Path(args.report).suffix not in (".html", ".png"):
+        raise PT2Error(f"--report {args.report}: the name must end in .html or .png")
+    out = Path(args.out) if args.out else Path(f"{Path(args.model).resolve().name}-pt2")
+
+    from quantize.pipeline import ternarize  # torch: only once the options are known to be right
+    from quantize.progress import Reporter, RichReporter
+
+    reporter = Reporter() if args.quiet else RichReporter()
+    result = ternarize(
+        args.model, out, config, resume=args.resume, overwrite=args.overwrite, reporter=reporter
+    )
+    if args.report is not None:
+        from quantize.report import write_report
+
+        write_report(out, args.report)
+    if not args.quiet:
+        print_summary(result)
+        if args.report is not None:
+            print(f"report   {args.report}")
+    return 0
+
+
+def print_summary(result: Result) -> None:
+    """One screen: what was made, the errors by kind of linear and stage, what to do next."""
+    console = Console(highlight=False)
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for name, m in result.matrices.items():
+        kinds.setdefault(name.rpartition(".")[2], []).append(m)
+    stages = list(dict.fromkeys(s for m in result.matrices.values() for s in m["E_x"]))
+    table = Table(title="relative output error E_x", title_justify="left")
+    table.add_column("linear")
+    for stage in stages:
+        table.add_column(stage, justify="right")
+    for kind, members in kinds.items():
+        scale = sum(m["norm_x"] for m in members) or 1.0
+        cells = [f"{sum(m['E_x'][s] for m in members) / scale:.4f}" for s in stages]
+        table.add_row(kind, *cells)
+    console.print(table)
+    bits = math.log2(3) + 32 / result.block_size
+    console.print(
+        f"ternary  {len(result.matrices)} linears, {result.parameters / 1e6:.1f} M weights, "
+        f"{bits:.3f} bits per weight (log2(3) and two float16 per {result.block_size})"
+    )
+    if result.kept:
+        console.print(f"kept     {len(result.kept)} linears as they are (--skip)")
+    if result.warnings:
+        console.print(f"warnings {len(result.warnings)}, see {escape(str(result.path))}/run.json")
+    console.print(f"time     {human_seconds(result.seconds)}")
+    console.print(f"next     pt2-export model.gguf --from {escape(str(result.path))}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
