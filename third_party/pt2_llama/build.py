@@ -110,13 +110,13 @@ def ensure_pristine(where: Places, given: Path | None = None) -> Path:
     Raises:
         PT2Error: as :func:`source.make_pristine`.
     """
-    if given is not None and not given.exists():
-        raise PT2Error(f"--source {given} does not exist")
+    if given is not None:
+        source.check_given(given)
     if where.pristine.is_dir():
         try:
             source.check_tree(where.pristine)
-            if given is None:
-                return where.pristine
+            # Equal digests are equal files: a --source that passed its check adds nothing.
+            return where.pristine
         except PT2Error:
             say("the cached source has been changed: making it anew")
     check_disk(where.root, 400_000_000, "fetching the source")

@@ -99,9 +99,7 @@ def sync_patched(pristine: Path, patched: Path, overlay: Overlay) -> int:
     if (pristine / source.PATCH_STAMP).exists():
         raise PT2Error(f"{pristine} is already patched; the unmodified source is needed")
     ours = patched_files(pristine, overlay)
-    wanted = set(ours) | {
-        p.relative_to(pristine).as_posix() for p in pristine.rglob("*") if p.is_file()
-    }
+    wanted = set(ours) | set(source.needed_files(pristine))
     patched.mkdir(parents=True, exist_ok=True)
     (patched / source.PATCH_STAMP).unlink(missing_ok=True)
     changed = _remove_others(patched, wanted)

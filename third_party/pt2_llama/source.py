@@ -254,6 +254,20 @@ def locate(source: Path) -> Path:
     )
 
 
+def check_given(given: Path) -> None:
+    """Check what ``--source`` names: an archive, an unpacked package, or a llama.cpp folder.
+
+    Raises:
+        PT2Error: it is missing, or not the pinned source.
+    """
+    if not given.exists():
+        raise PT2Error(f"--source {given} does not exist")
+    if given.is_dir():
+        check_tree(locate(given))
+    else:
+        check_archive(given)
+
+
 def make_pristine(dest: Path, source: Path | None = None) -> None:
     """Put the needed, checked, unmodified files at ``dest`` (replaced as a whole).
 
@@ -262,21 +276,20 @@ def make_pristine(dest: Path, source: Path | None = None) -> None:
         source: None to download; else the archive, the unpacked package, or a llama.cpp folder.
 
     Raises:
-        PT2Error: as :func:`download`, :func:`check_archive`, :func:`unpack`, :func:`check_tree`.
+        PT2Error: as :func:`download`, :func:`check_given`, :func:`unpack`.
     """
     dest.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".source-", dir=dest.parent) as name:
         tmp = Path(name)
         tree = tmp / "tree"
+        if source is not None:
+            check_given(source)
         if source is not None and source.is_dir():
             root = locate(source)
-            check_tree(root)
             for path in needed_files(root):
                 (tree / path).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(root / path, tree / path)
         else:
-            if source is not None:
-                check_archive(source)
             (tmp / "download").mkdir()
             archive = source or download(tmp / "download")
             with Bar("unpacking", None, unit="files") as bar:
