@@ -18,7 +18,6 @@ from quantize.config import (
     DEVICES,
     DTYPES,
     ORDERS,
-    RECIPES,
     Config,
     load_recipe,
 )

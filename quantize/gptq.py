@@ -249,9 +249,7 @@ def _reround(w: Tensor, grid: Grid, feedback: Tensor, order: Tensor) -> Tensor:
             if j + 1 < end:
                 left[j + 1 : end].addr_(feedback[j, j + 1 : end], error[j], alpha=-1)
         left[end:].addmm_(feedback[begin:end, end:].T, error[begin:end], alpha=-1)
-    result = torch.empty_like(t)
-    result[order] = t
-    return result.T.contiguous()
+    return t[reorder.inverse(order)].T.contiguous()
 
 
 def eliminate(hinv: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -97,7 +97,6 @@ def iterative_ternary_fitting(w: Tensor, t: Tensor, max_steps: int = 50) -> tupl
 
 
 def _itf(w: Tensor, t: Tensor, max_steps: int) -> tuple[Grid, Tensor]:
-    t = t.clone()
     alpha, mu = w.new_empty(w.shape[0]), w.new_empty(w.shape[0])
     rows = torch.arange(w.shape[0], device=w.device)
     now_w, now_t, w1 = w, t, w.sum(dim=1)
@@ -105,13 +104,17 @@ def _itf(w: Tensor, t: Tensor, max_steps: int) -> tuple[Grid, Tensor]:
         grid = _fit_grid(now_w, now_t, w1)
         new_t = round_to_grid(now_w, grid)
         changed = (new_t != now_t).any(dim=1)
-        alpha[rows], mu[rows] = grid
-        t[rows] = new_t
+        if rows.shape[0] == w.shape[0]:
+            (alpha, mu), t = grid, new_t
+        else:
+            alpha[rows], mu[rows] = grid
+            t[rows] = new_t
         left = int(changed.sum())
         if left == 0:
             break
         now_t = new_t
-        if 2 * left <= rows.shape[0]:
+        # A converged row stays as it is, so this only saves time; on a GPU it would not even that.
+        if w.device.type == "cpu" and 2 * left <= rows.shape[0]:
             rows, now_w, now_t, w1 = rows[changed], now_w[changed], new_t[changed], w1[changed]
     return Grid(alpha, mu), t
 
