@@ -25,44 +25,59 @@ Variant variant(const char * name, WeightLayout wl, ActLayout al) {
             }};
 }
 
+template <class F, class Math, int NW, int U, int S, int RT, int MC>
+Variant ring(const char * name, WeightLayout wl, ActLayout al, int ctas) {
+    constexpr int shared = Ring<F, Math, NW, U, S, RT>::SHARED;
+    std::string full = std::string(name) + " ring w" + std::to_string(NW) + "u" + std::to_string(U) + "s" + std::to_string(S) + "r" + std::to_string(RT) + "x" + std::to_string(ctas);
+    return {full, wl, al, Math::TOKENS,
+            [ctas](bool pdl, cudaStream_t st, const uint8_t * w, const uint4 * x, const ActHead * h, float * y, int M, int nb) {
+                static bool done = false;
+                auto f = decode_ring<F, Math, NW, U, S, RT, MC>;
+                if (!done) { CK(cudaFuncSetAttribute(f, cudaFuncAttributeMaxDynamicSharedMemorySize, shared)); done = true; }
+                int groups = ((M + 15) / 16 + RT - 1) / RT;
+                launch(pdl, f, dim3(std::min(groups, 132 * ctas)), dim3(NW * 32 + 32), shared, st, w, x, h, y, M, nb);
+            }};
+}
+
+#define RING(F, MATH, N, NW, U, S, RT, CTAS, name, wl, al) ring<F, MATH<N>, NW, U, S, RT, CTAS>(name, wl, al, CTAS)
 #define TQ2(F, MATH, N, NW, U, MC, name, wl, al) variant<F, MATH<N>, NW, U, MC>(name, wl, al)
 static std::vector<Variant> variants() {
     return {
-        TQ2(Tq2Tile, MathS8, 1, 4, 4, 6, "tq2 s8 tile", W_TILE2, ACT_S8),
-        TQ2(Tq2Tile, MathS8, 1, 8, 2, 4, "tq2 s8 tile", W_TILE2, ACT_S8),
-        TQ2(Tq2Tile, MathS8, 1, 8, 4, 3, "tq2 s8 tile", W_TILE2, ACT_S8),
-        TQ2(Tq2Tile, MathS8, 1, 16, 2, 2, "tq2 s8 tile", W_TILE2, ACT_S8),
-        TQ2(Tq2Tile, MathS8, 1, 16, 4, 1, "tq2 s8 tile", W_TILE2, ACT_S8),
-        TQ2(Tq2Tile, MathS8, 2, 8, 2, 4, "tq2 s8 tile", W_TILE2, ACT_S8),
-        TQ2(Tq2Tile, MathS8, 3, 8, 2, 4, "tq2 s8 tile", W_TILE2, ACT_S8),
-        TQ2(Tq2Tile, MathS8, 4, 8, 2, 4, "tq2 s8 tile", W_TILE2, ACT_S8),
-        TQ2(Tq2Tile, MathS8, 8, 8, 2, 4, "tq2 s8 tile", W_TILE2, ACT_S8),
-        TQ2(Tq2Tile, MathS8, 8, 8, 4, 2, "tq2 s8 tile", W_TILE2, ACT_S8),
-        TQ2(Tq2Tile, MathS8, 8, 16, 2, 2, "tq2 s8 tile", W_TILE2, ACT_S8),
-        TQ2(Tq2File, MathS8, 1, 8, 2, 4, "tq2 s8 FILE", W_FILE2, ACT_S8),
-        TQ2(Tq2File, MathS8, 1, 8, 4, 3, "tq2 s8 FILE", W_FILE2, ACT_S8),
-        TQ2(Tq2File, MathS8, 1, 16, 2, 2, "tq2 s8 FILE", W_FILE2, ACT_S8),
-        TQ2(Tq2File, MathS8, 8, 8, 4, 2, "tq2 s8 FILE", W_FILE2, ACT_S8),
-        TQ2(Tq2Tile, MathDp4a, 1, 8, 2, 4, "tq2 dp4a tile", W_TILE2, ACT_S8),
-        TQ2(Tq2Tile, MathDp4a, 1, 8, 4, 3, "tq2 dp4a tile", W_TILE2, ACT_S8),
-        TQ2(Tq2File, MathDp4a, 1, 8, 4, 3, "tq2 dp4a FILE", W_FILE2, ACT_S8),
-        TQ2(Tq2Tile, MathDp4a, 2, 8, 2, 4, "tq2 dp4a tile", W_TILE2, ACT_S8),
-        TQ2(Tq2Tile, MathDp4a, 4, 8, 2, 2, "tq2 dp4a tile", W_TILE2, ACT_S8),
-        TQ2(Tq2Tile, MathB1, 1, 4, 4, 6, "tq2 b1 planes", W_PLANES, ACT_B1),
-        TQ2(Tq2Tile, MathB1, 1, 8, 2, 4, "tq2 b1 planes", W_PLANES, ACT_B1),
-        TQ2(Tq2Tile, MathB1, 1, 8, 4, 3, "tq2 b1 planes", W_PLANES, ACT_B1),
-        TQ2(Tq2Tile, MathB1, 1, 16, 2, 2, "tq2 b1 planes", W_PLANES, ACT_B1),
-        TQ2(Tq2Tile, MathB1, 2, 8, 2, 4, "tq2 b1 planes", W_PLANES, ACT_B1),
-        TQ2(Tq2Tile, MathB1, 4, 8, 2, 3, "tq2 b1 planes", W_PLANES, ACT_B1),
-        TQ2(Tq2Tile, MathB1, 8, 8, 2, 2, "tq2 b1 planes", W_PLANES, ACT_B1),
-        TQ2(Tq1Tile, MathTq1, 1, 4, 4, 6, "tq1 s8 tile", W_TILE1, ACT_TQ1),
-        TQ2(Tq1Tile, MathTq1, 1, 8, 2, 4, "tq1 s8 tile", W_TILE1, ACT_TQ1),
-        TQ2(Tq1Tile, MathTq1, 1, 8, 4, 3, "tq1 s8 tile", W_TILE1, ACT_TQ1),
-        TQ2(Tq1Tile, MathTq1, 1, 16, 2, 2, "tq1 s8 tile", W_TILE1, ACT_TQ1),
-        TQ2(Tq1Tile, MathTq1, 2, 8, 2, 4, "tq1 s8 tile", W_TILE1, ACT_TQ1),
-        TQ2(Tq1Tile, MathTq1, 4, 8, 2, 4, "tq1 s8 tile", W_TILE1, ACT_TQ1),
-        TQ2(Tq1Tile, MathTq1, 5, 8, 2, 3, "tq1 s8 tile", W_TILE1, ACT_TQ1),
-        TQ2(Tq1Tile, MathTq1, 8, 8, 2, 3, "tq1 s8 tile", W_TILE1, ACT_TQ1),
+        TQ2(Tq2Tile, MathS8, 1, 8, 2, 4, "tq2 s8", W_TILE2, ACT_S8),
+        TQ2(Tq2Tile, MathDp4a, 1, 8, 2, 4, "tq2 dp4a", W_TILE2, ACT_S8),
+        RING(Tq2Tile, MathS8, 1, 16, 4, 4, 1, 1, "tq2 s8", W_TILE2, ACT_S8),
+        RING(Tq2Tile, MathS8, 1, 16, 2, 8, 1, 1, "tq2 s8", W_TILE2, ACT_S8),
+        RING(Tq2Tile, MathS8, 1, 8, 4, 4, 1, 2, "tq2 s8", W_TILE2, ACT_S8),
+        RING(Tq2Tile, MathS8, 1, 8, 2, 8, 1, 2, "tq2 s8", W_TILE2, ACT_S8),
+        RING(Tq2Tile, MathS8, 1, 16, 2, 4, 1, 1, "tq2 s8", W_TILE2, ACT_S8),
+        RING(Tq2Tile, MathS8, 1, 16, 2, 4, 2, 1, "tq2 s8", W_TILE2, ACT_S8),
+        RING(Tq2Tile, MathS8, 1, 8, 2, 4, 2, 2, "tq2 s8", W_TILE2, ACT_S8),
+        RING(Tq2Tile, MathDp4a, 1, 16, 2, 8, 1, 1, "tq2 dp4a", W_TILE2, ACT_S8),
+        RING(Tq2Tile, MathDp4a, 1, 8, 2, 8, 1, 2, "tq2 dp4a", W_TILE2, ACT_S8),
+        RING(Tq2Tile, MathB1, 1, 16, 2, 8, 1, 1, "tq2 b1", W_PLANES, ACT_B1),
+        RING(Tq2Tile, MathB1, 1, 8, 4, 4, 1, 2, "tq2 b1", W_PLANES, ACT_B1),
+        RING(Tq2Tile, MathB1, 1, 8, 2, 8, 1, 2, "tq2 b1", W_PLANES, ACT_B1),
+        TQ2(Tq2Tile, MathS8, 8, 8, 2, 4, "tq2 s8", W_TILE2, ACT_S8),
+        RING(Tq2Tile, MathS8, 2, 8, 2, 4, 2, 2, "tq2 s8", W_TILE2, ACT_S8),
+        RING(Tq2Tile, MathS8, 4, 8, 2, 4, 2, 2, "tq2 s8", W_TILE2, ACT_S8),
+        RING(Tq2Tile, MathS8, 8, 8, 2, 4, 2, 2, "tq2 s8", W_TILE2, ACT_S8),
+        RING(Tq2Tile, MathS8, 8, 8, 2, 8, 1, 2, "tq2 s8", W_TILE2, ACT_S8),
+        RING(Tq2Tile, MathS8, 8, 16, 1, 4, 4, 1, "tq2 s8", W_TILE2, ACT_S8),
+        RING(Tq2Tile, MathS8, 8, 8, 1, 4, 4, 2, "tq2 s8", W_TILE2, ACT_S8),
+        RING(Tq2Tile, MathS8, 8, 16, 2, 4, 2, 1, "tq2 s8", W_TILE2, ACT_S8),
+        TQ2(Tq1Tile, MathTq1, 1, 8, 2, 4, "tq1 s8", W_TILE1, ACT_TQ1),
+        RING(Tq1Tile, MathTq1, 1, 16, 2, 8, 1, 1, "tq1 s8", W_TILE1, ACT_TQ1),
+        RING(Tq1Tile, MathTq1, 1, 8, 2, 8, 1, 2, "tq1 s8", W_TILE1, ACT_TQ1),
+        RING(Tq1Tile, MathTq1, 1, 8, 2, 4, 2, 2, "tq1 s8", W_TILE1, ACT_TQ1),
+        RING(Tq1Tile, MathTq1, 1, 16, 2, 4, 2, 1, "tq1 s8", W_TILE1, ACT_TQ1),
+        RING(Tq1Tile, MathTq1, 2, 8, 2, 4, 2, 2, "tq1 s8", W_TILE1, ACT_TQ1),
+        RING(Tq1Tile, MathTq1, 4, 8, 2, 4, 2, 2, "tq1 s8", W_TILE1, ACT_TQ1),
+        RING(Tq1Tile, MathTq1, 8, 8, 1, 4, 4, 2, "tq1 s8", W_TILE1, ACT_TQ1),
+        RING(Tq1Tile, MathTq1, 8, 8, 2, 4, 2, 2, "tq1 s8", W_TILE1, ACT_TQ1),
+        RING(Tq1Tile, MathCodes, 1, 8, 2, 4, 2, 2, "tq1 digits", W_TILE1, ACT_TQ1_PLAIN),
+        RING(Tq1Tile, MathCodes, 4, 8, 2, 4, 2, 2, "tq1 digits", W_TILE1, ACT_TQ1_PLAIN),
+        RING(Tq1Tile, MathCodes, 8, 8, 2, 4, 2, 2, "tq1 digits", W_TILE1, ACT_TQ1_PLAIN),
+        RING(Tq1Tile, MathCodes, 8, 8, 1, 4, 4, 2, "tq1 digits", W_TILE1, ACT_TQ1_PLAIN),
     };
 }
 
@@ -78,6 +93,7 @@ static void pack_act(bool pdl, ActLayout l, cudaStream_t st, const float * x, ui
     dim3 grid(K / QK, n);
     if (l == ACT_S8) launch(pdl, quantize_act<ACT_S8>, grid, 128, 0, st, x, out, h, K, n);
     if (l == ACT_B1) launch(pdl, quantize_act<ACT_B1>, grid, 128, 0, st, x, out, h, K, n);
+    if (l == ACT_TQ1_PLAIN) launch(pdl, quantize_act<ACT_TQ1_PLAIN>, grid, 128, 0, st, x, out, h, K, n);
     if (l == ACT_TQ1) launch(pdl, quantize_act<ACT_TQ1>, grid, 128, 0, st, x, out, h, K, n);
 }
 static size_t weight_bytes(WeightLayout l, const Problem & p) {
@@ -108,7 +124,7 @@ static int check() {
                     bool ok = !e.unwritten && e.vs_quant < 2e-6;
                     bad += !ok;
                     if (!ok || (data == RANDOM && p.M == 4096))
-                        printf("%s %-22s n=%d %dx%d %-13s vs int8 ref %.1e, vs float ref %.1e%s\n", ok ? "ok  " : "FAIL",
+                        printf("%s %-28s n=%d %dx%d %-13s vs int8 ref %.1e, vs float ref %.1e%s\n", ok ? "ok  " : "FAIL",
                                v.name.c_str(), n, p.M, p.K, data_name(data), e.vs_quant, e.vs_true, e.unwritten ? " UNWRITTEN" : "");
                 }
             for (auto & q : w) cudaFree(q);
@@ -130,13 +146,13 @@ static void bench(bool quick) {
     double rate = (double) big / stream_us(big, 1, false) / 1e3;  // GB/s
     printf("streaming read of 4 GiB: %.0f GB/s; again %.0f GB/s\n", rate, (double) big / stream_us(big, 1, false) / 1e3);
     int shapes[][2] = {{4096, 4096}, {11008, 4096}, {4096, 11008}, {8192, 8192}, {22016, 8192}, {8192, 22016}, {12288, 4096}, {44032, 8192}};
-    printf("%-12s %-24s %2s %4s %9s %8s %6s %6s %7s\n", "rows x cols", "kernel", "n", "pdl", "us", "GB/s", "large", "same", "TOPS");
+    printf("%-12s %-28s %2s %4s %9s %8s %6s %6s %7s\n", "rows x cols", "kernel", "n", "pdl", "us", "GB/s", "large", "same", "TOPS");
     for (auto & sh : shapes) {
         Problem p(sh[0], sh[1], 8, RANDOM, 99);
         size_t unit_b = weight_bytes(W_TILE2, p);
         int copies = std::max(4, (int) (pool / unit_b));
         double same = stream_us(unit_b, std::min(copies, (int) (big / unit_b)), false);
-        printf("%5dx%-6d %-24s %2s %4s %9.2f %8.0f %6.2f\n", p.M, p.K, "plain read, same bytes", "", "", same, unit_b / same / 1e3, unit_b / same / 1e3 / rate);
+        printf("%5dx%-6d %-28s %2s %4s %9.2f %8.0f %6.2f\n", p.M, p.K, "plain read, same bytes", "", "", same, unit_b / same / 1e3, unit_b / same / 1e3 / rate);
         uint8_t *w, *x, *x2; float * y; ActHead * h;
         CK(cudaMalloc(&w, unit_b * copies)); CK(cudaMalloc(&x, (size_t) p.K * 16)); CK(cudaMalloc(&x2, (size_t) p.K * 16));
         CK(cudaMalloc(&y, (size_t) p.M * 8 * 4)); CK(cudaMalloc(&h, p.nb * 8 * sizeof(ActHead)));
@@ -157,7 +173,7 @@ static void bench(bool quick) {
                     for (int pdl = 0; pdl < (quick ? 1 : 2); pdl++) {
                         double us = time_graph(copies, [&](int i, cudaStream_t st) { v.run(pdl, st, w + wb * i, (const uint4 *) x, h, y, p.M, p.nb); });
                         double gbs = v.bytes(p.M, p.K) / us / 1e3;
-                        printf("%5dx%-6d %-24s %2d %4d %9.2f %8.0f %6.3f %6.3f %7.1f\n", p.M, p.K, v.name.c_str(), n, pdl, us, gbs,
+                        printf("%5dx%-6d %-28s %2d %4d %9.2f %8.0f %6.3f %6.3f %7.1f\n", p.M, p.K, v.name.c_str(), n, pdl, us, gbs,
                                gbs / rate, gbs / (unit_b / same / 1e3), 2.0 * p.M * p.K * n / us / 1e6);
                     }
                 }
@@ -172,7 +188,7 @@ static void bench(bool quick) {
                     pack_act(pdl, v.act, st, p.x, (i & 1) ? x2 : x, h, p.K, 1);
                     v.run(pdl, st, w + unit_b * i, (const uint4 *) ((i & 1) ? x2 : x), h, y, p.M, p.nb);
                 });
-                printf("%5dx%-6d %-24s %2d %4d %9.2f %8.0f %6.3f\n", p.M, p.K, (v.name + "+quant").c_str(), 1, pdl, us, unit_b / us / 1e3, unit_b / us / 1e3 / rate);
+                printf("%5dx%-6d %-28s %2d %4d %9.2f %8.0f %6.3f\n", p.M, p.K, (v.name + "+quant").c_str(), 1, pdl, us, unit_b / us / 1e3, unit_b / us / 1e3 / rate);
             }
         }
         cudaFree(w); cudaFree(x); cudaFree(x2); cudaFree(y); cudaFree(h);

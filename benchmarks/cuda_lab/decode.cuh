@@ -25,6 +25,11 @@ __device__ __forceinline__ void pdl_launch() { asm volatile("griddepcontrol.laun
 // Weights are read once: past L1, and first out of L2.
 template <class T> __device__ __forceinline__ T ld_stream(const void * p) { return __ldcs((const T *) p); }
 
+__device__ __forceinline__ ActHead ld_head(const ActHead * h) {
+    uint4 v = __ldg((const uint4 *) h);
+    return {__uint_as_float(v.x), __uint_as_float(v.y), (int) v.z, 0};
+}
+
 // An int below 2^22 added to this, read as float, is exactly 1.5 * 2^23 + int: no slow conversion.
 constexpr int MAGIC_INT = 0x4B400000;
 constexpr float MAGIC_FLOAT = 12582912.0f;
@@ -42,7 +47,12 @@ __device__ __forceinline__ Scales unpack_scales(uint2 s) {
 struct Tq2Tile {
     static constexpr int BLOCK_BYTES = 36;
     struct W { uint4 c; uint2 s; };
+    static constexpr int SCALES = 512;
     static constexpr int STEP = 576;  // bytes from one block to the next
+    static __device__ __forceinline__ void load_shared(W & w, const uint8_t * block, int lane) {
+        w.c = *(const uint4 *) (block + lane * 16);
+        w.s = *(const uint2 *) (block + 512 + (lane >> 2) * 8);
+    }
     struct Ptr {
         const uint8_t *c, *s;
         __device__ __forceinline__ Ptr(const uint8_t * base, int tile, int nb, int lane, int) {
@@ -56,6 +66,15 @@ struct Tq2Tile {
         }
     };
 };
+
+// The codes 0..2 of rows g (r = 0) and g + 8 as the A words of four m16n8k32: word 2i, 2i+1 for the i-th.
+__device__ __forceinline__ void unpack_codes(uint32_t (&a)[2][8], const Tq2Tile::W & w) {
+#pragma unroll
+    for (int p = 0; p < 4; p++) {
+        a[0][2 * p] = (w.c.x >> (2 * p)) & 0x03030303; a[1][2 * p] = (w.c.y >> (2 * p)) & 0x03030303;
+        a[0][2 * p + 1] = (w.c.z >> (2 * p)) & 0x03030303; a[1][2 * p + 1] = (w.c.w >> (2 * p)) & 0x03030303;
+    }
+}
 
 // ---- TQ2_1, the file's layout, read as it is ------------------------------------------------------
 struct Tq2File {
@@ -86,7 +105,14 @@ struct Tq2File {
 struct Tq1Tile {
     static constexpr int BLOCK_BYTES = 30;
     struct W { uint2 a; uint32_t c; uint32_t e; uint2 s; };
+    static constexpr int SCALES = 384;
     static constexpr int STEP = 480;
+    static __device__ __forceinline__ void load_shared(W & w, const uint8_t * block, int lane) {
+        w.a = *(const uint2 *) (block + lane * 8);
+        w.c = *(const uint32_t *) (block + 256 + lane * 4);
+        w.s = *(const uint2 *) (block + 384 + (lane >> 2) * 8);
+        w.e = block[448 + lane];
+    }
     struct Ptr {
         const uint8_t *a, *c, *s, *e;
         __device__ __forceinline__ Ptr(const uint8_t * base, int tile, int nb, int lane, int) {
@@ -105,6 +131,25 @@ struct Tq1Tile {
     };
 };
 
+// As above. Digit k of each byte is y_k - 3 y_(k-1), and as every such difference is 0..2, one 32-bit
+// multiply-add does it for four bytes at once: nothing is borrowed from the byte above.
+__device__ __forceinline__ void unpack_codes(uint32_t (&a)[2][8], const Tq1Tile::W & w) {
+    uint32_t e = w.e | (w.e << 6), cl = w.c & 0x00ff00ff, ch = __byte_perm(w.c, 0, 0x4341);
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        uint32_t v = r ? w.a.y : w.a.x, lo = v & 0x00ff00ff, hi = __byte_perm(v, 0, 0x4341), c = r ? ch : cl;
+        uint32_t y1 = __byte_perm(lo * 3, hi * 3, 0x7351), y2 = __byte_perm(lo * 9, hi * 9, 0x7351),
+                 y3 = __byte_perm(lo * 27, hi * 27, 0x7351), y4 = __byte_perm(lo * 81, hi * 81, 0x7351),
+                 y5 = __byte_perm(lo * 243, hi * 243, 0x7351);
+        a[r][0] = y1; a[r][1] = y2 - 3 * y1; a[r][2] = y3 - 3 * y2; a[r][3] = y4 - 3 * y3; a[r][4] = y5 - 3 * y4;
+        uint32_t c12 = __byte_perm(c * 3, c * 9, 0x7531), c34 = __byte_perm(c * 27, c * 81, 0x7531),
+                 c5e = __byte_perm(c * 243, (e >> (4 * r)) & 0x0303, 0x5431);
+        a[r][5] = c12 * (1u - 3u * 65536u);
+        a[r][6] = c34 * (1u - 3u * 65536u) - 3 * (c12 >> 16);
+        a[r][7] = c5e - 3 * (c34 >> 16);
+    }
+}
+
 // ---- arithmetic: s8 tensor cores on two-bit codes -------------------------------------------------
 // The codes are masked where they lie, not shifted: plane p then counts 4^p fold, and one chain of
 // multiply-adds puts the four sums together once per block.
@@ -114,14 +159,17 @@ template <int N> struct MathS8 {
     static constexpr int X_BYTES = 128;            // activations of one token and block
     static constexpr int TOKENS = N;
     static __device__ __forceinline__ int column(int t, int i) { return N == 1 ? t : 2 * t + i; }
-    template <class W> static __device__ __forceinline__ void block(float (&acc)[2][NA], const W & w, const uint4 * x,
-                                                                    const ActHead * head, int lane) {
+    struct X { uint4 x0, x1; ActHead h[NA]; };
+    static __device__ __forceinline__ void load_x(X & v, const uint4 * x, const ActHead * head, int lane) {
         int g = lane >> 2, t = lane & 3;
         const uint4 * xb = x + min(g, N - 1) * 4 + t;
-        uint4 x0 = __ldg(xb), x1 = __ldg(xb + N * 4);
-        ActHead h[NA];
+        v.x0 = __ldg(xb); v.x1 = __ldg(xb + N * 4);
 #pragma unroll
-        for (int i = 0; i < NA; i++) h[i] = head[min(2 * t + i, N - 1)];
+        for (int i = 0; i < NA; i++) v.h[i] = ld_head(head + min(2 * t + i, N - 1));
+    }
+    template <class W> static __device__ __forceinline__ void block(float (&acc)[2][NA], const W & w, const X & v_, int) {
+        const uint4 &x0 = v_.x0, &x1 = v_.x1;
+        const ActHead (&h)[NA] = v_.h;
         int c0[4] = {}, c1[4] = {}, c2[4] = {}, c3[4] = {};
         mma_u8s8(c0, w.c.x & 0x03030303, w.c.y & 0x03030303, w.c.z & 0x03030303, w.c.w & 0x03030303, x0.x, x0.y);
         mma_u8s8(c1, w.c.x & 0x0c0c0c0c, w.c.y & 0x0c0c0c0c, w.c.z & 0x0c0c0c0c, w.c.w & 0x0c0c0c0c, x0.z, x0.w);
@@ -148,14 +196,22 @@ template <int N> struct MathDp4a {
     static constexpr int X_BYTES = 128;
     static constexpr int TOKENS = N;
     static __device__ __forceinline__ int column(int, int i) { return i; }
-    template <class W> static __device__ __forceinline__ void block(float (&acc)[2][NA], const W & w, const uint4 * x,
-                                                                    const ActHead * head, int lane) {
+    struct X { uint4 x0[N], x1[N]; ActHead h[N]; };
+    static __device__ __forceinline__ void load_x(X & v, const uint4 * x, const ActHead * head, int lane) {
+        int t = lane & 3;
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            v.x0[i] = __ldg(x + i * 4 + t); v.x1[i] = __ldg(x + (N + i) * 4 + t);
+            v.h[i] = ld_head(head + i);
+        }
+    }
+    template <class W> static __device__ __forceinline__ void block(float (&acc)[2][NA], const W & w, const X & v_, int lane) {
         int t = lane & 3;
         Scales s = unpack_scales(w.s);
 #pragma unroll
         for (int i = 0; i < NA; i++) {
-            uint4 x0 = __ldg(x + i * 4 + t), x1 = __ldg(x + (N + i) * 4 + t);
-            ActHead h = head[i];
+            const uint4 &x0 = v_.x0[i], &x1 = v_.x1[i];
+            const ActHead & h = v_.h[i];
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 uint32_t lo = r ? w.c.y : w.c.x, hi = r ? w.c.w : w.c.z;
@@ -179,15 +235,19 @@ template <int N> struct MathB1 {
     static constexpr int X_BYTES = 128;
     static constexpr int TOKENS = N;
     static __device__ __forceinline__ int column(int, int i) { return i; }
-    template <class W> static __device__ __forceinline__ void block(float (&acc)[2][NA], const W & w, const uint4 * x,
-                                                                    const ActHead * head, int lane) {
+    struct X { uint32_t x[N]; ActHead h[N]; };
+    static __device__ __forceinline__ void load_x(X & v, const uint4 * x, const ActHead * head, int lane) {
+#pragma unroll
+        for (int i = 0; i < N; i++) { v.x[i] = __ldg((const uint32_t *) x + i * 32 + lane); v.h[i] = ld_head(head + i); }
+    }
+    template <class W> static __device__ __forceinline__ void block(float (&acc)[2][NA], const W & w, const X & v_, int lane) {
         int t = lane & 3;
         int w0 = 1 << (2 * t), w1 = t == 3 ? -128 : 2 << (2 * t);
         Scales s = unpack_scales(w.s);
 #pragma unroll
         for (int i = 0; i < NA; i++) {
-            uint32_t xb = __ldg((const uint32_t *) x + i * 32 + lane);
-            ActHead h = head[i];
+            uint32_t xb = v_.x[i];
+            const ActHead & h = v_.h[i];
             int c[4] = {};
             mma_b1(c, w.c, xb);
             int start = MAGIC_INT + (t ? 0 : h.neg_isum);
@@ -213,17 +273,22 @@ template <int N> struct MathTq1 {
     static constexpr int X_BYTES = 256;
     static constexpr int TOKENS = N;
     static __device__ __forceinline__ int column(int t, int i) { return t + 4 * i; }
-    template <class W> static __device__ __forceinline__ void block(float (&acc)[2][NA], const W & w, const uint4 * x,
-                                                                    const ActHead * head, int lane) {
+    struct X { uint4 x0[NG], x1[NG]; ActHead h[NG]; };
+    static __device__ __forceinline__ void load_x(X & v, const uint4 * x, const ActHead * head, int lane) {
         int g = lane >> 2, t = lane & 3;
-        int c[NG][4];
-        ActHead h[NG];
-        uint4 x0[NG], x1[NG];
 #pragma unroll
         for (int i = 0; i < NG; i++) {
             const uint4 * xb = x + min(g + 8 * i, 2 * N - 1) * 4 + t;
-            x0[i] = __ldg(xb); x1[i] = __ldg(xb + 2 * N * 4);
-            h[i] = head[min(t + 4 * i, N - 1)];
+            v.x0[i] = __ldg(xb); v.x1[i] = __ldg(xb + 2 * N * 4);
+            v.h[i] = ld_head(head + min(t + 4 * i, N - 1));
+        }
+    }
+    template <class W> static __device__ __forceinline__ void block(float (&acc)[2][NA], const W & w, const X & v_, int) {
+        int c[NG][4];
+        const ActHead (&h)[NG] = v_.h;
+        const uint4 (&x0)[NG] = v_.x0, (&x1)[NG] = v_.x1;
+#pragma unroll
+        for (int i = 0; i < NG; i++) {
             c[i][0] = c[i][1] = c[i][2] = c[i][3] = 0;
         }
         uint32_t al = w.a.x & 0x00ff00ff, ah = __byte_perm(w.a.x, 0, 0x4341);
@@ -254,6 +319,31 @@ template <int N> struct MathTq1 {
                 float f = __int_as_float(c[i][2 * r] - 3 * c[i][2 * r + 1] + (h[i].neg_isum + MAGIC_INT)) - MAGIC_FLOAT;
                 acc[r][i] += (s.alpha[r] * h[i].d) * f;
                 acc[r][i] += s.mu[r] * h[i].sum;
+            }
+    }
+};
+
+// ---- arithmetic: s8 tensor cores on codes taken out one by one (either type) ------------------------
+template <int N> struct MathCodes : MathS8<N> {
+    using Base = MathS8<N>;
+    using typename Base::X;
+    static constexpr int NA = Base::NA;
+    template <class W> static __device__ __forceinline__ void block(float (&acc)[2][NA], const W & w, const X & v, int) {
+        uint32_t a[2][8];
+        unpack_codes(a, w);
+        int c[4] = {};
+        mma_u8s8(c, a[0][0], a[1][0], a[0][1], a[1][1], v.x0.x, v.x0.y);
+        mma_u8s8(c, a[0][2], a[1][2], a[0][3], a[1][3], v.x0.z, v.x0.w);
+        mma_u8s8(c, a[0][4], a[1][4], a[0][5], a[1][5], v.x1.x, v.x1.y);
+        mma_u8s8(c, a[0][6], a[1][6], a[0][7], a[1][7], v.x1.z, v.x1.w);
+        Scales s = unpack_scales(w.s);
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+#pragma unroll
+            for (int i = 0; i < NA; i++) {
+                float f = __int_as_float(c[r * 2 + i] + (v.h[i].neg_isum + MAGIC_INT)) - MAGIC_FLOAT;
+                acc[r][i] += (s.alpha[r] * v.h[i].d) * f;
+                acc[r][i] += s.mu[r] * v.h[i].sum;
             }
     }
 };
@@ -289,7 +379,11 @@ decode(const uint8_t * __restrict__ weights, const uint4 * __restrict__ x, const
         fetch(next);
 #pragma unroll
         for (int u = 0; u < U; u++)
-            if (u < now) Math::block(acc, w[u], x + u * XS, head + u * n, lane);
+            if (u < now) {
+                typename Math::X v;
+                Math::load_x(v, x + u * XS, head + u * n, lane);
+                Math::block(acc, w[u], v, lane);
+            }
         x += NW * U * XS;
         head += NW * U * n;
 #pragma unroll
@@ -314,8 +408,129 @@ decode(const uint8_t * __restrict__ weights, const uint4 * __restrict__ x, const
     }
 }
 
+// ---- the same with bulk copies: every warp keeps a ring of its own in shared memory -----------------
+// Thread blocks stay for the whole kernel; each takes a run of row groups (RT tiles of 16 rows), its
+// warps take the chunks of U blocks in turn, and one more warp adds the warps' sums up, so that the
+// streaming never stops at the end of a row.
+__device__ __forceinline__ uint32_t smem_addr(const void * p) { return (uint32_t) __cvta_generic_to_shared(p); }
+__device__ __forceinline__ void mbar_init(uint64_t * b, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_addr(b)), "r"(count));
+}
+__device__ __forceinline__ void mbar_expect(uint64_t * b, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_addr(b)), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void mbar_arrive(uint64_t * b) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_addr(b)) : "memory");
+}
+__device__ __forceinline__ void mbar_wait(uint64_t * b, int parity) {
+    asm volatile("{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@!p bra again;\n}"
+                 ::"r"(smem_addr(b)), "r"(parity) : "memory");
+}
+__device__ __forceinline__ void bulk_copy(void * dst, const void * src, int bytes, uint64_t * b) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"(smem_addr(dst)), "l"(src), "r"(bytes), "r"(smem_addr(b)) : "memory");
+}
+
+template <class Format, class Math, int NW, int U, int S, int RT>
+struct Ring {
+    static constexpr int STAGE = RT * U * Format::STEP, N = Math::TOKENS;
+    static constexpr int PART = NW * RT * 16 * N;  // floats
+    static constexpr int SHARED = NW * S * STAGE + 2 * PART * 4 + (NW * S + 4) * 8;
+};
+
+template <class Format, class Math, int NW, int U, int S, int RT, int MIN_CTAS>
+__global__ void __launch_bounds__(NW * 32 + 32, MIN_CTAS)
+decode_ring(const uint8_t * __restrict__ weights, const uint4 * __restrict__ x, const ActHead * __restrict__ head,
+            float * __restrict__ y, int M, int nb) {
+    using R = Ring<Format, Math, NW, U, S, RT>;
+    constexpr int NA = Math::NA, n = Math::TOKENS, XS = n * Math::X_BYTES / 16;
+    extern __shared__ __align__(128) uint8_t shared[];
+    float * part = (float *) (shared + NW * S * R::STAGE);
+    uint64_t * bars = (uint64_t *) (part + 2 * R::PART), *full = bars + NW * S, *empty = full + 2;
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
+    int tiles = (M + 15) / 16, groups = (tiles + RT - 1) / RT;
+    int first = (int) ((long) groups * blockIdx.x / gridDim.x), count = (int) ((long) groups * (blockIdx.x + 1) / gridDim.x) - first;
+    int chunks = (nb + U - 1) / U, total = count * chunks;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < NW * S; i++) mbar_init(bars + i, 1);
+        for (int i = 0; i < 2; i++) { mbar_init(full + i, NW); mbar_init(empty + i, 1); }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+    pdl_launch();
+    if (warp == NW) {  // adds up the warps' sums of each group
+        for (int i = 0; i < count; i++) {
+            float * p = part + (i & 1) * R::PART;
+            mbar_wait(full + (i & 1), (i >> 1) & 1);
+            for (int j = lane; j < RT * 16 * n; j += 32) {
+                float v = 0;
+#pragma unroll
+                for (int k = 0; k < NW; k++) v += p[k * RT * 16 * n + j];
+                int row = (first + i) * RT * 16 + j % (RT * 16);
+                if (row < M) y[(size_t) (j / (RT * 16)) * M + row] = v;
+            }
+            __syncwarp();
+            if (lane == 0) mbar_arrive(empty + (i & 1));
+        }
+        return;
+    }
+    uint8_t * ring = shared + warp * S * R::STAGE;
+    uint64_t * ready = bars + warp * S;
+    auto issue = [&](int q, int slot) {  // lane 0 only
+        int gi = q / chunks, c = q % chunks, blocks = min(U, nb - c * U), tile0 = (first + gi) * RT;
+        int live = min(RT, tiles - tile0);
+        mbar_expect(ready + slot, live * blocks * Format::STEP);
+        for (int r = 0; r < live; r++)
+            bulk_copy(ring + slot * R::STAGE + r * U * Format::STEP,
+                      weights + ((size_t) (tile0 + r) * nb + c * U) * Format::STEP, blocks * Format::STEP, ready + slot);
+    };
+    if (lane == 0)
+        for (int s = 0; s < S; s++)
+            if (warp + s * NW < total) issue(warp + s * NW, s);
+    pdl_wait();
+    int q = warp, slot = 0, phase = 0;
+    for (int gi = 0; gi < count; gi++) {
+        float acc[RT][2][NA] = {};
+        for (; q < (gi + 1) * chunks; q += NW) {
+            int c = q - gi * chunks, blocks = nb - c * U;
+            typename Math::X v[U];
+#pragma unroll
+            for (int u = 0; u < U; u++)
+                if (u < blocks) Math::load_x(v[u], x + (size_t) (c * U + u) * XS, head + (c * U + u) * n, lane);
+            mbar_wait(ready + slot, phase);
+#pragma unroll
+            for (int u = 0; u < U; u++)
+                if (u < blocks)
+#pragma unroll
+                    for (int r = 0; r < RT; r++) {
+                        typename Format::W w;
+                        Format::load_shared(w, ring + slot * R::STAGE + (r * U + u) * Format::STEP, lane);
+                        Math::block(acc[r], w, v[u], lane);
+                    }
+            __syncwarp();
+            if (lane == 0 && q + S * NW < total) issue(q + S * NW, slot);
+            if (++slot == S) { slot = 0; phase ^= 1; }
+        }
+        if (gi >= 2) mbar_wait(empty + (gi & 1), ((gi >> 1) - 1) & 1);
+        float * p = part + (gi & 1) * R::PART + warp * RT * 16 * n;
+#pragma unroll
+        for (int r = 0; r < RT; r++)
+#pragma unroll
+            for (int k = 0; k < 2; k++)
+#pragma unroll
+                for (int i = 0; i < NA; i++) {
+                    float a = acc[r][k][i];
+                    if (Math::SUM_T) { a += __shfl_xor_sync(~0u, a, 1); a += __shfl_xor_sync(~0u, a, 2); }
+                    int col = Math::column(t, i);
+                    if (col < n && (!Math::SUM_T || t == 0)) p[col * RT * 16 + r * 16 + g + 8 * k] = a;
+                }
+        __syncwarp();
+        if (lane == 0) mbar_arrive(full + (gi & 1));
+    }
+}
+
 // ---- activations: float to the layouts above; one thread per element, one thread block per (block, token)
-enum ActLayout { ACT_S8, ACT_B1, ACT_TQ1 };
+enum ActLayout { ACT_S8, ACT_B1, ACT_TQ1, ACT_TQ1_PLAIN };  // the last: base-3 order, x only
 
 // Where element e of a block lies for the s8 fragments: [half][token][t] 16 bytes.
 __device__ __forceinline__ size_t s8_offset(int b, int n, int tok, int e) {
@@ -359,6 +574,11 @@ __global__ void __launch_bounds__(128) quantize_act(const float * __restrict__ x
             uint32_t m = __ballot_sync(~0u, (q >> bit) & 1);
             if (lane == bit) ((uint32_t *) out)[((size_t) b * n + tok) * 32 + bit * 4 + warp] = m;
         }
+    }
+    if (LAYOUT == ACT_TQ1_PLAIN) {
+        int word, byte;
+        tq1_slot(lane, word, byte);
+        out[(((size_t) b * 2 + (word >> 2)) * n + tok) * 64 + warp * 16 + (word & 3) * 4 + byte] = q;
     }
     if (LAYOUT == ACT_TQ1) {
         int word, byte;
