@@ -1,0 +1,231 @@
+"""Baselines: other quantisations of the same model, made by llama.cpp's own tools, and cached.
+
+HF folder --convert_hf_to_gguf.py--> BF16 GGUF --llama-quantize--> Q2_K, IQ1_M, ...
+                                     calibration text --llama-imatrix--> importance matrix
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from llamacpp_bench.gguf_info import GGUFInfo, read_gguf
+from llamacpp_bench.process import run_tool
+from llamacpp_bench.tools import ToolBox, cache_dir
+from quantize.common import PT2Error, atomic_path, sha256_file
+
+# The names llama-quantize takes (tools/quantize/quantize.cpp), upper case.
+QUANTIZE_TYPES = (
+    *("F32", "F16", "BF16", "Q1_0", "Q2_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
+    *("Q2_K", "Q2_K_S", "Q3_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K", "Q4_K_S", "Q4_K_M"),
+    *("Q5_K", "Q5_K_S", "Q5_K_M", "Q6_K", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M"),
+    *("IQ3_XXS", "IQ3_XS", "IQ3_S", "IQ3_M", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4_MOE"),
+)
+# Types that llama-quantize refuses to make without an importance matrix (src/llama-quant.cpp).
+NEEDS_IMATRIX = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "Q2_K_S")
+FLOAT_TYPES = ("F32", "F16", "BF16")
+IMATRIX_CHUNKS = 200
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One baseline: a `type` of llama-quantize, or a `file` that exists."""
+
+    type: str | None = None
+    file: Path | None = None
+
+    @property
+    def label(self) -> str:
+        return self.type or (self.file.stem if self.file else "?")
+
+
+def parse_baselines(text: str) -> list[Wanted]:
+    """`"q2_k,iq1_m,other.gguf"` -> what is wanted, in order; `"none"` -> nothing.
+
+    Raises:
+        PT2Error: a word is neither a type llama-quantize knows nor a .gguf file.
+    """
+    wanted = []
+    for word in filter(None, (w.strip() for w in text.split(","))):
+        if word.lower() == "none":
+            continue
+        if word.endswith(".gguf"):
+            wanted.append(Wanted(file=Path(word)))
+        elif word.upper() in QUANTIZE_TYPES:
+            wanted.append(Wanted(type=word.upper()))
+        else:
+            known = ", ".join(QUANTIZE_TYPES)
+            raise PT2Error(f"unknown baseline {word!r}: a .gguf file, none, or one of {known}")
+    return wanted
+
+
+def find_source(models: list[GGUFInfo], given: str | Path | None) -> Path:
+    """The full-precision model: what was given, else the folder that a model's metadata names.
+
+    Raises:
+        PT2Error: none is given or named, or it is not there.
+    """
+    if given is not None:
+        path = Path(given)
+        if not path.exists():
+            raise PT2Error(f"{path}: no such GGUF file or Hugging Face folder; mend --source")
+        return path
+    for info in models:
+        for folder in _named_sources(info):
+            if (folder / "config.json").is_file():
+                return folder
+    names = ", ".join(i.path.name for i in models)
+    raise PT2Error(
+        f"no full-precision source for the baselines of {names}: give --source (an F16/BF16 GGUF "
+        "or the Hugging Face folder), --baseline other.gguf, or --baseline none"
+    )
+
+
+def _named_sources(info: GGUFInfo) -> list[Path]:
+    """Folders of the original model that the exporter may have written into the metadata."""
+    names = []
+    try:
+        settings = json.loads(info.metadata.get("pt2.settings", "{}"))
+        names += [settings.get(k) for k in ("model_dir", "model", "source")]
+    except (ValueError, TypeError, AttributeError):
+        pass
+    names.append(info.metadata.get("pt2.source"))
+    return [Path(n) for n in names if isinstance(n, str) and n]
+
+
+def source_gguf(source: Path, say: Say) -> GGUFInfo:
+    """The source as a GGUF file: itself, or converted once by llama.cpp's converter and cached.
+
+    Raises:
+        PT2Error: neither a float GGUF nor a model folder, or the conversion failed.
+    """
+    if source.is_file():
+        info = read_gguf(source)
+        if info.main_type() not in FLOAT_TYPES:
+            raise PT2Error(
+                f"{source} is {info.main_type()}, not F16, BF16 or F32; quantising it again would "
+                "make a baseline worse than it is: give the full-precision file"
+            )
+        return info
+    if not (source / "config.json").is_file():
+        raise PT2Error(f"{source} has no config.json; give a Hugging Face model folder or a GGUF")
+    final = cache_dir() / f"{source.resolve().name}-{folder_key(source)}-bf16.gguf"
+    if not final.is_file():
+        say(f"converting {source.name} to BF16")
+        _convert(source, final)
+    return read_gguf(final)
+
+
+def folder_key(folder: Path) -> str:
+    """A key of a model folder: names, sizes and times of the files that the converter reads."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.suffix in (".json", ".safetensors", ".model", ".bin", ".txt"):
+            stat = path.stat()
+            digest.update(f"{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:12]
+
+
+def _convert(source: Path, final: Path) -> None:
+    from third_party.pt2_llama.api import source_dir
+
+    script = source_dir() / "convert_hf_to_gguf.py"
+    with atomic_path(final) as tmp:
+        argv = [
+            sys.executable,
+            str(script),
+            str(source),
+            "--outtype",
+            "bf16",
+            "--outfile",
+            str(tmp),
+        ]
+        env = {**os.environ, "PYTHONPATH": str(script.parent / "gguf-py")}
+        run_tool(argv, env, final.with_suffix(".log"))
+
+
+def same_model(a: GGUFInfo, b: GGUFInfo) -> None:
+    """Check that a source and a model have the same shape.
+
+    Raises:
+        PT2Error: they differ; both values are named.
+    """
+    for key in ("block_count", "embedding_length", "feed_forward_length", "attention.head_count"):
+        x, y = a.hparam(key), b.hparam(key)
+        if x != y:
+            raise PT2Error(
+                f"{b.path} is not the source of {a.path}: {key} is {y}, the model has {x}; "
+                "give the right --source"
+            )
+
+
+@dataclass
+class BaselineMaker:
+    """Makes the quantised files of one source; `imatrix_text` is the calibration text, if any."""
+
+    tools: ToolBox
+    source: GGUFInfo
+    imatrix_text: Path | None
+    threads: int
+    say: Say
+
+    def __post_init__(self) -> None:
+        self._source_key = self._key(self.source.path)
+        self._imatrix: Path | None = None
+
+    @staticmethod
+    def _key(path: Path) -> str:
+        stat = path.stat()
+        return hashlib.sha256(
+            f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()
+        ).hexdigest()[:12]
+
+    def make(self, kind: str) -> Path:
+        """The file of type `kind`, made or from the cache.
+
+        Raises:
+            PT2Error: the type needs an importance matrix and no calibration text was given, or a
+                tool failed.
+        """
+        if kind in FLOAT_TYPES and self.source.main_type() == kind:
+            return self.source.path
+        imatrix = None if kind in FLOAT_TYPES else self.imatrix()
+        if imatrix is None and kind in NEEDS_IMATRIX:
+            raise PT2Error(
+                f"{kind} needs an importance matrix: give --imatrix-text FILE (calibration text, "
+                "not the text that is scored)"
+            )
+        stem = self.source.path.stem.removesuffix("-bf16")
+        tag = f"-im{imatrix.stem.rsplit('-', 1)[-1]}" if imatrix else ""
+        final = cache_dir() / f"{stem}-{self._source_key}-{kind}{tag}.gguf"
+        if not final.is_file():
+            self.say(f"quantising the baseline {kind}")
+            argv = [str(self.tools.tool("llama-quantize"))]
+            argv += ["--imatrix", str(imatrix)] if imatrix else []
+            with atomic_path(final) as tmp:
+                argv += [str(self.source.path), str(tmp), kind, str(self.threads)]
+                run_tool(argv, self.tools.env, final.with_suffix(".log"))
+        return final
+
+    def imatrix(self) -> Path | None:
+        """The importance matrix of the calibration text, made once; None without a text."""
+        if self.imatrix_text is None or self._imatrix is not None:
+            return self._imatrix
+        text = sha256_file(self.imatrix_text)[:8]
+        stem = self.source.path.stem.removesuffix("-bf16")
+        final = cache_dir() / f"{stem}-{self._source_key}-imatrix-{text}.gguf"
+        if not final.is_file():
+            self.say(f"importance matrix from {self.imatrix_text.name}")
+            with atomic_path(final) as tmp:
+                argv = [str(self.tools.tool("llama-imatrix")), "-m", str(self.source.path)]
+                argv += ["-f", str(self.imatrix_text), "-o", str(tmp), "-t", str(self.threads)]
+                argv += ["--chunks", str(IMATRIX_CHUNKS), "--output-format", "gguf"]
+                run_tool(argv, self.tools.env, final.with_suffix(".log"))
+        self._imatrix = final
+        return final

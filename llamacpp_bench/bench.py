@@ -1,0 +1,344 @@
+"""The whole run: files and baselines in, interleaved timings, perplexities, results out.
+
+from llamacpp_bench import Config, bench
+results = bench(["model.gguf"], Config(source="hf_folder", text="wiki.test.txt"))
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from llamacpp_bench import memory
+from llamacpp_bench.baselines import BaselineMaker, Wanted, find_source, same_model, source_gguf
+from llamacpp_bench.gguf_info import GGUFInfo, read_gguf
+from llamacpp_bench.machine import describe_machine, usable_cores
+from llamacpp_bench.perplexity import PROTOCOLS, Plan, check_text, measure_perplexity, plan
+from llamacpp_bench.progress import Display
+from llamacpp_bench.results import Model, Results, Sample
+from llamacpp_bench.runner import (
+    Load,
+    bench_command,
+    interleave,
+    probe_placement,
+    run_bench,
+    shown_command,
+    test_name,
+)
+from llamacpp_bench.tools import ToolBox, open_toolbox
+from quantize.common import PT2Error, human_bytes, sha256_file
+
+MIN_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of a run; the command line's options have the same names.
+
+    `baselines`: what to make or load, the first one is what ratios refer to. `text`: for the
+    perplexity (None only with `perplexity` False). `chunks`: 512-token windows of it (None: all).
+    `bandwidth`: bytes per second, instead of measuring it. `work`: where synthetic files go.
+    """
+
+    baselines: tuple[Wanted, ...] = (Wanted(type="Q2_K"),)
+    source: str | None = None
+    imatrix_text: str | None = None
+    prompt: int = 128
+    gen: int = 256
+    pg: tuple[tuple[int, int], ...] = ((128, 256),)
+    depths: tuple[int, ...] = (0,)
+    rounds: int = MIN_ROUNDS
+    threads: int | None = None
+    gpu_layers: int | None = None
+    repack: bool = True
+    variant: str = "cpu"
+    bin_dir: str | None = None
+    perplexity: bool = True
+    text: str | None = None
+    chunks: int | None = None
+    bandwidth: float | None = None
+    strict: bool = False
+    out: str | None = None
+    work: str | None = None
+    keep: bool = False
+    quiet: bool = False
+
+    def load(self) -> Load:
+        """What llama-bench is asked to do, the number of threads settled."""
+        threads = self.threads or usable_cores()
+        layers = self.gpu_layers
+        return Load(self.prompt, self.gen, self.pg, self.depths, threads, layers, self.repack)
+
+
+@dataclass
+class Session:
+    """State of one run, shared by its steps."""
+
+    config: Config
+    tools: ToolBox
+    out: Path
+    show: Display
+    results: Results
+    infos: dict[str, GGUFInfo] = field(default_factory=dict)
+
+    @property
+    def logs(self) -> Path:
+        return self.out / "logs"
+
+    def save(self) -> None:
+        self.results.save(self.out / "results.json")
+
+    def warn(self, text: str) -> None:
+        self.results.warnings.append(text)
+        self.show.warn(text)
+
+    def command(self, argv: Sequence[str | Path]) -> None:
+        """Keep a command for the record, once."""
+        text = shown_command(argv)
+        if text not in self.results.commands:
+            self.results.commands.append(text)
+
+    def log(self, *words: str) -> Path:
+        return self.logs / (re.sub(r"[^A-Za-z0-9.+_-]+", "-", "-".join(words)) + ".log")
+
+
+def bench(models: Sequence[str | Path], config: Config) -> Results:
+    """Measure models against baselines, and write everything into the output folder.
+
+    Raises:
+        PT2Error: a file, an option, a tool or the machine is not fit; or `strict`, and an operation
+            ran on another backend than the one that was asked for.
+    """
+    if not models:
+        raise PT2Error("give at least one .gguf file, or --synthetic SHAPES")
+    if config.perplexity:
+        check_text(config.text)
+    given = [read_gguf(m) for m in models]
+    tools = open_toolbox(config.variant, config.bin_dir)
+    session = start(config, tools, given[0].path.stem)
+    for info in given:
+        add_model(session, info, info.path.stem, "given")
+    add_baselines(session, given)
+    measure_group(session, "")
+    if config.perplexity:
+        measure_perplexities(session)
+    return finish(session)
+
+
+def start(config: Config, tools: ToolBox, stem: str) -> Session:
+    """Make the output folder, describe the machine and measure its memory bandwidth."""
+    if config.rounds < 1:
+        raise PT2Error(f"-r {config.rounds}: at least one round is needed")
+    show = Display(config.quiet)
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    out = Path(config.out) if config.out else Path(f"bench-{stem}-{stamp}")
+    (out / "logs").mkdir(parents=True, exist_ok=True)
+    machine = describe_machine()
+    build = {"description": tools.description, "variant": tools.variant}
+    results = Results(machine, build, describe_config(config))
+    session = Session(config, tools, out, show, results)
+    if config.rounds < MIN_ROUNDS:
+        session.warn(f"only {config.rounds} rounds; at least {MIN_ROUNDS} are needed to trust them")
+    if machine["load_average"] > 0.5:
+        session.warn(
+            f"the machine is busy (load average {machine['load_average']} on {machine['cores']} "
+            "cores): the speeds are too low and noisy"
+        )
+    results.bandwidth = measure_bandwidth(session)
+    return session
+
+
+def describe_config(config: Config) -> dict[str, Any]:
+    """The configuration for the record: paths by name only, baselines by label."""
+    raw = asdict(config)
+    raw["threads"] = config.load().threads
+    raw["baselines"] = [w.label for w in config.baselines]
+    for key in ("source", "imatrix_text", "bin_dir", "out", "work", "text"):
+        raw[key] = Path(raw[key]).name if raw[key] else None
+    raw["text_sha256"] = sha256_file(config.text) if config.perplexity and config.text else None
+    return raw
+
+
+def measure_bandwidth(session: Session) -> dict[str, Any]:
+    """Bytes per second that the memory (of the GPU, in a CUDA run) can be read at."""
+    config = session.config
+    if config.bandwidth is not None:
+        return {"bytes_per_second": config.bandwidth, "method": "given", "note": ""}
+    session.show.say("measuring the memory bandwidth")
+    if session.tools.variant == "cuda":
+        found = memory.measure_gpu()
+    else:
+        found = memory.measure_cpu(config.load().threads or 1)
+    if found.note:
+        session.warn(f"memory bandwidth: {found.note}")
+    return asdict(found)
+
+
+def add_model(
+    session: Session, info: GGUFInfo, name: str, origin: str, group: str = "", hashed: bool = True
+) -> Model:
+    """Enter a file into the comparison, under a name that no other has.
+
+    Raises:
+        PT2Error: its types are not readable by the build in use.
+    """
+    pt2 = sorted({t.type.name for t in info.tensors} & {"TQ2_1", "TQ1_1"})
+    if pt2 and not session.tools.knows_pt2:
+        raise PT2Error(
+            f"{info.path} has {pt2[0]} tensors, which an unmodified llama.cpp cannot read; "
+            "use --variant cpu, or export it with --type q2_k"
+        )
+    unique, n = name, 1
+    while unique in session.infos:
+        n += 1
+        unique = f"{name} ({n})"
+    model = Model(
+        name=unique,
+        file=info.path.name,
+        origin=origin,
+        file_bytes=info.file_bytes,
+        sha256=sha256_file(info.path) if hashed else "",
+        parameters=info.parameters,
+        bpw=info.bpw,
+        main_type=info.main_type(),
+        types=info.types(),
+        decode_bytes=info.decode_bytes(),
+        kv_bytes=info.kv_bytes_per_token(),
+        group=group,
+    )
+    session.infos[unique] = info
+    session.results.models.append(model)
+    return model
+
+
+def add_baselines(session: Session, given: list[GGUFInfo]) -> None:
+    """Make or load the baselines; the first is what the ratios refer to."""
+    config, show = session.config, session.show
+    first: str | None = None
+    maker: BaselineMaker | None = None
+    for wanted in config.baselines:
+        if wanted.file is not None:
+            model = add_model(session, read_gguf(wanted.file), wanted.label, "given as baseline")
+        else:
+            if maker is None:
+                maker = open_maker(session, given)
+            path = maker.make(str(wanted.type))
+            with_matrix = " with an importance matrix" if maker.imatrix_text else ""
+            origin = f"llama-quantize{with_matrix} from {maker.source.path.name}"
+            model = add_model(session, read_gguf(path), wanted.label, origin)
+        show.say(f"baseline {model.name}: {human_bytes(model.file_bytes)}, {model.bpw:.3f} bpw")
+        first = first or model.name
+    session.results.baseline[""] = first or session.results.models[0].name
+
+
+def open_maker(session: Session, given: list[GGUFInfo]) -> BaselineMaker:
+    """The maker of baselines for the given models' common source."""
+    config = session.config
+    text = check_text(config.imatrix_text) if config.imatrix_text else None
+    if text and config.text and sha256_file(text) == sha256_file(config.text):
+        raise PT2Error("--imatrix-text is the text that is scored; give calibration text instead")
+    source = source_gguf(find_source(given, config.source), session.show.say)
+    for info in given:
+        same_model(info, source)
+    threads = config.load().threads or 1
+    return BaselineMaker(session.tools, source, text, threads, session.show.say)
+
+
+def measure_group(session: Session, group: str) -> None:
+    """Where the models of a group run, then their interleaved rounds; saved after every run."""
+    models = [m for m in session.results.models if m.group == group]
+    load = session.config.load()
+    with session.show.bar("placement", len(models)) as step:
+        for model in models:
+            info = session.infos[model.name]
+            log = session.log("placement", model.name)
+            model.placement, model.buffers = probe_placement(session.tools, info, load, log)
+            step(1, f"placement of {model.name}")
+            check_placement(session, model)
+    order = interleave(len(models), session.config.rounds)
+    with session.show.bar("speed", len(order)) as step:
+        for round_, i in order:
+            model = models[i]
+            step(0, f"speed of {model.name}, round {round_ + 1}/{session.config.rounds}")
+            path = session.infos[model.name].path
+            session.command([*bench_command(session.tools, path, load)])
+            log = session.log("bench", model.name, f"round{round_}")
+            entries, done = run_bench(session.tools, path, load, log)
+            model.peak_rss = max(model.peak_rss, done.peak_rss)
+            note_build(session, entries[0])
+            for e in entries:
+                speed = float(e["samples_ts"][0])
+                session.results.samples.append(Sample(model.name, test_name(e), round_, speed))
+            session.save()
+            step(1)
+
+
+def check_placement(session: Session, model: Model) -> None:
+    """Say which operations of a GPU run landed on the CPU; an error with `strict`."""
+    where = model.placement.elsewhere
+    if not where:
+        return
+    shown = "; ".join(where[:4]) + (f"; and {len(where) - 4} more" if len(where) > 4 else "")
+    text = f"{model.name}: {len(where)} operations ran on the CPU: {shown}"
+    if session.config.strict:
+        raise PT2Error(f"{text} (--strict)")
+    session.warn(text)
+
+
+def note_build(session: Session, entry: dict[str, Any]) -> None:
+    """Keep what llama-bench says of its build and of the devices."""
+    for key in ("build_commit", "build_number", "backends", "cpu_info", "gpu_info"):
+        session.results.build.setdefault(key, entry.get(key))
+
+
+def measure_perplexities(session: Session) -> None:
+    """Both protocols for every model."""
+    config = session.config
+    text = check_text(config.text)
+    jobs: list[tuple[Model, Plan]] = []
+    for protocol in PROTOCOLS:
+        for model in session.results.models:
+            p = plan(protocol, session.infos[model.name], config.chunks)
+            if p is None:
+                session.warn(f"{model.name}: its context is below 256 tokens: no perplexity")
+            else:
+                jobs.append((model, p))
+    for note in dict.fromkeys(f"{p.protocol} perplexity: {p.note}" for _, p in jobs if p.note):
+        session.warn(note)
+    load = config.load()
+    with session.show.bar("perplexity", len(jobs)) as step:
+        for model, p in jobs:
+            label = f"perplexity ({p.protocol}) of {model.name}"
+            step(0, label)
+            log = session.log("perplexity", p.protocol, model.name)
+            found = measure_perplexity(
+                session.tools,
+                session.infos[model.name],
+                text,
+                p,
+                load,
+                log,
+                lambda n, label=label: step(0, f"{label}, window {n}"),  # type: ignore[misc]
+            )
+            model.perplexity.append(found)
+            session.save()
+            step(1)
+
+
+def finish(session: Session) -> Results:
+    """Write every output."""
+    from llamacpp_bench.report import write_reports
+
+    session.results.complete = True
+    session.save()
+    write_reports(session.results, session.out)
+    return session.results
+
+
+def synthetic_config(config: Config) -> Config:
+    """Random weights have no perplexity and no baselines but each other."""
+    return replace(config, perplexity=False, text=None, baselines=())

@@ -1,0 +1,226 @@
+"""The command `pt2-bench`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from quantize.common import PT2Error, run_cli
+
+EPILOG = """\
+examples:
+  a ternary model against Q2_K and IQ1_M, which are made from the original folder:
+    pt2-bench model-tq2_1.gguf --source path/to/hf-model --baseline q2_k,iq1_m \\
+        --imatrix-text calibration.txt --text wiki.test.txt
+  two files that exist, speed only:
+    pt2-bench a.gguf --baseline b.gguf --no-perplexity
+  the shapes of large models with random weights (speed only), two threads, no repacking:
+    pt2-bench --synthetic 1b --types tq2_1,tq1_1,q2_k -t 2 -p 128 -n 32 --no-repack
+  what changed between two runs:
+    pt2-bench compare old/results.json new/results.json
+
+Each round runs llama-bench once per model, so that a drift of the machine hits all alike. The
+output folder gets results.json, results.csv, results.md, the plots and the logs of every call.
+"""
+
+COMPARE_EPILOG = """\
+example:
+  pt2-bench compare before/results.json after/results.json
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `pt2-bench`."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if args and args[0] == "compare":
+        return run_cli("pt2-bench compare", lambda: run_compare(args[1:]))
+    return run_cli("pt2-bench", lambda: run_bench(args))
+
+
+def run_compare(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="pt2-bench compare",
+        description="Compare two results files: change of every figure, and whether it is noise.",
+        epilog=COMPARE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("first", type=Path, metavar="A.json")
+    parser.add_argument("second", type=Path, metavar="B.json")
+    args = parser.parse_args(argv)
+    from llamacpp_bench.compare import print_comparison
+
+    print_comparison(args.first, args.second)
+    return 0
+
+
+def run_bench(argv: Sequence[str]) -> int:
+    args = make_parser().parse_args(argv)
+    from llamacpp_bench.bench import Config, bench
+    from llamacpp_bench.report import print_tables
+
+    config = to_config(args, Config)
+    if args.synthetic:
+        from llamacpp_bench.synthetic import parse_shapes, parse_types
+        from llamacpp_bench.synthetic_bench import bench_synthetic
+
+        if args.models:
+            raise PT2Error("give either model files or --synthetic, not both")
+        shapes, types = parse_shapes(args.synthetic), parse_types(args.types)
+        results = bench_synthetic(shapes, types, config)
+    else:
+        results = bench(args.models, config)
+    if not config.quiet:
+        print_tables(results)
+    return 0
+
+
+def to_config(args: argparse.Namespace, cls: type) -> object:
+    """The options as a :class:`llamacpp_bench.Config`."""
+    from llamacpp_bench.baselines import parse_baselines
+
+    return cls(
+        baselines=tuple(parse_baselines(args.baseline)),
+        source=args.source,
+        imatrix_text=args.imatrix_text,
+        prompt=args.prompt,
+        gen=args.gen,
+        pg=parse_pairs(args.pg),
+        depths=parse_numbers(args.depth, "--depth"),
+        rounds=args.rounds,
+        threads=args.threads,
+        gpu_layers=args.gpu_layers,
+        repack=not args.no_repack,
+        variant=args.variant,
+        bin_dir=args.bin,
+        perplexity=not args.no_perplexity,
+        text=args.text,
+        chunks=args.chunks,
+        bandwidth=None if args.bandwidth is None else args.bandwidth * 1e9,
+        strict=args.strict,
+        out=args.out,
+        work=args.work,
+        keep=args.keep,
+        quiet=args.quiet,
+    )
+
+
+def parse_numbers(text: str, option: str) -> tuple[int, ...]:
+    """`"0,4096"` -> `(0, 4096)`."""
+    try:
+        numbers = tuple(int(w) for w in text.split(",") if w.strip())
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 0:
+        raise PT2Error(f"{option} {text}: give whole numbers, separated by commas")
+    return numbers
+
+
+def parse_pairs(values: Sequence[str] | None) -> tuple[tuple[int, int], ...]:
+    """`["128,256"]` -> `((128, 256),)`; `none` leaves the test out."""
+    pairs = []
+    for text in values or ["128,256"]:
+        if text == "none":
+            continue
+        numbers = parse_numbers(text, "--pg")
+        if len(numbers) != 2 or 0 in numbers:
+            raise PT2Error(f"--pg {text}: give a prompt and a generated length, like 128,256")
+        pairs.append((numbers[0], numbers[1]))
+    return tuple(pairs)
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return value
+
+
+def natural(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 0")
+    return value
+
+
+def make_parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="pt2-bench",
+        description="Speed, perplexity, size and placement of GGUF models on llama.cpp, against "
+        "baselines that it makes itself.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("models", nargs="*", metavar="model.gguf", help="files to measure")
+    add_baseline_options(p)
+    add_speed_options(p)
+    g = p.add_argument_group("perplexity")
+    g.add_argument("--text", metavar="FILE", help="the text that is scored")
+    g.add_argument("--chunks", type=positive, metavar="N", help="only the first N x 512 tokens")
+    g.add_argument("--no-perplexity", action="store_true", help="leave it out")
+    g = p.add_argument_group("synthetic models (random weights: speed only)")
+    g.add_argument("--synthetic", metavar="SHAPES", help="1b, 7b, 13b, 30b, 65b (commas between)")
+    g.add_argument(
+        "--types",
+        default="tq2_1,tq1_1,q2_k",
+        help="of the synthetic files: tq2_1, tq1_1, q2_k, q2_0, iq1_m, iq2_xxs, tq2_0, tq1_0, f16 "
+        "... (default: %(default)s); stock types as llama-quantize mixes them",
+    )
+    g.add_argument("--work", metavar="DIR", help="where they are written (default: in --out)")
+    g.add_argument("--keep", action="store_true", help="do not delete them afterwards")
+    g = p.add_argument_group("output")
+    g.add_argument("--out", metavar="DIR", help="default: bench-<model>-<time> here")
+    g.add_argument("--quiet", action="store_true", help="no progress and no tables")
+    return p
+
+
+def add_baseline_options(p: argparse.ArgumentParser) -> None:
+    g = p.add_argument_group("baselines")
+    g.add_argument(
+        "--baseline",
+        default="q2_k",
+        metavar="LIST",
+        help="types for llama-quantize and .gguf files, commas between, or none; ratios refer to "
+        "the first (default: %(default)s)",
+    )
+    g.add_argument(
+        "--source",
+        "--hf",
+        metavar="PATH",
+        help="F16/BF16 GGUF or Hugging Face folder of the same model, to make baselines from "
+        "(default: what the model's metadata names)",
+    )
+    g.add_argument(
+        "--imatrix-text",
+        metavar="FILE",
+        help="calibration text for an importance matrix, used for all baselines made here; "
+        "IQ1 and IQ2 types need one",
+    )
+
+
+def add_speed_options(p: argparse.ArgumentParser) -> None:
+    g = p.add_argument_group("speed (llama-bench)")
+    g.add_argument("-p", "--prompt", type=natural, default=128, metavar="N", help="prefill tokens")
+    g.add_argument("-n", "--gen", type=natural, default=256, metavar="N", help="decoded tokens")
+    g.add_argument(
+        "--pg",
+        action="append",
+        metavar="P,N",
+        help="prefill and decode timed together; may be repeated (default: 128,256; none)",
+    )
+    g.add_argument("--depth", default="0", metavar="LIST", help="tokens in the KV cache before")
+    g.add_argument("-r", "--rounds", type=positive, default=5, metavar="N", help="default: 5")
+    g.add_argument("-t", "--threads", type=positive, metavar="N", help="default: all usable cores")
+    g.add_argument("--gpu-layers", type=natural, metavar="N", help="default: all on a CUDA build")
+    g.add_argument("--no-repack", action="store_true", help="weights stay as they are in the file")
+    g.add_argument("--variant", choices=("cpu", "cuda", "stock"), default="cpu", help="which build")
+    g.add_argument("--bin", metavar="DIR", help="the programs of this folder instead of a build")
+    g.add_argument("--bandwidth", type=float, metavar="GB/s", help="instead of measuring it")
+    g.add_argument(
+        "--strict", action="store_true", help="an operation on the CPU in a GPU run is an error"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""Measured read bandwidth of the machine's memory: what decode is held against.
+
+A decoded token at batch 1 reads every weight once, so tokens/s times bytes per token cannot exceed
+the rate at which memory can be read. The test streams over one buffer per thread with the C
+library's `memchr`, looking for a byte that is not there: reads only, vectorised, no arithmetic to
+speak of, and ctypes releases Python's lock meanwhile. Every page is written first, because
+untouched pages would all be the one zero page and sit in cache. The best of several passes counts:
+noise only ever makes memory slower.
+
+On a GPU the same question is put to torch (a sum over a large float32 tensor), when torch sees one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+MIN_BUFFER = 1 << 30
+GPU_BUFFER = 4 << 30
+
+
+@dataclass(frozen=True)
+class Bandwidth:
+    """`bytes_per_second` read with `method`; `note` says what limits the figure, or why it is 0."""
+
+    bytes_per_second: float
+    method: str
+    note: str = ""
+
+
+def measure_cpu(threads: int, buffer_bytes: int | None = None, passes: int = 6) -> Bandwidth:
+    """Stream reads over `buffer_bytes` (default: :func:`buffer_size`) with `threads` threads."""
+    size = buffer_bytes or buffer_size()
+    part = size // threads
+    note = ""
+    cache = last_level_cache()
+    if size < 4 * cache:
+        note = f"the buffer is only {size / cache:.1f} times the last-level cache"
+    buffers = [np.full(part, 1, np.uint8) for _ in range(threads)]
+    scan = ctypes.CDLL(None).memchr
+    scan.restype, scan.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+    best = 0.0
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(passes):
+            started = time.perf_counter()
+            found = list(pool.map(lambda b: scan(b.ctypes.data, 0, part), buffers))
+            best = max(best, threads * part / (time.perf_counter() - started))
+            assert not any(found), "the buffer holds no zero byte"
+    method = f"memchr over {threads} x {part >> 20} MiB, best of {passes}"
+    return Bandwidth(best, method, note)
+
+
+def measure_gpu(passes: int = 10) -> Bandwidth:
+    """Stream reads on GPU 0 through torch; 0 with a note where torch sees no GPU."""
+    try:
+        import torch
+    except ImportError:
+        return Bandwidth(0.0, "none", "torch is not installed; give --bandwidth GB/s")
+    if not torch.cuda.is_available():
+        return Bandwidth(0.0, "none", "torch sees no GPU; give --bandwidth GB/s")
+    free, _ = torch.cuda.mem_get_info()
+    x = torch.ones(min(GPU_BUFFER, free // 2) // 4, dtype=torch.float32, device="cuda")
+    best = 0.0
+    for _ in range(passes):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        x.sum()
+        stop.record()
+        torch.cuda.synchronize()
+        best = max(best, x.numel() * 4 / (start.elapsed_time(stop) / 1e3))
+    method = f"torch sum over {x.numel() * 4 >> 20} MiB, best of {passes}"
+    del x
+    torch.cuda.empty_cache()
+    return Bandwidth(best, method)
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest CPU cache, 0 where the system does not say."""
+    largest = 0
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        match = re.fullmatch(r"(\d+)([KMG]?)", path.read_text().strip())
+        if match:
+            largest = max(largest, int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]])
+    return largest
+
+
+def buffer_size() -> int:
+    """Eight times the last-level cache, at least 1 GiB, at most a quarter of the free memory."""
+    return min(max(MIN_BUFFER, 8 * last_level_cache()), available_memory() // 4)
+
+
+def available_memory() -> int:
+    """Bytes of memory that can be had without swapping."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

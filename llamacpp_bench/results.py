@@ -1,0 +1,261 @@
+"""The results: what is kept, how it is summed up, and the JSON it is written to and read from."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from quantize.common import PT2Error, read_json, write_json
+
+SCHEMA = "pt2-bench"
+SCHEMA_VERSION = 1
+
+
+@dataclass
+class Sample:
+    """One timed test of one round: `tokens_per_second` of `test` (pp128, tg256, pp128+tg256)."""
+
+    model: str
+    test: str
+    round: int
+    tokens_per_second: float
+
+
+@dataclass
+class Perplexity:
+    """`ppl` with its standard error (None where unknown), over `tokens` scored tokens."""
+
+    protocol: str
+    ppl: float
+    error: float | None
+    context: int
+    chunks: int
+    tokens: int
+    note: str = ""
+
+
+@dataclass
+class Placement:
+    """Where the operations on the weights ran.
+
+    `ops`: per tensor type, per operation, per backend, how many tensors. `repacked`: per tensor
+    type, the packed layout the CPU backend turned it into and how many tensors. `elsewhere`: in a
+    GPU run, the operations that landed on the CPU, by name. `expected`: those among them which
+    llama.cpp always runs there (the look-up of the token embeddings).
+    """
+
+    ops: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
+    repacked: dict[str, dict[str, int]] = field(default_factory=dict)
+    kernels: dict[str, str] = field(default_factory=dict)
+    elsewhere: list[str] = field(default_factory=list)
+    expected: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Model:
+    """One file of the comparison.
+
+    `origin`: how it came to be (given, made by llama-quantize, synthetic). `bpw`: bits of the file
+    over parameters. `decode_bytes`: weights that one decoded token reads; `kv_bytes`: KV cache per
+    token of context. `group`: the shape in synthetic runs, "" otherwise. `peak_rss` in bytes,
+    `buffers` in MiB as llama.cpp reports them.
+    """
+
+    name: str
+    file: str
+    origin: str
+    file_bytes: int
+    sha256: str
+    parameters: int
+    bpw: float
+    main_type: str
+    types: dict[str, dict[str, int]]
+    decode_bytes: int
+    kv_bytes: int = 0
+    group: str = ""
+    peak_rss: int = 0
+    buffers: dict[str, float] = field(default_factory=dict)
+    placement: Placement = field(default_factory=Placement)
+    perplexity: list[Perplexity] = field(default_factory=list)
+
+
+@dataclass
+class Results:
+    """Everything of one run of pt2-bench. `complete` is False while it is still going on."""
+
+    machine: dict[str, Any]
+    build: dict[str, Any]
+    config: dict[str, Any]
+    models: list[Model] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    baseline: dict[str, str] = field(default_factory=dict)
+    bandwidth: dict[str, Any] = field(default_factory=dict)
+    commands: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    complete: bool = False
+
+    @property
+    def synthetic(self) -> bool:
+        return bool(self.config.get("synthetic"))
+
+    def tests(self) -> list[str]:
+        """The tests in the order in which they were first run."""
+        return list(dict.fromkeys(s.test for s in self.samples))
+
+    def groups(self) -> list[str]:
+        return list(dict.fromkeys(m.group for m in self.models))
+
+    def values(self, model: str, test: str) -> list[float]:
+        """Tokens per second of a model in a test, by round."""
+        found = [s for s in self.samples if s.model == model and s.test == test]
+        return [s.tokens_per_second for s in sorted(found, key=lambda s: s.round)]
+
+    def summary(self, model: str, test: str) -> Summary:
+        return summarise(self.values(model, test))
+
+    def ratio(self, model: Model, test: str) -> Ratio | None:
+        """Speed relative to the group's baseline; None for want of a baseline or of samples."""
+        base = self.baseline.get(model.group)
+        if base is None:
+            return None
+        return paired_ratio(self.values(model.name, test), self.values(base, test))
+
+    def bandwidth_share(self, model: Model, test: str) -> float | None:
+        """Share of the measured memory bandwidth that a pure decode test reaches, else None."""
+        rate = float(self.bandwidth.get("bytes_per_second", 0.0))
+        values = self.values(model.name, test)
+        read = token_bytes(model, test)
+        if not (rate and values and read):
+            return None
+        return statistics.mean(values) * read / rate
+
+    def save(self, path: Path) -> None:
+        """Write the JSON file (atomic); figures derived from the samples are written beside them."""
+        write_json(path, to_json(self))
+
+
+_DECODE = re.compile(r"tg(\d+)(?:@d(\d+))?")
+
+
+def token_bytes(model: Model, test: str) -> float:
+    """Bytes that a decoded token of a pure decode test reads: weights and the mean KV cache.
+
+    0 for tests that are not pure decode.
+    """
+    match = _DECODE.fullmatch(test)
+    if match is None:
+        return 0.0
+    depth = int(match[1]) / 2 + int(match[2] or 0)
+    return model.decode_bytes + depth * model.kv_bytes
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Of n values: mean, sample standard deviation (0 for n < 2), median, least and greatest."""
+
+    n: int
+    mean: float
+    stdev: float
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Median over rounds of value / baseline, and the standard deviation of these ratios."""
+
+    median: float
+    stdev: float
+
+
+def summarise(values: Sequence[float]) -> Summary:
+    """Sum up tokens per second.
+
+    Raises:
+        ValueError: no values.
+    """
+    if not values:
+        raise ValueError("no values to sum up")
+    stdev = statistics.stdev(values) if len(values) > 1 else 0.0
+    middle = statistics.median(values)
+    return Summary(len(values), statistics.mean(values), stdev, middle, min(values), max(values))
+
+
+def paired_ratio(values: Sequence[float], base: Sequence[float]) -> Ratio | None:
+    """Ratios round by round, so that what slows a whole round slows both sides of its ratio.
+
+    Rounds which one of the two lacks are left out; None when no round is left.
+    """
+    ratios = [a / b for a, b in zip(values, base, strict=False) if b > 0]
+    if not ratios:
+        return None
+    return Ratio(statistics.median(ratios), statistics.stdev(ratios) if len(ratios) > 1 else 0.0)
+
+
+def to_json(results: Results) -> dict[str, Any]:
+    """The JSON form: the fields of :class:`Results`, the schema, and a derived `summary`."""
+    rows = []
+    for model in results.models:
+        for test in results.tests():
+            if results.values(model.name, test):
+                rows.append(_summary_row(results, model, test))
+    return {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, "summary": rows, **asdict(results)}
+
+
+def _summary_row(results: Results, model: Model, test: str) -> dict[str, Any]:
+    ratio = results.ratio(model, test)
+    return {
+        "model": model.name,
+        "test": test,
+        **asdict(results.summary(model.name, test)),
+        "ratio": None if ratio is None else ratio.median,
+        "ratio_stdev": None if ratio is None else ratio.stdev,
+        "bytes_per_token": token_bytes(model, test) or None,
+        "bandwidth_share": results.bandwidth_share(model, test),
+    }
+
+
+def load_results(path: str | Path) -> Results:
+    """Read a results file.
+
+    Raises:
+        PT2Error: missing, not JSON, not from pt2-bench, of a schema version that is not known, or
+            with fields missing.
+    """
+    raw = read_json(path)
+    if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
+        raise PT2Error(f"{path} is not a results file of pt2-bench (give a results.json)")
+    if raw.get("schema_version") != SCHEMA_VERSION:
+        raise PT2Error(
+            f"{path} has schema version {raw.get('schema_version')}, this pt2-bench knows "
+            f"{SCHEMA_VERSION}; use the version that wrote it or measure again"
+        )
+    try:
+        return _from_json(raw)
+    except (KeyError, TypeError, AttributeError) as e:
+        raise PT2Error(f"{path} is damaged: {e}; measure again") from e
+
+
+def _pick(cls: type, raw: dict[str, Any], leave: Iterable[str] = ()) -> dict[str, Any]:
+    names = {f.name for f in fields(cls)} - set(leave)
+    return {k: v for k, v in raw.items() if k in names}
+
+
+def _from_json(raw: dict[str, Any]) -> Results:
+    models = []
+    for m in raw["models"]:
+        models.append(
+            Model(
+                **_pick(Model, m, ("placement", "perplexity")),
+                placement=Placement(**_pick(Placement, m["placement"])),
+                perplexity=[Perplexity(**_pick(Perplexity, p)) for p in m["perplexity"]],
+            )
+        )
+    samples = [Sample(**_pick(Sample, s)) for s in raw["samples"]]
+    rest = _pick(Results, raw, ("models", "samples"))
+    return Results(**rest, models=models, samples=samples)

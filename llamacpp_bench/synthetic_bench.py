@@ -1,0 +1,88 @@
+"""Benches of synthetic models: write the files of a shape, measure them interleaved, delete them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from llamacpp_bench import bench as b
+from llamacpp_bench.gguf_info import read_gguf
+from llamacpp_bench.results import Results
+from llamacpp_bench.synthetic import (
+    LABEL,
+    Shape,
+    check_disk,
+    plan_file,
+    recipe,
+    write_synthetic,
+)
+from llamacpp_bench.tools import open_toolbox
+from quantize.common import PT2Error, human_bytes
+
+
+def bench_synthetic(shapes: Sequence[Shape], types: Sequence[str], config: b.Config) -> Results:
+    """Measure the speed of every type in every shape; one shape's files exist at a time.
+
+    Ratios refer to Q2_K if it is among the types, else to the first type that is not ours.
+
+    Raises:
+        PT2Error: too little disk, a type the build cannot read, or a failing tool.
+    """
+    config = b.synthetic_config(config)
+    tools = open_toolbox(config.variant, config.bin_dir)
+    if not tools.knows_pt2 and (ours := [t for t in types if t in ("TQ2_1", "TQ1_1")]):
+        raise PT2Error(f"an unmodified llama.cpp cannot run {ours[0]}; use --variant cpu")
+    session = b.start(config, tools, "synthetic-" + "-".join(s.name for s in shapes))
+    session.results.config["synthetic"] = LABEL
+    work = Path(config.work) if config.work else session.out / "models"
+    work.mkdir(parents=True, exist_ok=True)
+    for shape in shapes:
+        files = write_shape(session, shape, types, work)
+        try:
+            for kind, path in files.items():
+                name = f"{shape.name} {kind}"
+                b.add_model(session, read_gguf(path), name, LABEL, shape.name, hashed=False)
+            session.results.baseline[shape.name] = f"{shape.name} {reference(types)}"
+            b.measure_group(session, shape.name)
+        finally:
+            if not config.keep:
+                for path in files.values():
+                    path.unlink(missing_ok=True)
+    if not config.keep and work == session.out / "models" and not any(work.iterdir()):
+        work.rmdir()
+    return b.finish(session)
+
+
+def reference(types: Sequence[str]) -> str:
+    """The type that ratios refer to."""
+    if "Q2_K" in types:
+        return "Q2_K"
+    return next((t for t in types if t not in ("TQ2_1", "TQ1_1")), types[0])
+
+
+def write_shape(
+    session: b.Session, shape: Shape, types: Sequence[str], work: Path
+) -> dict[str, Path]:
+    """Write the files of one shape, after a check that the disk holds all of them."""
+    recipes = {kind: recipe(session.tools, shape, kind, session.logs) for kind in types}
+    plans = {kind: plan_file(shape, kind, recipes[kind]) for kind in types}
+    files = {kind: work / f"synthetic-{shape.name}-{kind.lower()}.gguf" for kind in types}
+    todo = {k: p for k, p in files.items() if not is_written(p, plans[k][0], plans[k][2])}
+    total = sum(plans[k][2] for k in todo)
+    check_disk(work, total)
+    session.show.say(f"{shape.name}: writing {human_bytes(total)} of {LABEL.split(':')[0]}")
+    with session.show.bar("writing", round(total / 1e6)) as step:
+        for kind, path in todo.items():
+            step(0, f"writing {path.name}")
+            write_synthetic(
+                path, shape, kind, recipes[kind], on_bytes=lambda n: step(round(n / 1e6))
+            )
+    return files
+
+
+def is_written(path: Path, head: bytes, size: int) -> bool:
+    """Whether a file kept from an earlier run has this very header and size."""
+    if not path.is_file() or path.stat().st_size != size:
+        return False
+    with path.open("rb") as f:
+        return f.read(len(head)) == head
