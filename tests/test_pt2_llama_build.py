@@ -468,6 +468,22 @@ def test_a_cpu_with_faulting_amx_is_built_for_and_remembered(
     assert sum(line.startswith("--build") for line in calls(where)) == 3
 
 
+def test_amx_switch_reaches_a_real_cmake_both_ways(tmp_path: Path) -> None:
+    tree, objects = tmp_path / "tree", tmp_path / "objects"
+    (tree / "ggml").mkdir(parents=True)
+    begin = "cmake_minimum_required(VERSION 3.18)\n"
+    (tree / "CMakeLists.txt").write_text(begin + "project(x NONE)\nadd_subdirectory(ggml)\n")
+    (tree / "ggml" / "CMakeLists.txt").write_text(
+        "project(ggml NONE)\nget_directory_property(o COMPILE_OPTIONS)\n"
+        'file(WRITE "${CMAKE_BINARY_DIR}/options" "${o}")\n'
+    )
+    tc = toolchain.find_toolchain()
+    for amx in (True, False, True):
+        flags = compile.amx_flags(objects, amx)
+        compile.configure(tc, tree, objects, flags, tmp_path / "log")
+        assert ("-U__AMX_INT8__" in (objects / "options").read_text()) is not amx
+
+
 def test_amx_that_runs_is_noted(where: Places, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HAS_AMX", "1")
     assert build(Options(), where).stamp.amx == "on"

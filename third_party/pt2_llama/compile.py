@@ -35,7 +35,8 @@ STOCK_TOOLS: tuple[str, ...] = (
 TEST_TOOLS: tuple[str, ...] = ("test-backend-ops", "test-quantize-fns")
 
 NO_AMX_FILE = "no-amx.cmake"
-# GGML_AMX_* only matter without GGML_NATIVE; with it, ggml asks the compiler's own macros.
+# GGML_AMX_* only matter without GGML_NATIVE; with it, -march=native defines the compiler's own
+# macros, and ggml asks those. They are undefined for ggml alone, so little is compiled again.
 NO_AMX_CMAKE = "add_compile_options(-U__AMX_TILE__ -U__AMX_INT8__ -U__AMX_BF16__)\n"
 
 _STEP = re.compile(r"^\[\s*(\d+)(?:/(\d+)|%)\]\s*(.*)$")
@@ -99,10 +100,10 @@ def toolchain_flags(tc: Toolchain) -> list[str]:
 def amx_flags(objects: Path, amx: bool) -> list[str]:
     """CMake options that leave AMX as it is, or keep ggml from using it.
 
-    Always the same names, so that a CMake cache which has one setting gets the other.
+    Either way the setting is given, so that an object folder which has the other one changes.
     """
     if amx:
-        return ["-DCMAKE_PROJECT_ggml_INCLUDE="]
+        return ["-UCMAKE_PROJECT_ggml_INCLUDE"]
     file = objects / NO_AMX_FILE
     file.parent.mkdir(parents=True, exist_ok=True)
     if not file.is_file() or file.read_text() != NO_AMX_CMAKE:
