@@ -16,6 +16,10 @@ static const struct ggml_tq_path * const tq_paths[] = {
     &ggml_tq_path_avx512,
     &ggml_tq_path_avx2,
 #endif
+#if defined(__aarch64__) && defined(__ARM_NEON) && (defined(__GNUC__) || defined(__clang__))
+    &ggml_tq_path_neon_dotprod,
+    &ggml_tq_path_neon,
+#endif
     &ggml_tq_path_generic,
 };
 

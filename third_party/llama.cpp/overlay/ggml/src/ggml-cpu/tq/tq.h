@@ -62,6 +62,7 @@ extern const struct ggml_tq_path ggml_tq_path_generic;
 extern const struct ggml_tq_path ggml_tq_path_avx2;
 extern const struct ggml_tq_path ggml_tq_path_avx512;
 extern const struct ggml_tq_path ggml_tq_path_neon;
+extern const struct ggml_tq_path ggml_tq_path_neon_dotprod;
 
 // The path in use: GGML_TQ_CPU if set (aborts with a message if unknown or not supported), else the best
 const struct ggml_tq_path * ggml_tq_active(void);
