@@ -555,6 +555,9 @@ def fake_toolkit(root: Path, cublas: bool) -> str:
     (root / "bin").mkdir(parents=True)
     nvcc = root / "bin" / "nvcc"
     nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.88'\n")
+    if cublas:  # a wrapper elsewhere: where the toolkit is, only nvcc knows
+        nvcc.write_text(nvcc.read_text() + f"echo '#$ TOP={root}/lib64/..'\n")
+        nvcc = nvcc.rename(root.parent / "nvcc")
     nvcc.chmod(0o755)
     if cublas:
         (root / "include").mkdir()
@@ -579,7 +582,8 @@ def test_cublas_of_the_toolkit_then_of_python(
         (package / name).touch()
     monkeypatch.setattr(toolchain, "_python_cublas_folders", lambda: [package])
     found = toolchain.find_cublas(bare)
-    flags = compile.cuda_flags("90", bare, found)
+    flags = compile.cuda_flags("90", bare, found, driver=False)
+    assert "-DGGML_CUDA_NO_VMM=ON" in flags
     assert f"-DCUDA_cublas_LIBRARY={package}/lib/libcublas.so.13" in flags
     assert f"-DCMAKE_CUDA_FLAGS=-I{package}/include" in flags
 

@@ -91,7 +91,9 @@ def make_plan(options: Options, where: Places) -> Plan:
     if tc.nvcc is not None:
         cublas = toolchain.find_cublas(tc.nvcc)
         architectures = toolchain.cuda_architectures(options.cuda_arch)
-        flags += compile.cuda_flags(architectures, tc.nvcc, cublas)
+        flags += compile.cuda_flags(
+            architectures, tc.nvcc, cublas, toolchain.has_driver_library(tc.nvcc)
+        )
         if cublas.library is not None:
             library_path = (str(cublas.library.parent),)
     elif options.cuda_arch:
@@ -242,6 +244,8 @@ def _stamp(plan: Plan, amx: str, results: dict[str, float]) -> Stamp:
         notes.append("built without AMX: the CPU shows it, but its instructions fault here")
     if plan.options.variant == "cuda":
         notes.append(CUDA_NOTE)
+        if "-DGGML_CUDA_NO_VMM=ON" in plan.flags:
+            notes.append("no libcuda.so to link with: built without CUDA's virtual memory pool")
         if results and not any(label.endswith(" gpu") for label in results):
             notes.append("no GPU was visible: the smoke test ran on the CPU only")
     return Stamp(

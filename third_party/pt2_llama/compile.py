@@ -63,18 +63,20 @@ def base_flags() -> list[str]:
     ]
 
 
-def cuda_flags(architectures: str, nvcc: str, cublas: Cublas) -> list[str]:
+def cuda_flags(architectures: str, nvcc: str, cublas: Cublas, driver: bool) -> list[str]:
     """CMake options of a CUDA build.
 
     Args:
         architectures: value of CMAKE_CUDA_ARCHITECTURES, such as ``90`` or ``86;90``.
         cublas: from :func:`toolchain.find_cublas`.
+        driver: whether there is a libcuda.so to link with; only the virtual memory pool needs it.
     """
     flags = [
         "-DGGML_CUDA=ON",
         f"-DCMAKE_CUDA_ARCHITECTURES={architectures}",
         f"-DCMAKE_CUDA_COMPILER={nvcc}",
         "-DGGML_CUDA_NCCL=OFF",
+        f"-DGGML_CUDA_NO_VMM={'OFF' if driver else 'ON'}",
     ]
     if cublas.include is not None and cublas.library is not None:
         folder = cublas.library.parent

@@ -125,6 +125,17 @@ def nvcc_version(nvcc: str) -> str:
     return match.group(1) if match else ""
 
 
+def toolkit_root(nvcc: str) -> Path:
+    """The CUDA toolkit's folder, as nvcc itself names it (it may be a wrapper or a link)."""
+    command = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        done = None
+    match = re.search(r"^#\$ TOP=(.+)$", done.stderr + done.stdout, re.M) if done else None
+    return Path(match.group(1)).resolve() if match else Path(nvcc).resolve().parents[1]
+
+
 def gpus() -> list[tuple[str, str]]:
     """(name, compute capability as ``90``) of each visible NVIDIA GPU; empty without a driver."""
     query = ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
@@ -164,7 +175,7 @@ def find_cublas(nvcc: str) -> Cublas:
     Raises:
         PT2Error: neither has both the header and the library.
     """
-    home = Path(nvcc).resolve().parents[1]
+    home = toolkit_root(nvcc)
     target = f"targets/{platform.machine()}-linux"
     headers = [home / "include", home / target / "include"]
     libraries = [home / "lib64", home / "lib", home / target / "lib"]
@@ -189,6 +200,15 @@ def _python_cublas_folders() -> list[Path]:
     spec = importlib.util.find_spec("nvidia")
     roots = [Path(p) for p in (spec.submodule_search_locations or [])] if spec else []
     return [p for root in roots for p in (*sorted(root.glob("cu[0-9]*")), root / "cublas")]
+
+
+def has_driver_library(nvcc: str) -> bool:
+    """Whether there is a libcuda.so to link with: the toolkit's stub, or an installed driver."""
+    home = toolkit_root(nvcc)
+    target = f"targets/{platform.machine()}-linux"
+    stubs = [home / "lib64/stubs", home / "lib/stubs", home / target / "lib/stubs"]
+    system = [Path(f"/usr/lib/{platform.machine()}-linux-gnu"), Path("/usr/lib64")]
+    return any((folder / "libcuda.so").exists() for folder in [*stubs, *system])
 
 
 def cpu_flags() -> list[str]:
