@@ -529,6 +529,108 @@ decode_ring(const uint8_t * __restrict__ weights, const uint4 * __restrict__ x, 
     }
 }
 
+// ---- one stream for each thread block, cut evenly -------------------------------------------------
+// The blocks of all tiles lie in one row in memory; each thread block takes an equal run of them, also
+// across tile ends. A producer warp keeps S stages of NW chunks in flight with one bulk copy each, NW
+// warps take a chunk (U blocks, nb % U == 0) each, and a last warp adds their sums up tile by tile. A
+// tile that two thread blocks share is added to y with atomics: y must be zero there (two addends, so
+// the result does not depend on their order as long as each run is at least one tile long).
+template <class Format, class Math, int NW, int U, int S>
+struct Stream {
+    static constexpr int STAGE = NW * U * Format::STEP, N = Math::TOKENS, PART = NW * 16 * N;
+    static constexpr int SHARED = S * STAGE + 2 * PART * 4 + (2 * S + 4) * 8;
+};
+
+template <class Format, class Math, int NW, int U, int S, int MIN_CTAS>
+__global__ void __launch_bounds__(NW * 32 + 64, MIN_CTAS)
+decode_stream(const uint8_t * __restrict__ weights, const uint4 * __restrict__ x, const ActHead * __restrict__ head,
+              float * __restrict__ y, int M, int nb) {
+    using R = Stream<Format, Math, NW, U, S>;
+    constexpr int NA = Math::NA, n = Math::TOKENS, XS = n * Math::X_BYTES / 16;
+    extern __shared__ __align__(128) uint8_t shared[];
+    float * part = (float *) (shared + S * R::STAGE);
+    uint64_t * ready = (uint64_t *) (part + 2 * R::PART), *spent = ready + S, *full = spent + S, *empty = full + 2;
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
+    int cpt = nb / U;  // chunks of a tile
+    long chunks = (long) ((M + 15) / 16) * cpt;
+    int lo = (int) (chunks * blockIdx.x / gridDim.x), hi = (int) (chunks * (blockIdx.x + 1) / gridDim.x);
+    int tile = lo / cpt, tile_end = (hi - 1) / cpt;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < S; i++) { mbar_init(ready + i, 1); mbar_init(spent + i, NW); }
+        for (int i = 0; i < 2; i++) { mbar_init(full + i, NW); mbar_init(empty + i, 1); }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+    pdl_launch();
+    if (warp == NW) {
+        if (lane) return;
+        int slot = 0, phase = 1;
+        for (int q = lo; q < hi; q += NW) {
+            mbar_wait(spent + slot, phase);  // falls through in the first round
+            int bytes = min(NW, hi - q) * U * Format::STEP;
+            mbar_expect(ready + slot, bytes);
+            bulk_copy(shared + slot * R::STAGE, weights + (size_t) q * (U * Format::STEP), bytes, ready + slot);
+            if (++slot == S) { slot = 0; phase ^= 1; }
+        }
+        return;
+    }
+    if (warp == NW + 1) {
+        pdl_wait();  // y may still be read by the kernel before
+        for (int i = 0; tile <= tile_end; tile++, i++) {
+            float * p = part + (i & 1) * R::PART;
+            bool whole = tile * cpt >= lo && (tile + 1) * cpt <= hi;
+            mbar_wait(full + (i & 1), (i >> 1) & 1);
+            for (int j = lane; j < 16 * n; j += 32) {
+                float v = 0;
+#pragma unroll
+                for (int k = 0; k < NW; k++) v += p[k * 16 * n + j];
+                int row = tile * 16 + (j & 15);
+                float * dst = y + (size_t) (j >> 4) * M + row;
+                if (row < M) { if (whole) *dst = v; else atomicAdd(dst, v); }
+            }
+            __syncwarp();
+            if (lane == 0) mbar_arrive(empty + (i & 1));
+        }
+        return;
+    }
+    pdl_wait();
+    int slot = 0, phase = 0, q = lo + warp, c = q - tile * cpt;
+    const uint8_t * mine = shared + warp * U * Format::STEP;
+    for (int i = 0; tile <= tile_end; tile++, i++, c -= cpt) {
+        float acc[2][NA] = {};
+        for (; c < cpt && q < hi; c += NW, q += NW) {
+            typename Math::X v[U];
+            const uint4 * xp = x + c * (U * XS);
+            const ActHead * hp = head + c * (U * n);
+#pragma unroll
+            for (int u = 0; u < U; u++) Math::load_x(v[u], xp + u * XS, hp + u * n, lane);
+            mbar_wait(ready + slot, phase);
+            typename Format::W w[U];
+#pragma unroll
+            for (int u = 0; u < U; u++) Format::load_shared(w[u], mine + slot * R::STAGE + u * Format::STEP, lane);
+#pragma unroll
+            for (int u = 0; u < U; u++) Math::block(acc, w[u], v[u], lane);
+            __syncwarp();
+            if (lane == 0) mbar_arrive(spent + slot);
+            if (++slot == S) { slot = 0; phase ^= 1; }
+        }
+        if (i >= 2) mbar_wait(empty + (i & 1), ((i >> 1) - 1) & 1);
+        float * p = part + (i & 1) * R::PART + warp * 16 * n;
+#pragma unroll
+        for (int k = 0; k < 2; k++)
+#pragma unroll
+            for (int j = 0; j < NA; j++) {
+                float a = acc[k][j];
+                if (Math::SUM_T) { a += __shfl_xor_sync(~0u, a, 1); a += __shfl_xor_sync(~0u, a, 2); }
+                int col = Math::column(t, j);
+                if (col < n && (!Math::SUM_T || t == 0)) p[col * 16 + g + 8 * k] = a;
+            }
+        __syncwarp();
+        if (lane == 0) mbar_arrive(full + (i & 1));
+    }
+    // a warp without a chunk in the last stage must still free it: nothing waits for it, so it need not
+}
+
 // ---- activations: float to the layouts above; one thread per element, one thread block per (block, token)
 enum ActLayout { ACT_S8, ACT_B1, ACT_TQ1, ACT_TQ1_PLAIN };  // the last: base-3 order, x only
 
@@ -550,10 +652,11 @@ __device__ __forceinline__ void tq1_slot(int i, int & word, int & byte) {  // i 
 
 template <int LAYOUT>
 __global__ void __launch_bounds__(128) quantize_act(const float * __restrict__ x, uint8_t * __restrict__ out,
-                                                    ActHead * __restrict__ head, int K, int n) {
+                                                    ActHead * __restrict__ head, int K, int n, float * zero, int zeros) {
     __shared__ float s_max[4], s_sum[4]; __shared__ int s_isum[4]; __shared__ int8_t s_q[QK];
     pdl_launch();
     pdl_wait();
+    for (int i = (blockIdx.y * gridDim.x + blockIdx.x) * 128 + threadIdx.x; i < zeros; i += gridDim.x * gridDim.y * 128) zero[i] = 0.0f;
     int b = blockIdx.x, tok = blockIdx.y, e = threadIdx.x, warp = e >> 5, lane = e & 31;
     float v = x[(size_t) tok * K + b * QK + e], amax = fabsf(v), sum = v;
     for (int o = 16; o; o >>= 1) { amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, o)); sum += __shfl_xor_sync(~0u, sum, o); }

@@ -16,33 +16,29 @@ constexpr int STAGE_BYTES = BN * QK + BN * (int) sizeof(ActHead);
 
 // grid (row tiles of 128, token tiles of 128, splits of K). MU_MMA: the sum of mu * sum(x) over the
 // blocks is a small matrix product of its own (two tf32 terms) instead of one FFMA per result and block.
-template <class Format, int STAGES, bool MU_MMA>
-__global__ void __launch_bounds__(CONSUMERS * 32 + 32, 1)
+template <class Format, int STAGES, bool MU_MMA, int JJ>
+__global__ void __launch_bounds__(CONSUMERS * 32, 1)
 prefill(const uint8_t * __restrict__ weights, const uint8_t * __restrict__ x, const ActHead * __restrict__ head,
         float * __restrict__ y, int M, int nb, int n, int add) {
     extern __shared__ __align__(128) uint8_t shared[];
-    __shared__ uint64_t full[STAGES], empty[STAGES];
+    __shared__ uint64_t full[STAGES];
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     int b_lo = (int) ((long) nb * blockIdx.z / gridDim.z), b_hi = (int) ((long) nb * (blockIdx.z + 1) / gridDim.z);
     int col0 = blockIdx.y * BN;
+    auto issue = [&](int b, int s) {
+        mbar_expect(full + s, STAGE_BYTES);
+        uint8_t * dst = shared + s * STAGE_BYTES;
+        for (int h = 0; h < 2; h++)
+            bulk_copy(dst + h * BN * 64, x + (((size_t) b * 2 + h) * n + col0) * 64, BN * 64, full + s);
+        bulk_copy(dst + BN * QK, head + (size_t) b * n + col0, BN * sizeof(ActHead), full + s);
+    };
     if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; i++) { mbar_init(full + i, 1); mbar_init(empty + i, CONSUMERS); }
+        for (int i = 0; i < STAGES; i++) mbar_init(full + i, 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        for (int i = 0; i < STAGES - 1; i++)
+            if (b_lo + i < b_hi) issue(b_lo + i, i);
     }
     __syncthreads();
-    if (warp == CONSUMERS) {
-        if (lane == 0)
-            for (int b = b_lo, i = 0; b < b_hi; b++, i++) {
-                int s = i % STAGES;
-                if (i >= STAGES) mbar_wait(empty + s, (i / STAGES - 1) & 1);
-                mbar_expect(full + s, STAGE_BYTES);
-                uint8_t * dst = shared + s * STAGE_BYTES;
-                for (int h = 0; h < 2; h++)
-                    bulk_copy(dst + h * BN * 64, x + (((size_t) b * 2 + h) * n + col0) * 64, BN * 64, full + s);
-                bulk_copy(dst + BN * QK, head + (size_t) b * n + col0, BN * sizeof(ActHead), full + s);
-            }
-        return;
-    }
     int wm = warp & 3, wn = warp >> 2, tile0 = blockIdx.x * (BM / 16) + wm * 2;  // 32 rows x 64 tokens
     int tiles = (M + 15) / 16;
     float acc[2][8][4] = {};
@@ -58,32 +54,48 @@ prefill(const uint8_t * __restrict__ weights, const uint8_t * __restrict__ x, co
         for (int m = 0; m < 2; m++) { unpack_codes(a[m], w[m]); sc[m] = unpack_scales(w[m].s); }
         if (b + 1 < b_hi) { p0.advance(1); p1.advance(1); p0.load(w[0], 0); p1.load(w[1], 0); }
         mbar_wait(full + s, (i / STAGES) & 1);
+        __syncthreads();  // everybody has left the stage that is filled next
+        if (threadIdx.x == 0 && b + STAGES - 1 < b_hi) issue(b + STAGES - 1, (i + STAGES - 1) % STAGES);
         const uint8_t * st = shared + s * STAGE_BYTES;
         const uint4 * hd = (const uint4 *) (st + BN * QK);
+        // JJ x 2 results at a time, so that the tensor cores always have independent work
 #pragma unroll
-        for (int j = 0; j < 8; j++) {
-            int col = wn * 64 + j * 8;
-            uint4 x0 = *(const uint4 *) (st + (col + g) * 64 + t * 16), x1 = *(const uint4 *) (st + BN * 64 + (col + g) * 64 + t * 16);
-            uint4 h0 = hd[col + 2 * t], h1 = hd[col + 2 * t + 1];
-            float d0 = __uint_as_float(h0.x), d1 = __uint_as_float(h1.x);
-            int i0 = (int) h0.z + MAGIC_INT, i1 = (int) h1.z + MAGIC_INT;
+        for (int j0 = 0; j0 < 8; j0 += JJ) {
+            uint4 x0[JJ], x1[JJ], h[JJ][2];
+            int c[JJ][2][4];
 #pragma unroll
-            for (int m = 0; m < 2; m++) {
-                int c[4] = {i0, i1, i0, i1};
-                mma_u8s8(c, a[m][0][0], a[m][1][0], a[m][0][1], a[m][1][1], x0.x, x0.y);
-                mma_u8s8(c, a[m][0][2], a[m][1][2], a[m][0][3], a[m][1][3], x0.z, x0.w);
-                mma_u8s8(c, a[m][0][4], a[m][1][4], a[m][0][5], a[m][1][5], x1.x, x1.y);
-                mma_u8s8(c, a[m][0][6], a[m][1][6], a[m][0][7], a[m][1][7], x1.z, x1.w);
+            for (int j = 0; j < JJ; j++) {
+                int col = wn * 64 + (j0 + j) * 8;
+                x0[j] = *(const uint4 *) (st + (col + g) * 64 + t * 16);
+                x1[j] = *(const uint4 *) (st + BN * 64 + (col + g) * 64 + t * 16);
+                h[j][0] = hd[col + 2 * t]; h[j][1] = hd[col + 2 * t + 1];
 #pragma unroll
-                for (int k = 0; k < 4; k++) {
-                    float f = __int_as_float(c[k]) - MAGIC_FLOAT;
-                    acc[m][j][k] += (sc[m].alpha[k >> 1] * ((k & 1) ? d1 : d0)) * f;
-                    if (!MU_MMA) acc[m][j][k] += sc[m].mu[k >> 1] * __uint_as_float((k & 1) ? h1.y : h0.y);
+                for (int m = 0; m < 2; m++) {
+                    c[j][m][0] = c[j][m][2] = (int) h[j][0].z + MAGIC_INT;
+                    c[j][m][1] = c[j][m][3] = (int) h[j][1].z + MAGIC_INT;
                 }
             }
+#pragma unroll
+            for (int p = 0; p < 4; p++)
+#pragma unroll
+                for (int j = 0; j < JJ; j++)
+#pragma unroll
+                    for (int m = 0; m < 2; m++) {
+                        const uint4 & v = p < 2 ? x0[j] : x1[j];
+                        mma_u8s8(c[j][m], a[m][0][2 * p], a[m][1][2 * p], a[m][0][2 * p + 1], a[m][1][2 * p + 1],
+                                 (p & 1) ? v.z : v.x, (p & 1) ? v.w : v.y);
+                    }
+#pragma unroll
+            for (int j = 0; j < JJ; j++)
+#pragma unroll
+                for (int m = 0; m < 2; m++)
+#pragma unroll
+                    for (int k = 0; k < 4; k++) {
+                        float f = __int_as_float(c[j][m][k]) - MAGIC_FLOAT;
+                        acc[m][j0 + j][k] += (sc[m].alpha[k >> 1] * __uint_as_float(h[j][k & 1].x)) * f;
+                        if (!MU_MMA) acc[m][j0 + j][k] += sc[m].mu[k >> 1] * __uint_as_float(h[j][k & 1].y);
+                    }
         }
-        __syncwarp();
-        if (lane == 0) mbar_arrive(empty + s);
     }
     if (MU_MMA) {
         for (int b = b_lo; b < b_hi; b += 8) {
@@ -126,13 +138,13 @@ prefill(const uint8_t * __restrict__ weights, const uint8_t * __restrict__ x, co
             }
 }
 
-template <class Format, int STAGES, bool MU>
+template <class Format, int STAGES, bool MU, int JJ>
 void run_prefill(cudaStream_t st, const uint8_t * w, const uint8_t * x, const ActHead * h, float * y, int M, int nb, int n, int split) {
     static bool done = false;
-    auto f = prefill<Format, STAGES, MU>;
+    auto f = prefill<Format, STAGES, MU, JJ>;
     if (!done) { CK(cudaFuncSetAttribute(f, cudaFuncAttributeMaxDynamicSharedMemorySize, STAGES * STAGE_BYTES)); done = true; }
     if (split > 1) CK(cudaMemsetAsync(y, 0, (size_t) M * n * 4, st));
-    launch(false, f, dim3((M + BM - 1) / BM, n / BN, split), dim3(CONSUMERS * 32 + 32), STAGES * STAGE_BYTES, st, w, x, h, y, M, nb, n, (int) (split > 1));
+    launch(false, f, dim3((M + BM - 1) / BM, n / BN, split), dim3(CONSUMERS * 32), STAGES * STAGE_BYTES, st, w, x, h, y, M, nb, n, (int) (split > 1));
 }
 
 struct Variant {
@@ -140,10 +152,10 @@ struct Variant {
     void (*run)(cudaStream_t, const uint8_t *, const uint8_t *, const ActHead *, float *, int, int, int, int);
 };
 static const Variant VARIANTS[] = {
-    {"tq2 mma.sync, mu by FFMA", false, run_prefill<Tq2Tile, 4, false>},
-    {"tq2 mma.sync, mu by tf32", false, run_prefill<Tq2Tile, 4, true>},
-    {"tq1 mma.sync, mu by FFMA", true, run_prefill<Tq1Tile, 4, false>},
-    {"tq1 mma.sync, mu by tf32", true, run_prefill<Tq1Tile, 4, true>},
+    {"tq2 mma.sync, FFMA, jj2", false, run_prefill<Tq2Tile, 4, false, 2>},
+    {"tq2 mma.sync, tf32, jj2", false, run_prefill<Tq2Tile, 4, true, 2>},
+    {"tq2 mma.sync, tf32, jj4", false, run_prefill<Tq2Tile, 4, true, 4>},
+    {"tq1 mma.sync, tf32, jj2", true, run_prefill<Tq1Tile, 4, true, 2>},
 };
 
 int main(int argc, char ** argv) {
@@ -163,8 +175,8 @@ int main(int argc, char ** argv) {
                 CK(cudaMalloc(&y, (size_t) p.M * n * 4)); CK(cudaMalloc(&h, (size_t) p.nb * n * sizeof(ActHead)));
                 pack<W_TILE2><<<dim3(p.tiles, p.nb), 32>>>(p.codes, p.scales, w2, p.M, p.K);
                 pack<W_TILE1><<<dim3(p.tiles, p.nb), 32>>>(p.codes, p.scales, w1, p.M, p.K);
-                quantize_act<ACT_S8><<<dim3(p.nb, n), 128>>>(p.x, x2, h, p.K, n);
-                quantize_act<ACT_TQ1_PLAIN><<<dim3(p.nb, n), 128>>>(p.x, x1, h, p.K, n);
+                quantize_act<ACT_S8><<<dim3(p.nb, n), 128>>>(p.x, x2, h, p.K, n, (float *) nullptr, 0);
+                quantize_act<ACT_TQ1_PLAIN><<<dim3(p.nb, n), 128>>>(p.x, x1, h, p.K, n, (float *) nullptr, 0);
                 CK(cudaDeviceSynchronize());
                 for (auto & v : VARIANTS)
                     for (int split : {1, 2, 3, 4, 6}) {
@@ -182,7 +194,7 @@ int main(int argc, char ** argv) {
                         printf("%5dx%-7d %-28s %4d %5d %9.2f %8.1f %9.1e\n", p.M, p.K, v.name, n, split, us, 2.0 * p.M * p.K * n / us / 1e6, e.vs_quant);
                     }
                 if (bench) {
-                    double us = time_graph(10, [&](int, cudaStream_t st) { launch(false, quantize_act<ACT_S8>, dim3(p.nb, n), 128, 0, st, p.x, x2, h, p.K, n); }, 5);
+                    double us = time_graph(10, [&](int, cudaStream_t st) { launch(false, quantize_act<ACT_S8>, dim3(p.nb, n), 128, 0, st, p.x, x2, h, p.K, n, (float *) nullptr, 0); }, 5);
                     printf("%5dx%-7d %-28s %4d %5s %9.2f\n", p.M, p.K, "quantize activations", n, "", us);
                 }
                 cudaFree(w2); cudaFree(w1); cudaFree(x2); cudaFree(x1); cudaFree(y); cudaFree(h);
