@@ -6,8 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from quantize.common import PT2Error, run_cli
+
+if TYPE_CHECKING:
+    from llamacpp_bench.pipeline import Config
 
 EPILOG = """\
 examples:
@@ -57,10 +61,10 @@ def run_compare(argv: Sequence[str]) -> int:
 
 def run_bench(argv: Sequence[str]) -> int:
     args = make_parser().parse_args(argv)
-    from llamacpp_bench.bench import Config, bench
+    from llamacpp_bench.pipeline import bench
     from llamacpp_bench.report import print_tables
 
-    config = to_config(args, Config)
+    config = to_config(args)
     if args.synthetic:
         from llamacpp_bench.synthetic import parse_shapes, parse_types
         from llamacpp_bench.synthetic_bench import bench_synthetic
@@ -76,11 +80,12 @@ def run_bench(argv: Sequence[str]) -> int:
     return 0
 
 
-def to_config(args: argparse.Namespace, cls: type) -> object:
+def to_config(args: argparse.Namespace) -> Config:
     """The options as a :class:`llamacpp_bench.Config`."""
     from llamacpp_bench.baselines import parse_baselines
+    from llamacpp_bench.pipeline import Config
 
-    return cls(
+    return Config(
         baselines=tuple(parse_baselines(args.baseline)),
         source=args.source,
         imatrix_text=args.imatrix_text,
@@ -88,6 +93,7 @@ def to_config(args: argparse.Namespace, cls: type) -> object:
         gen=args.gen,
         pg=parse_pairs(args.pg),
         depths=parse_numbers(args.depth, "--depth"),
+        batches=parse_numbers(args.batch, "--batch") if args.batch else (),
         rounds=args.rounds,
         threads=args.threads,
         gpu_layers=args.gpu_layers,
@@ -209,7 +215,14 @@ def add_speed_options(p: argparse.ArgumentParser) -> None:
         metavar="P,N",
         help="prefill and decode timed together; may be repeated (default: 128,256; none)",
     )
-    g.add_argument("--depth", default="0", metavar="LIST", help="tokens in the KV cache before")
+    g.add_argument(
+        "--depth", default="0", metavar="LIST", help="tokens already in the KV cache, like 0,4096"
+    )
+    g.add_argument(
+        "--batch",
+        metavar="LIST",
+        help="sequences decoded at once, like 1,8,64 (default: not timed)",
+    )
     g.add_argument("-r", "--rounds", type=positive, default=5, metavar="N", help="default: 5")
     g.add_argument("-t", "--threads", type=positive, metavar="N", help="default: all usable cores")
     g.add_argument("--gpu-layers", type=natural, metavar="N", help="default: all on a CUDA build")

@@ -24,7 +24,7 @@ from pathlib import Path
 from llamacpp_bench.gguf_info import GGUFInfo
 from llamacpp_bench.process import run_tool
 from llamacpp_bench.results import Perplexity
-from llamacpp_bench.runner import Load
+from llamacpp_bench.runner import LOST_LINE_TRIES, Load
 from llamacpp_bench.tools import ToolBox
 from quantize.common import PT2Error
 
@@ -33,6 +33,7 @@ GPTQ_WINDOW = 2048
 PROTOCOLS = ("llama.cpp", "gptq")
 _STEP = re.compile(r"\[(\d+)\]\s*(-?[\d.]+|-?nan|-?inf),")
 _FINAL = re.compile(r"Final estimate: PPL = ([\d.]+) \+/- ([\d.]+)")
+_PLANNED = re.compile(r"(?:computing|calculating perplexity) over (\d+) chunks")
 _HAVE = re.compile(r"tokenizes to only (\d+) tokens")
 
 
@@ -111,12 +112,19 @@ def measure_perplexity(
         if on_chunk is not None and (steps := _STEP.findall(tail)):
             on_chunk(int(steps[-1][0]))
 
-    done = run_tool(perplexity_command(tools, info, text, p, load), tools.env, log, follow)
-    return parse_perplexity(done.stdout, log.read_text("utf-8", "replace"), p, text, log)
+    argv = perplexity_command(tools, info, text, p, load)
+    for _ in range(LOST_LINE_TRIES):
+        done = run_tool(argv, tools.env, log, follow)
+        found = parse_perplexity(done.stdout, log.read_text("utf-8", "replace"), p, text, log)
+        if found is not None:
+            return found
+    raise PT2Error(f"llama-perplexity lost its last lines {LOST_LINE_TRIES} times (log: {log})")
 
 
-def parse_perplexity(stdout: str, stderr: str, p: Plan, text: Path, log: Path) -> Perplexity:
+def parse_perplexity(stdout: str, stderr: str, p: Plan, text: Path, log: Path) -> Perplexity | None:
     """Read llama-perplexity's running figures (stdout) and final line (stderr).
+
+    None when the last of them are missing, which the program's log thread is to blame for.
 
     The strided run prints no standard error. It follows from the running figures: those of n
     windows give each window's mean negative log-likelihood, whose spread over windows is the error
@@ -128,13 +136,15 @@ def parse_perplexity(stdout: str, stderr: str, p: Plan, text: Path, log: Path) -
             f"{text} has only {short[1]} tokens; {p.protocol} windows of {p.window} need "
             f"{2 * p.window}: give a longer text"
         )
-    steps = _STEP.findall(stdout) or _STEP.findall(stderr)
-    if not steps:
-        raise PT2Error(f"llama-perplexity gave no figure (log: {log})")
-    running = [float(v) for _, v in steps]
+    planned = _PLANNED.search(stdout + stderr)
+    running = [float(v) for _, v in _STEP.findall(stdout) or _STEP.findall(stderr)]
+    final = _FINAL.search(stdout + stderr)
+    if planned is None:
+        raise PT2Error(f"llama-perplexity does not say what it computes (log: {log})")
     if not all(math.isfinite(v) and v > 0 for v in running):
         raise PT2Error(f"llama-perplexity gave {running[-1]}; the model is broken (log: {log})")
-    final = _FINAL.search(stdout + stderr)
+    if len(running) < int(planned[1]) or (p.protocol == "llama.cpp" and final is None):
+        return None
     ppl, error = running[-1], None
     if final:
         ppl, error = float(final[1]), float(final[2])

@@ -3,17 +3,21 @@ apart; the baseline is grey."""
 
 from __future__ import annotations
 
+import itertools
+import math
 import textwrap
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import matplotlib.text
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from llamacpp_bench.report import caption, figure, perplexity_of, protocols
+from llamacpp_bench.report import caption, figure, perplexity_of, plain_tests, protocols
 from llamacpp_bench.results import Model, Results
 from quantize.common import atomic_path
 
@@ -29,18 +33,23 @@ STYLE: dict[str, Any] = {
     "figure.dpi": 100,
     "savefig.dpi": 200,
 }
+ANGLES = [math.radians(a) for a in (0, 45, -45, 180, 135, -135, 90, -90)]
+ERRORS: dict[str, Any] = {"capsize": 2, "error_kw": {"elinewidth": 1.0, "ecolor": "#333333"}}
 
 
 def write_plots(results: Results, out: Path) -> list[Path]:
-    """Write speed.png and, where perplexities were measured, size-perplexity.png.
+    """Write speed.png, and depth.png, batch.png and size-perplexity.png if these were measured.
 
     Returns:
         The files written.
     """
     written = []
-    with plt.rc_context(STYLE):
-        if results.samples:
+    with matplotlib.rc_context(rc=STYLE):  # type: ignore[arg-type]  # its keys are literals
+        if plain_tests(results):
             written.append(_save(speed_figure(results), out / "speed.png"))
+        for mark, name in (("@d", "depth.png"), ("@b", "batch.png")):
+            if any(mark in t for t in results.tests()):
+                written.append(_save(scaling_figure(results, mark), out / name))
         if protocols(results):
             written.append(_save(quality_figure(results), out / "size-perplexity.png"))
     return written
@@ -55,13 +64,11 @@ def _save(fig: Figure, path: Path) -> Path:
 
 def test_title(test: str) -> str:
     """`pp128+tg256` -> `End to end: 128 + 256 tokens`."""
-    name, _, depth = test.partition("@d")
-    parts = [p[2:] for p in name.split("+")]
-    after = f" at depth {depth}" if depth else ""
+    parts = [p[2:] for p in test.split("+")]
     if len(parts) == 2:
-        return f"End to end: {parts[0]} + {parts[1]} tokens{after}"
-    kind = "Prefill" if name.startswith("pp") else "Decode"
-    return f"{kind}: {parts[0]} tokens{after}"
+        return f"End to end: {parts[0]} + {parts[1]} tokens"
+    kind = "Prefill" if test.startswith("pp") else "Decode"
+    return f"{kind}: {parts[0]} tokens"
 
 
 def colour_of(results: Results) -> dict[str, str]:
@@ -82,23 +89,34 @@ def short_name(model: Model) -> str:
 
 
 def speed_figure(results: Results) -> Figure:
-    """Bars of tokens/s with standard deviations, one panel per test."""
+    """Bars with standard deviations, one panel per test: tokens/s, or ratios for many shapes."""
     grouped = len(results.groups()) > 1
-    tests = results.tests()
-    width = max(9.0, 3.4 * len(tests))
-    rows = len(results.models) if not grouped else 8
+    tests = plain_tests(results)
+    width = max(9.0, 3.6 * len(tests))
+    height = 4.2 if grouped else 1.1 + 0.34 * len(results.models)
     fig, axes = plt.subplots(
-        1, len(tests), figsize=(width, 1.3 + 0.34 * rows), squeeze=False, sharey=not grouped
+        1, len(tests), figsize=(width, height), squeeze=False, sharey=not grouped
     )
     for ax, test in zip(axes[0], tests, strict=True):
         (grouped_panel if grouped else single_panel)(ax, results, test)
         ax.set_title(test_title(test), loc="left")
+    fig.tight_layout(w_pad=2.0)
     if grouped:
-        handles, labels = axes[0][0].get_legend_handles_labels()
-        fig.legend(handles, labels, loc="upper center", ncol=len(labels), frameon=False)
-    fig.tight_layout(rect=(0, 0, 1, 0.93 if grouped else 1), w_pad=2.0)
-    add_caption(fig, results, "Bars: mean; lines: standard deviation over rounds.", width)
+        add_legend(fig, axes[0][0])
+    note = "Bars: mean; lines: standard deviation over rounds."
+    if grouped:
+        note = "Bars: median ratio over rounds, lines: its standard deviation; figures: tokens/s."
+    add_caption(fig, results, note, width)
     return fig
+
+
+def add_legend(fig: Figure, ax: Any) -> None:
+    """One legend for all panels, above their titles."""
+    handles, labels = ax.get_legend_handles_labels()
+    fig.legend(
+        handles, labels, loc="lower left", bbox_to_anchor=(0.01, 1.0), ncol=min(9, len(labels)),
+        frameon=False,
+    )  # fmt: skip
 
 
 def single_panel(ax: Any, results: Results, test: str) -> None:
@@ -108,7 +126,7 @@ def single_panel(ax: Any, results: Results, test: str) -> None:
     top = max(results.summary(m.name, test).high for m in models)
     for y, m in enumerate(models):
         s = results.summary(m.name, test)
-        ax.barh(y, s.mean, xerr=s.stdev, color=colours[short_name(m)], height=0.68, capsize=2.5)
+        ax.barh(y, s.mean, xerr=s.stdev, color=colours[short_name(m)], height=0.68, **ERRORS)
         ratio = results.ratio(m, test)
         is_base = m.name == results.baseline.get(m.group)
         extra = "" if ratio is None or is_base else f"  {ratio.median:.2f}x"
@@ -116,7 +134,8 @@ def single_panel(ax: Any, results: Results, test: str) -> None:
         ax.text(end + 0.02 * top, y, f"{figure(s.mean)}{extra}", va="center", fontsize=8)
     ax.set_yticks(range(len(models)), [short_name(m) for m in models])
     ax.set_ylim(len(models) - 0.4, -0.6)
-    ax.set_xlim(0, 1.42 * top)
+    ax.set_xlim(0, 1.5 * top)
+    ax.xaxis.set_major_locator(MaxNLocator(4))
     ax.set_xlabel("tokens/s")
     ax.grid(axis="x", color="#DDDDDD", linewidth=0.6)
     ax.tick_params(axis="y", length=0)
@@ -140,7 +159,7 @@ def grouped_panel(ax: Any, results: Results, test: str) -> None:
             heights.append(ratio.median)
             errors.append(ratio.stdev)
             texts.append(figure(results.summary(m.name, test).mean))
-        ax.bar(xs, heights, width * 0.94, yerr=errors, color=colours[name], label=name, capsize=2)
+        ax.bar(xs, heights, width * 0.94, yerr=errors, color=colours[name], label=name, **ERRORS)
         for x, h, e, text in zip(xs, heights, errors, texts, strict=True):
             ax.annotate(
                 text, (x, h + e), (0, 3), textcoords="offset points", rotation=90, fontsize=7,
@@ -154,61 +173,146 @@ def grouped_panel(ax: Any, results: Results, test: str) -> None:
     ax.grid(axis="y", color="#DDDDDD", linewidth=0.6)
 
 
+def scaling_figure(results: Results, mark: str) -> Figure:
+    """Decode speed over depth (`@d`) or number of sequences (`@b`), one panel per shape."""
+    groups = results.groups()
+    width = max(6.0, 4.2 * len(groups))
+    fig, axes = plt.subplots(1, len(groups), figsize=(width, 3.8), squeeze=False)
+    colours = colour_of(results)
+    for ax, group in zip(axes[0], groups, strict=True):
+        for m in (m for m in results.models if m.group == group):
+            xs, means, errors = scaling_points(results, m, mark)
+            if xs:
+                name = short_name(m)
+                ax.errorbar(xs, means, errors, marker="o", ms=4, capsize=2, label=name,
+                            color=colours[name])  # fmt: skip
+        if mark == "@b":
+            ax.set_xscale("log", base=2)
+            ax.set_yscale("log")
+            ax.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
+        else:
+            ax.set_ylim(bottom=0)
+        ax.set_xlabel("sequences at once" if mark == "@b" else "tokens already in the cache")
+        ax.set_ylabel("decode, tokens/s" + (" of all sequences" if mark == "@b" else ""))
+        ax.set_title(group.upper() or "Decode", loc="left")
+        ax.grid(color="#DDDDDD", linewidth=0.6)
+    fig.tight_layout(w_pad=2.0)
+    add_legend(fig, axes[0][0])
+    add_caption(fig, results, "Lines at points: standard deviation over rounds.", width)
+    return fig
+
+
+def scaling_points(
+    results: Results, model: Model, mark: str
+) -> tuple[list[int], list[float], list[float]]:
+    """x values, means and standard deviations of a model's decode tests with this mark.
+
+    At depth 0 the plain test counts as the first point.
+    """
+    points = []
+    decode = [t for t in results.tests() if t.startswith("tg") and (mark in t or "@" not in t)]
+    for test in decode:
+        values = results.values(model.name, test)
+        x = int(test.partition(mark)[2] or 0)
+        if values and (x or mark == "@d"):
+            s = results.summary(model.name, test)
+            points.append((x, s.mean, s.stdev))
+    points.sort()
+    return [p[0] for p in points], [p[1] for p in points], [p[2] for p in points]
+
+
 def quality_figure(results: Results) -> Figure:
     """File size against perplexity, one panel per protocol; down and left is better."""
     kinds = protocols(results)
     width = max(6.0, 4.8 * len(kinds))
     fig, axes = plt.subplots(1, len(kinds), figsize=(width, 4.0), squeeze=False)
     colours = colour_of(results)
+    labels: list[tuple[Any, list[tuple[float, float, str]]]] = []
     for ax, (name, window) in zip(axes[0], kinds, strict=True):
         points = []
         for m in results.models:
-            p = perplexity_of(m, name)
-            if p is None:
-                continue
-            x = m.file_bytes / 1e6
-            ax.errorbar(
-                x, p.ppl, yerr=p.error, fmt="o", ms=7, capsize=3, color=colours[short_name(m)]
-            )
-            points.append((x, p.ppl, short_name(m)))
+            if p := perplexity_of(m, name):
+                x, colour = m.file_bytes / 1e6, colours[short_name(m)]
+                ax.errorbar(x, p.ppl, yerr=p.error, fmt="o", ms=7, capsize=3, color=colour)
+                points.append((x, p.ppl, short_name(m)))
         scored = "second half scored" if name == "llama.cpp" else "every token scored"
         ax.set_title(f"{name} protocol: {window} tokens, {scored}", loc="left", fontsize=9)
         ax.set_xlabel("file size (MB)")
         ax.set_ylabel("perplexity (lower is better)")
         ax.grid(color="#DDDDDD", linewidth=0.6)
-        ax.margins(x=0.22, y=0.16)
-        label_points(ax, points)
+        ax.margins(x=0.2, y=0.16)
+        scale_axis(ax.xaxis, [p[0] for p in points])
+        scale_axis(ax.yaxis, [p[1] for p in points])
+        labels.append((ax, points))
     fig.tight_layout(w_pad=2.5)
+    for ax, points in labels:  # after the layout, which moves the panels
+        label_points(ax, points)
     add_caption(fig, results, "Lines: standard error of the perplexity.", width)
     return fig
 
 
+def scale_axis(axis: Any, values: list[float]) -> None:
+    """A logarithmic axis with plain numbers where the values differ more than threefold."""
+    if max(values) / min(values) < 3:
+        return
+    (axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale)("log")
+    axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+    axis.set_major_formatter(lambda v, _: f"{v:g}")
+    axis.set_minor_locator(NullLocator())
+
+
 def label_points(ax: Any, points: list[tuple[float, float, str]]) -> None:
-    """Names beside the points, moved up or down where they would cover one another."""
-    fig = ax.figure
-    fig.canvas.draw()
-    taken = [ax.transData.transform((x, y)) for x, y, _ in points]
-    boxes: list[Any] = []
-    offsets = [(9, 0), (9, 11), (9, -11), (-9, 0), (-9, 11), (-9, -11), (9, 22), (9, -22), (0, 34)]
-    for x, y, name in sorted(points):
-        for dx, dy in offsets:
+    """Names beside the points: tried on circles of growing radius until one is free.
+
+    A place is free when it is inside the panel, covers no other name and no point, and is nearer to
+    its own point than to any other. A thin line leads to names that are not right beside.
+    """
+    ax.figure.canvas.draw()
+    renderer = ax.figure.canvas.get_renderer()
+    frame = ax.get_window_extent()
+    at = [ax.transData.transform((x, y)) for x, y, _ in points]
+    taken: list[Any] = []
+    for i, (x, y, name) in enumerate(points):
+        for radius, angle in itertools.product(range(10, 100, 9), ANGLES):
+            dx, dy = radius * math.cos(angle), radius * math.sin(angle)
             text = ax.annotate(
                 name, (x, y), (dx, dy), textcoords="offset points", fontsize=8, va="center",
-                ha="left" if dx >= 0 else "right",
+                ha="left" if dx > 1 else "right" if dx < -1 else "center",
+                arrowprops={"arrowstyle": "-", "lw": 0.6, "color": "#666666", "shrinkB": 4}
+                if radius > 10 else None,
             )  # fmt: skip
-            box = text.get_window_extent(fig.canvas.get_renderer())
-            frame = ax.get_window_extent()
-            inside = box.x0 >= frame.x0 and box.x1 <= frame.x1
-            free = not any(box.overlaps(b) for b in boxes)
-            clear = not any(box.expanded(1.0, 1.25).contains(*p) for p in taken)
-            if (inside and free and clear) or (dx, dy) == offsets[-1]:
-                boxes.append(box)
+            place = text.get_window_extent(renderer) if radius <= 10 else _text_box(text, renderer)
+            if _is_free(place, i, at, taken, frame):
+                taken.append(place)
                 break
             text.remove()
+
+
+def _text_box(text: Any, renderer: Any) -> Any:
+    """Extent of an annotation's words without its line."""
+    return matplotlib.text.Text.get_window_extent(text, renderer)
+
+
+def _is_free(place: Any, own: int, at: list[Any], taken: list[Any], frame: Any) -> bool:
+    inside = frame.x0 <= place.x0 and place.x1 <= frame.x1
+    inside = inside and frame.y0 <= place.y0 and place.y1 <= frame.y1
+    if not inside or any(place.overlaps(other) for other in taken):
+        return False
+    gaps = [_gap(place, p) for p in at]
+    clear = all(g > 5 for j, g in enumerate(gaps) if j != own)
+    alone = [g for j, g in enumerate(gaps) if math.dist(at[j], at[own]) > 12]
+    return clear and all(gaps[own] <= g for g in alone)
+
+
+def _gap(place: Any, point: Any) -> float:
+    """Distance in pixels from a box to a point."""
+    dx = max(place.x0 - point[0], 0, point[0] - place.x1)
+    dy = max(place.y0 - point[1], 0, point[1] - place.y1)
+    return math.hypot(dx, dy)
 
 
 def add_caption(fig: Figure, results: Results, note: str, width: float) -> None:
     """Machine, build and date below the panels."""
     text = " ".join([*caption(results), note])
-    lines = textwrap.wrap(text, width=int(width * 16))
+    lines = textwrap.wrap(text, width=int(width * 17))
     fig.text(0.01, -0.01, "\n".join(lines), fontsize=7, va="top", color="#444444")

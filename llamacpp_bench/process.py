@@ -112,7 +112,7 @@ class _PeakWatch:
 
 
 def read_vm_hwm(status: Path) -> int:
-    """Peak resident bytes from a `/proc/PID/status` file; 0 when the process or the file is gone."""
+    """Peak resident bytes from a `/proc/PID/status` file; 0 when the process is gone."""
     try:
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):

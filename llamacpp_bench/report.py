@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from llamacpp_bench.results import Model, Perplexity, Results
+from llamacpp_bench.results import Model, Perplexity, Results, token_bytes
 from quantize.common import atomic_path, human_bytes
 
 Rows = list[list[str]]
@@ -18,7 +18,7 @@ Rows = list[list[str]]
 
 def write_reports(results: Results, out: Path) -> None:
     """Write results.md, results.csv and the plots into the folder `out`."""
-    from llamacpp_bench.plots import write_plots
+    from llamacpp_bench.plots import write_plots  # matplotlib only when it is needed
 
     plots = write_plots(results, out)
     write_text(out / "results.md", markdown(results, [p.name for p in plots]))
@@ -34,21 +34,24 @@ def write_text(path: Path, text: str) -> None:
 
 
 def speed_cell(results: Results, model: Model, test: str) -> str:
-    """`135.2 ± 0.8 (1.52x)`: mean and standard deviation of tokens/s, ratio to the baseline."""
+    """`135.2 ± 0.8`: mean and standard deviation of tokens/s."""
     if not results.values(model.name, test):
         return "-"
     s = results.summary(model.name, test)
+    return f"{figure(s.mean)} ± {figure(s.stdev)}"
+
+
+def ratio_cell(results: Results, model: Model, test: str) -> str:
+    """`1.52x`; `1x` for the baseline itself."""
     ratio = results.ratio(model, test)
-    text = f"{figure(s.mean)} ± {figure(s.stdev)}"
     if ratio is None:
-        return text
-    if model.name == results.baseline.get(model.group):
-        return f"{text} (1x)"
-    return f"{text} ({ratio.median:.2f}x)"
+        return "-"
+    is_base = model.name == results.baseline.get(model.group)
+    return "1x" if is_base else f"{ratio.median:.2f}x"
 
 
 def figure(value: float) -> str:
-    """A number with three or four significant digits."""
+    """A number with three or four significant digits: `12345`, `135.2`, `7.31`."""
     if value >= 1000:
         return f"{value:.0f}"
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
@@ -61,17 +64,8 @@ def perplexity_of(model: Model, protocol: str) -> Perplexity | None:
 def perplexity_cell(p: Perplexity | None) -> str:
     if p is None:
         return "-"
-    return f"{p.ppl:.3f}" + ("" if p.error is None else f" ± {p.error:.3f}")
-
-
-def share_cell(results: Results, model: Model) -> str:
-    """`12.3 GB/s (61%)` for the first pure decode test."""
-    for test in results.tests():
-        share = results.bandwidth_share(model, test)
-        if share is not None:
-            rate = share * float(results.bandwidth["bytes_per_second"])
-            return f"{rate / 1e9:.1f} GB/s ({share:.0%})"
-    return "-"
+    digits = 3 if p.ppl < 10 else 2 if p.ppl < 1000 else 0
+    return f"{p.ppl:.{digits}f}" + ("" if p.error is None else f" ± {p.error:.{digits}f}")
 
 
 def protocols(results: Results) -> list[tuple[str, int]]:
@@ -83,15 +77,24 @@ def protocols(results: Results) -> list[tuple[str, int]]:
 # -------------------------------------------------------------------------------------------- rows
 
 
-def speed_rows(results: Results) -> Rows:
-    """Header and one row per model: speeds, bandwidth, peak memory."""
-    tests = results.tests()
-    head = ["model", *(f"{t} (tokens/s)" for t in tests), "decode reads", "peak memory"]
-    rows = [head]
+def plain_tests(results: Results) -> list[str]:
+    """The tests at depth 0 and batch 1."""
+    return [t for t in results.tests() if "@" not in t]
+
+
+def scaled_tests(results: Results) -> list[str]:
+    """The tests at a depth or in a batch."""
+    return [t for t in results.tests() if "@" in t]
+
+
+def speed_rows(results: Results, tests: list[str]) -> Rows:
+    """Header and one row per model: tokens/s of each test, and the ratio to the baseline."""
+    rows = [["model", *(cell for t in tests for cell in (t, "ratio"))]]
     for m in results.models:
-        cells = [speed_cell(results, m, t) for t in tests]
-        rss = human_bytes(m.peak_rss) if m.peak_rss else "-"
-        rows.append([m.name, *cells, share_cell(results, m), rss])
+        row = [m.name]
+        for t in tests:
+            row += [speed_cell(results, m, t), ratio_cell(results, m, t)]
+        rows.append(row)
     return rows
 
 
@@ -99,10 +102,27 @@ def size_rows(results: Results) -> Rows:
     """Header and one row per model: type, size, bits per weight, perplexities."""
     kinds = protocols(results)
     head = ["model", "main type", "size", "bpw"]
-    rows = [[*head, *(f"PPL {name} ({window})" for name, window in kinds)]]
+    rows = [[*head, *(f"PPL {name} {window}" for name, window in kinds)]]
     for m in results.models:
         ppl = [perplexity_cell(perplexity_of(m, name)) for name, _ in kinds]
         rows.append([m.name, m.main_type, human_bytes(m.file_bytes), f"{m.bpw:.3f}", *ppl])
+    return rows
+
+
+def memory_rows(results: Results) -> Rows:
+    """Header and one row per model: peak memory, bytes a decoded token reads, rate and share."""
+    rows = [["model", "peak memory", "a token reads", "decode reads", "share"]]
+    tests = plain_tests(results)
+    for m in results.models:
+        test = next((t for t in tests if token_bytes(m, t) and results.values(m.name, t)), None)
+        cells = [m.name, human_bytes(m.peak_rss) if m.peak_rss else "-"]
+        if test is None:
+            rows.append([*cells, "-", "-", "-"])
+            continue
+        read, share = token_bytes(m, test), results.bandwidth_share(m, test)
+        rate = read * results.summary(m.name, test).mean
+        share_text = "-" if share is None else f"{share:.0%}"
+        rows.append([*cells, human_bytes(read), f"{rate / 1e9:.2f} GB/s", share_text])
     return rows
 
 
@@ -123,7 +143,7 @@ def placement_cell(model: Model, kind: str, ops: dict[str, dict[str, int]]) -> s
         for backend, n in backends.items():
             note = f"{n} tensor{'s' if n != 1 else ''}"
             if op.startswith("MUL_MAT") and backend == "CPU" and packed:
-                each = (f"{name} for {count}" for name, count in packed.items())
+                each = (name if c == n else f"{name} for {c}" for name, c in packed.items())
                 note += f", repacked as {', '.join(each)}"
             parts.append(f"{op} on {backend} ({note})")
     path = model.placement.kernels.get(kind)
@@ -137,19 +157,21 @@ def caption(results: Results) -> list[str]:
     ram = human_bytes(m["ram_bytes"])
     lines = [f"{m['cpu']}, {m['cores']} cores, {ram} RAM{gpu}; {m['system']}; {m['date']}."]
     b = results.build
+    threads = f"{c['threads']} thread{'s' if c['threads'] != 1 else ''}"
     repack = "" if c.get("repack", True) else ", no repacking"
     lines.append(
         f"llama.cpp {b.get('build_commit') or '?'} ({b['description']}, {b.get('backends') or '?'}"
-        f"), {c['threads']} threads{repack}, {c['rounds']} interleaved rounds."
+        f"), {threads}{repack}, {c['rounds']} interleaved rounds."
     )
     rate = float(results.bandwidth.get("bytes_per_second", 0))
     if rate:
         method = results.bandwidth["method"]
-        lines.append(f"Memory reads measured in this run: {rate / 1e9:.1f} GB/s ({method}).")
+        known = "given" if method == "given" else f"measured in this run: {method}"
+        lines.append(f"Memory can be read at {rate / 1e9:.1f} GB/s ({known}).")
     if c.get("text"):
         lines.append(f"Perplexity on {c['text']}{_chunks(c.get('chunks'))}.")
     if results.synthetic:
-        lines.insert(0, f"Synthetic models: {c['synthetic']}.")
+        lines.insert(0, f"Synthetic models, {c['synthetic']}.")
     return lines
 
 
@@ -176,13 +198,20 @@ def print_tables(results: Results, console: Console | None = None) -> None:
 
 
 def sections(results: Results) -> list[tuple[str, Rows]]:
+    """Title and rows of every table."""
     label = f" ({results.config['synthetic']})" if results.synthetic else ""
     base = ", ".join(dict.fromkeys(results.baseline.values()))
-    return [
-        (f"Speed{label}; in brackets the ratio to {base}", speed_rows(results)),
-        ("Size and perplexity" if not results.synthetic else f"Size{label}", size_rows(results)),
-        ("Where the weights' operations ran", placement_rows(results)),
-    ]
+    what = f"tokens/s, mean ± standard deviation; ratio: to {base}, median over rounds"
+    out = [(f"Speed{label}: {what}", speed_rows(results, plain_tests(results)))]
+    if scaled := scaled_tests(results):
+        title = f"Depth (@d: tokens in the cache) and batch (@b: sequences at once){label}"
+        out.append((title, speed_rows(results, scaled)))
+    title = f"Size{label}" if results.synthetic else "Size and perplexity"
+    out.append((title, size_rows(results)))
+    title = "Memory: peak of the process, and what decode reads of the memory's bandwidth"
+    out.append((title, memory_rows(results)))
+    out.append(("Where the operations on the weights ran", placement_rows(results)))
+    return out
 
 
 def markdown(results: Results, plots: list[str]) -> str:

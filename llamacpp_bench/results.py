@@ -134,11 +134,11 @@ class Results:
         return statistics.mean(values) * read / rate
 
     def save(self, path: Path) -> None:
-        """Write the JSON file (atomic); figures derived from the samples are written beside them."""
+        """Write the JSON file (atomic), with the figures that follow from the samples."""
         write_json(path, to_json(self))
 
 
-_DECODE = re.compile(r"tg(\d+)(?:@d(\d+))?")
+_DECODE = re.compile(r"tg(\d+)(?:@d(\d+))?")  # not in batches: those read weights once for all
 
 
 def token_bytes(model: Model, test: str) -> float:

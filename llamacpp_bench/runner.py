@@ -14,11 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llamacpp_bench.ggml_types import PT2_LAYOUT_KEYS
 from llamacpp_bench.gguf_info import GGUFInfo
 from llamacpp_bench.process import Finished, run_tool
 from llamacpp_bench.results import Placement
 from llamacpp_bench.tools import ToolBox
 from quantize.common import PT2Error
+
+# Tools with a log thread may exit before it has written the last line (docs/design.md).
+LOST_LINE_TRIES = 4
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,8 @@ class Load:
     """What one llama-bench call times.
 
     `prompt`, `gen`: lengths in tokens, 0 leaves the test out; `pg`: pairs (prompt, generated)
-    timed together; `depths`: tokens already in the KV cache when the clock starts.
+    timed together; `depths`: tokens already in the KV cache when the clock starts;
+    `batches`: numbers of sequences decoded at once (by llama-batched-bench).
     """
 
     prompt: int = 128
@@ -36,6 +41,7 @@ class Load:
     threads: int | None = None
     gpu_layers: int | None = None
     repack: bool = True
+    batches: tuple[int, ...] = ()
 
     def arguments(self) -> list[str]:
         """llama-bench's options for this load (no model, one repetition)."""
@@ -54,10 +60,8 @@ class Load:
 
 
 def bench_command(tools: ToolBox, model: Path, load: Load) -> list[str]:
-    return [str(tools.tool("llama-bench")), "-m", str(model), *load.arguments(), "-r", "1"] + [
-        "-o",
-        "json",
-    ]
+    fixed = ["-r", "1", "-o", "json"]
+    return [str(tools.tool("llama-bench")), "-m", str(model), *load.arguments(), *fixed]
 
 
 def test_name(entry: dict[str, Any]) -> str:
@@ -93,6 +97,42 @@ def run_bench(
     """One call of llama-bench: its entries, and how the program ended."""
     done = run_tool(bench_command(tools, model, load), tools.env, log)
     return parse_bench_json(done.stdout, log), done
+
+
+def batched_command(tools: ToolBox, model: Path, load: Load) -> list[str]:
+    """llama-batched-bench: `gen` tokens after `prompt`, for every number of sequences."""
+    prompt = max(1, load.prompt)
+    args = [str(tools.tool("llama-batched-bench")), "-m", str(model), "--output-format", "jsonl"]
+    args += ["-npp", str(prompt), "-ntg", str(load.gen), "-npl", ",".join(map(str, load.batches))]
+    args += ["-c", str(max(load.batches) * (prompt + load.gen))]
+    args += ["-t", str(load.threads)] if load.threads is not None else []
+    args += ["-ngl", str(load.gpu_layers)] if load.gpu_layers is not None else []
+    return args if load.repack else [*args, "--no-repack"]
+
+
+def parse_batched(text: str, batches: Sequence[int]) -> dict[str, float] | None:
+    """`{"tg256@b8": tokens/s of all sequences together}`; None unless every batch is there."""
+    speeds: dict[str, float] = {}
+    for line in text.splitlines():
+        start = line.find("{")
+        try:
+            entry = json.loads(line[start:]) if start >= 0 else {}
+            if "speed_tg" in entry:
+                speeds[f"tg{entry['tg']}@b{entry['pl']}"] = float(entry["speed_tg"])
+        except ValueError:
+            continue
+    return speeds if len(speeds) == len(set(batches)) else None
+
+
+def run_batched(tools: ToolBox, model: Path, load: Load, log: Path) -> tuple[dict[str, float], int]:
+    """Decode speed per number of sequences, and the peak memory in bytes."""
+    argv = batched_command(tools, model, load)
+    for _ in range(LOST_LINE_TRIES):
+        done = run_tool(argv, tools.env, log)
+        speeds = parse_batched(done.stdout + log.read_text("utf-8", "replace"), load.batches)
+        if speeds:
+            return speeds, done.peak_rss
+    raise PT2Error(f"llama-batched-bench gave no speed for some batch (log: {log})")
 
 
 def interleave(n_models: int, rounds: int) -> list[tuple[int, int]]:
@@ -136,12 +176,20 @@ def probe_placement(
     run_tool(argv, {**tools.env, "GGML_SCHED_DEBUG": "2"}, log)
     text = log.read_text("utf-8", "replace")
     placement = parse_placement(text, info)
+    ours = [k for k, ops in placement.ops.items() if k in PT2_LAYOUT_KEYS and on_cpu(ops)]
+    if ours and (path := tools.ternary_path()):
+        placement.kernels = dict.fromkeys(ours, path)
     if not placement.ops:
         raise PT2Error(
             f"llama.cpp's log does not say where the tensors ran (log: {log}); "
             "use a build of pt2-llama, or --no-placement"
         )
     return placement, parse_buffers(text)
+
+
+def on_cpu(ops: dict[str, dict[str, int]]) -> bool:
+    """Whether any multiplication is done by the CPU backend."""
+    return any("CPU" in backends for op, backends in ops.items() if op.startswith("MUL_MAT"))
 
 
 def parse_buffers(log: str) -> dict[str, float]:
@@ -183,8 +231,8 @@ def parse_placement(log: str, info: GGUFInfo) -> Placement:
         ops.setdefault(kind, {}).setdefault(op, {})[backend] = len(names)
     repacked = _count_repacked(log, full)
     if not accelerated:
-        return Placement(ops, repacked, parse_kernels(log))
-    return Placement(ops, repacked, parse_kernels(log), list(elsewhere), list(expected))
+        return Placement(ops, repacked, {})
+    return Placement(ops, repacked, {}, list(elsewhere), list(expected))
 
 
 def _weight_of(sources: str, type_of: dict[str, str]) -> str | None:
@@ -201,14 +249,6 @@ def _count_repacked(log: str, type_of: dict[str, str]) -> dict[str, dict[str, in
         if name in type_of:
             layouts.setdefault(type_of[name], {}).setdefault(layout, set()).add(name)
     return {k: {n: len(s) for n, s in v.items()} for k, v in layouts.items()}
-
-
-_KERNEL = re.compile(r"ggml_tq: (\S+) uses? (.+)")
-
-
-def parse_kernels(log: str) -> dict[str, str]:
-    """Which code path the CPU backend chose for TQ2_1 and TQ1_1, where its log says so."""
-    return {kind.upper(): path.strip() for kind, path in _KERNEL.findall(log)}
 
 
 def shown_command(argv: Sequence[str | Path]) -> str:

@@ -1,11 +1,11 @@
-"""Benches of synthetic models: write the files of a shape, measure them interleaved, delete them."""
+"""Benches of synthetic models: write the files of a shape, measure them, delete them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from llamacpp_bench import bench as b
+from llamacpp_bench import pipeline
 from llamacpp_bench.gguf_info import read_gguf
 from llamacpp_bench.results import Results
 from llamacpp_bench.synthetic import (
@@ -20,7 +20,9 @@ from llamacpp_bench.tools import open_toolbox
 from quantize.common import PT2Error, human_bytes
 
 
-def bench_synthetic(shapes: Sequence[Shape], types: Sequence[str], config: b.Config) -> Results:
+def bench_synthetic(
+    shapes: Sequence[Shape], types: Sequence[str], config: pipeline.Config
+) -> Results:
     """Measure the speed of every type in every shape; one shape's files exist at a time.
 
     Ratios refer to Q2_K if it is among the types, else to the first type that is not ours.
@@ -28,11 +30,11 @@ def bench_synthetic(shapes: Sequence[Shape], types: Sequence[str], config: b.Con
     Raises:
         PT2Error: too little disk, a type the build cannot read, or a failing tool.
     """
-    config = b.synthetic_config(config)
+    config = pipeline.synthetic_config(config)
     tools = open_toolbox(config.variant, config.bin_dir)
     if not tools.knows_pt2 and (ours := [t for t in types if t in ("TQ2_1", "TQ1_1")]):
         raise PT2Error(f"an unmodified llama.cpp cannot run {ours[0]}; use --variant cpu")
-    session = b.start(config, tools, "synthetic-" + "-".join(s.name for s in shapes))
+    session = pipeline.start(config, tools, "synthetic-" + "-".join(s.name for s in shapes))
     session.results.config["synthetic"] = LABEL
     work = Path(config.work) if config.work else session.out / "models"
     work.mkdir(parents=True, exist_ok=True)
@@ -41,16 +43,16 @@ def bench_synthetic(shapes: Sequence[Shape], types: Sequence[str], config: b.Con
         try:
             for kind, path in files.items():
                 name = f"{shape.name} {kind}"
-                b.add_model(session, read_gguf(path), name, LABEL, shape.name, hashed=False)
+                pipeline.add_model(session, read_gguf(path), name, LABEL, shape.name, hashed=False)
             session.results.baseline[shape.name] = f"{shape.name} {reference(types)}"
-            b.measure_group(session, shape.name)
+            pipeline.measure_group(session, shape.name)
         finally:
             if not config.keep:
                 for path in files.values():
                     path.unlink(missing_ok=True)
     if not config.keep and work == session.out / "models" and not any(work.iterdir()):
         work.rmdir()
-    return b.finish(session)
+    return pipeline.finish(session)
 
 
 def reference(types: Sequence[str]) -> str:
@@ -61,7 +63,7 @@ def reference(types: Sequence[str]) -> str:
 
 
 def write_shape(
-    session: b.Session, shape: Shape, types: Sequence[str], work: Path
+    session: pipeline.Session, shape: Shape, types: Sequence[str], work: Path
 ) -> dict[str, Path]:
     """Write the files of one shape, after a check that the disk holds all of them."""
     recipes = {kind: recipe(session.tools, shape, kind, session.logs) for kind in types}

@@ -6,13 +6,20 @@ The one seam between the bench and the builds, so that everything else only know
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from quantize.common import PT2Error
 
-VARIANTS = ("cpu", "cuda", "stock")
+_ASK_PATH = """
+import ctypes, sys
+name = ctypes.CDLL(sys.argv[1]).ggml_tq_active_name
+name.restype = ctypes.c_char_p
+print(name().decode())
+"""
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,20 @@ class ToolBox:
     def has(self, name: str) -> bool:
         return os.access(self.folder / name, os.X_OK)
 
+    def ternary_path(self) -> str | None:
+        """Which code path this build's CPU backend takes for TQ2_1 and TQ1_1 on this machine.
+
+        Asked of the library itself (`ggml_tq_active_name`), in a process of its own because a
+        library of another build may not share one with what is loaded here. None where the library
+        has no such function; the environment variable GGML_TQ_CPU is honoured as in the tools.
+        """
+        library = next(iter(sorted(self.folder.glob("libggml-cpu*"))), None)
+        if library is None:
+            return None
+        argv = [sys.executable, "-c", _ASK_PATH, str(library)]
+        done = subprocess.run(argv, env=dict(self.env), capture_output=True, text=True)
+        return done.stdout.strip() or None if done.returncode == 0 else None
+
     def _build_command(self) -> str:
         flag = {"cuda": " --cuda", "stock": " --stock"}.get(self.variant, "")
         return f"pt2-llama build{flag}"
@@ -61,21 +82,19 @@ def open_toolbox(variant: str = "cpu", bin_dir: str | os.PathLike[str] | None = 
     from third_party.pt2_llama.api import require_build
 
     build = require_build(variant)
-    folder = build.tool("llama-bench").parent
-    description = str(getattr(build, "description", "") or f"pt2-llama {variant} build")
-    return ToolBox(folder, build.env(), description, variant, knows_pt2=variant != "stock")
+    knows_pt2 = variant != "stock"
+    return ToolBox(build.bin_dir, build.env(), build.describe(), variant, knows_pt2)
 
 
 def cache_dir() -> Path:
-    """`$PT2_CACHE`, else `$XDG_CACHE_HOME/pt2`, else `~/.cache/pt2`; the bench's own folder in it.
+    """The bench's folder in the cache of pt2-llama.
 
     Raises:
         PT2Error: it cannot be made.
     """
-    env = os.environ
-    xdg = Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pt2"
-    root = Path(env["PT2_CACHE"]) if env.get("PT2_CACHE") else xdg
-    folder = root / "bench"
+    from third_party.pt2_llama.api import cache_root
+
+    folder = cache_root() / "bench"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:

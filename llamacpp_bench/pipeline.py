@@ -17,14 +17,24 @@ from llamacpp_bench import memory
 from llamacpp_bench.baselines import BaselineMaker, Wanted, find_source, same_model, source_gguf
 from llamacpp_bench.gguf_info import GGUFInfo, read_gguf
 from llamacpp_bench.machine import describe_machine, usable_cores
-from llamacpp_bench.perplexity import PROTOCOLS, Plan, check_text, measure_perplexity, plan
+from llamacpp_bench.perplexity import (
+    PROTOCOLS,
+    Plan,
+    check_text,
+    measure_perplexity,
+    perplexity_command,
+    plan,
+)
 from llamacpp_bench.progress import Display
+from llamacpp_bench.report import write_reports
 from llamacpp_bench.results import Model, Results, Sample
 from llamacpp_bench.runner import (
     Load,
+    batched_command,
     bench_command,
     interleave,
     probe_placement,
+    run_batched,
     run_bench,
     shown_command,
     test_name,
@@ -51,6 +61,7 @@ class Config:
     gen: int = 256
     pg: tuple[tuple[int, int], ...] = ((128, 256),)
     depths: tuple[int, ...] = (0,)
+    batches: tuple[int, ...] = ()
     rounds: int = MIN_ROUNDS
     threads: int | None = None
     gpu_layers: int | None = None
@@ -71,7 +82,8 @@ class Config:
         """What llama-bench is asked to do, the number of threads settled."""
         threads = self.threads or usable_cores()
         layers = self.gpu_layers
-        return Load(self.prompt, self.gen, self.pg, self.depths, threads, layers, self.repack)
+        depths, batches = self.depths, self.batches
+        return Load(self.prompt, self.gen, self.pg, depths, threads, layers, self.repack, batches)
 
 
 @dataclass
@@ -133,6 +145,10 @@ def start(config: Config, tools: ToolBox, stem: str) -> Session:
     """Make the output folder, describe the machine and measure its memory bandwidth."""
     if config.rounds < 1:
         raise PT2Error(f"-r {config.rounds}: at least one round is needed")
+    if not (config.prompt or config.gen or config.pg):
+        raise PT2Error("-p 0 -n 0 --pg none: nothing is left to time")
+    if config.batches and (not config.gen or 0 in config.batches):
+        raise PT2Error("--batch needs numbers of at least 1, and -n of at least 1")
     show = Display(config.quiet)
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     out = Path(config.out) if config.out else Path(f"bench-{stem}-{stamp}")
@@ -264,17 +280,28 @@ def measure_group(session: Session, group: str) -> None:
         for round_, i in order:
             model = models[i]
             step(0, f"speed of {model.name}, round {round_ + 1}/{session.config.rounds}")
-            path = session.infos[model.name].path
-            session.command([*bench_command(session.tools, path, load)])
-            log = session.log("bench", model.name, f"round{round_}")
-            entries, done = run_bench(session.tools, path, load, log)
-            model.peak_rss = max(model.peak_rss, done.peak_rss)
-            note_build(session, entries[0])
-            for e in entries:
-                speed = float(e["samples_ts"][0])
-                session.results.samples.append(Sample(model.name, test_name(e), round_, speed))
+            measure_once(session, model, load, round_)
             session.save()
             step(1)
+
+
+def measure_once(session: Session, model: Model, load: Load, round_: int) -> None:
+    """One round of one model: every test once."""
+    path = session.infos[model.name].path
+    session.command(bench_command(session.tools, path, load))
+    log = session.log("bench", model.name, f"round{round_}")
+    entries, done = run_bench(session.tools, path, load, log)
+    model.peak_rss = max(model.peak_rss, done.peak_rss)
+    note_build(session, entries[0])
+    speeds = {test_name(e): float(e["samples_ts"][0]) for e in entries}
+    if load.batches:
+        session.command(batched_command(session.tools, path, load))
+        log = session.log("batched", model.name, f"round{round_}")
+        # its memory is not the model's peak at batch 1, which is what is reported
+        batched, _ = run_batched(session.tools, path, load, log)
+        speeds |= batched
+    for test, speed in speeds.items():
+        session.results.samples.append(Sample(model.name, test, round_, speed))
 
 
 def check_placement(session: Session, model: Model) -> None:
@@ -315,6 +342,9 @@ def measure_perplexities(session: Session) -> None:
             label = f"perplexity ({p.protocol}) of {model.name}"
             step(0, label)
             log = session.log("perplexity", p.protocol, model.name)
+            session.command(
+                perplexity_command(session.tools, session.infos[model.name], text, p, load)
+            )
             found = measure_perplexity(
                 session.tools,
                 session.infos[model.name],
@@ -331,8 +361,13 @@ def measure_perplexities(session: Session) -> None:
 
 def finish(session: Session) -> Results:
     """Write every output."""
-    from llamacpp_bench.report import write_reports
-
+    cached = [m for m in session.results.models if m.decode_bytes < memory.last_level_cache()]
+    if cached and session.tools.variant != "cuda":
+        session.warn(
+            f"{', '.join(m.name for m in cached)}: smaller than the CPU's last cache "
+            f"({human_bytes(memory.last_level_cache())}), so the share of the memory bandwidth "
+            "says little"
+        )
     session.results.complete = True
     session.save()
     write_reports(session.results, session.out)
