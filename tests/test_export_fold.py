@@ -106,7 +106,7 @@ def test_a_tensor_of_unknown_role_is_not_folded_past():
     residual, orders = orders_of()
     residual = residual[::-1].copy()
     orders = {m: residual if len(o) == 32 and "o_proj" not in m else o for m, o in orders.items()}
-    with pytest.raises(PT2Error, match="experts.*--order none"):
+    with pytest.raises(PT2Error, match=r"experts.*--order none"):
         fold_plan([*tensors_of(), "model.layers.0.mlp.experts.weight"], HEADS, residual, orders)
     with pytest.raises(PT2Error, match=r"fc1.*role is unknown"):
         fold_plan(tensors_of(), HEADS, residual, {**orders, "model.layers.0.fc1": residual})

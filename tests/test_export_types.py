@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from export import q2k
-from export.types import BLOCK, TERNARY_TYPES, TQ1_1, TQ2_1, register, weights
+from export.types import BLOCK, TERNARY_TYPES, TQ2_1, register, weights
 
 
 def random_matrix(rng, rows=5, blocks=4, group=BLOCK):

@@ -1,0 +1,446 @@
+"""pt2-export on small models of every family: what is in the files, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from export_support import (
+    FAMILIES,
+    TEXT,
+    dequantized_model,
+    foldable_orders,
+    make_artifact,
+    make_model,
+)
+
+from export import ExportConfig, export_gguf, types
+from export.cli import main, newest_artifact
+from quantize.artifact import MANIFEST, Artifact
+from quantize.common import PT2Error
+from third_party.pt2_llama import api
+
+pytestmark = pytest.mark.llama
+BUILD = api.find_build()
+if BUILD is None:
+    pytest.skip("needs llama.cpp: run pt2-llama build", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Makes a model and its artifact once for each set of arguments."""
+    cache = {}
+
+    def make(family="llama", group=128, **options):
+        key = (family, group, *sorted(options.items()))
+        if key not in cache:
+            root = tmp_path_factory.mktemp(family)
+            model = make_model(root / "model", family, **options)
+            cache[key] = (model, make_artifact(root / "artifact", model, group=group))
+        return cache[key]
+
+    return make
+
+
+def read(path):
+    """GGUF name -> reader's tensor, and metadata."""
+    types.register()
+    reader = gguf.GGUFReader(path)
+    fields = {k: f.contents() for k, f in reader.fields.items()}
+    return {t.name: t for t in reader.tensors}, fields
+
+
+# What is written ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["tq2_1", "tq1_1"])
+def test_file_holds_the_artifact_to_the_bit(kind, made, tmp_path):
+    model, artifact = made()
+    report = export_gguf(artifact, tmp_path / "m.gguf", ExportConfig(type=kind))
+    tensors, _ = read(tmp_path / "m.gguf")
+    block = Artifact.open(artifact).block(1)
+    codec = types.TERNARY_TYPES[kind]
+    residual, orders = foldable_orders(model)
+    down = orders["model.layers.1.mlp.down_proj"]
+    # up: rows in down's order. down: rows in the stream's order. k: rows as rotary embeddings want.
+    up = block["model.layers.1.mlp.up_proj"]
+    got = codec.unpack(np.asarray(tensors["blk.1.ffn_up.weight"].data))
+    assert np.array_equal(got[0], (up.codes() + 1)[down])
+    assert np.array_equal(got[1], up.alpha[down]) and np.array_equal(got[2], up.mu[down])
+    rows = block["model.layers.1.mlp.down_proj"]
+    got = codec.unpack(np.asarray(tensors["blk.1.ffn_down.weight"].data))
+    assert np.array_equal(got[0], (rows.codes() + 1)[residual])
+    k = block["model.layers.1.self_attn.k_proj"].codes() + 1
+    got = codec.unpack(np.asarray(tensors["blk.1.attn_k.weight"].data))
+    halves = k.reshape(2, 2, 32, -1).swapaxes(1, 2).reshape(128, -1)
+    assert np.array_equal(got[0], halves)
+    assert report.verified and report.ternary_bpw == {"tq2_1": 2.25, "tq1_1": 1.875}[kind]
+    assert report.file_bytes == (tmp_path / "m.gguf").stat().st_size
+
+
+def test_metadata(made, tmp_path):
+    _, artifact = made()
+    manifest = Artifact.open(artifact).manifest
+    for kind, file_type in {"tq2_1": 120, "tq1_1": 121, "q2_k": 10}.items():
+        export_gguf(artifact, tmp_path / f"{kind}.gguf", ExportConfig(type=kind))
+        tensors, f = read(tmp_path / f"{kind}.gguf")
+        assert f["general.file_type"] == file_type
+        assert f["general.quantization_version"] == gguf.GGML_QUANT_VERSION
+        assert (f["pt2.version"], f["pt2.type"], f["pt2.group_size"]) == (1, kind, 128)
+        assert f["pt2.model_fingerprint"] == manifest["model"]["fingerprint"]
+        assert json.loads(f["pt2.settings"])["quantize"] == manifest["settings"]
+        bits = 8 * sum(t.n_bytes for t in tensors.values())
+        elements = sum(t.n_elements for t in tensors.values())
+        assert f["pt2.bpw"] == pytest.approx(bits / elements, rel=1e-6)
+        layouts = {k for k in f if k.endswith(".layout")}
+        assert layouts == ({f"pt2.{kind}.layout"} if kind != "q2_k" else set())
+        assert f["general.architecture"] == "llama"
+        assert "messages" in f["tokenizer.chat_template"]
+        assert len(f["tokenizer.ggml.tokens"]) == f["llama.vocab_size"]
+        assert f["general.size_label"] == "1.3M"
+        assert {t.tensor_type.name for t in tensors.values()} == {kind.upper(), "Q6_K", "F32"}
+
+
+def test_the_same_input_gives_the_same_bytes(made, tmp_path):
+    _, artifact = made()
+    for name in ("a", "b"):
+        export_gguf(artifact, tmp_path / f"{name}.gguf", ExportConfig(type="q2_k"))
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("family", "tied", "kind"),
+    [(f, f == "qwen3", "tq2_1") for f in FAMILIES]
+    + [("qwen2", True, "tq1_1"), ("qwen3", False, "q2_k")],
+)
+def test_llama_cpp_gives_the_perplexity_of_the_artifacts_weights(
+    family, tied, kind, made, tmp_path
+):
+    """Folded, converted and quantised, on llama.cpp, against transformers with alpha T + mu."""
+    model, artifact = made(family, tied=tied)
+    config = ExportConfig(type=kind, embedding_type="f32", output_type="f32")
+    export_gguf(artifact, tmp_path / "m.gguf", config)
+    text = tmp_path / "text.txt"
+    words = TEXT.split()
+    rng = np.random.default_rng(0)
+    text.write_text(" ".join(rng.choice(words, 900)), encoding="utf-8")
+    got = llama_perplexity(tmp_path / "m.gguf", text, chunks=4)
+    expected = torch_perplexity(dequantized_model(model, artifact), model, text, chunks=4)
+    assert got == pytest.approx(expected, rel=0.03 if kind == "q2_k" else 0.005)
+
+
+def llama_perplexity(file, text, chunks, context=128):
+    command = [BUILD.tool("llama-perplexity"), "-m", file, "-f", text, "-c", str(context),
+               "--chunks", str(chunks), "-t", "1"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, env=BUILD.env())
+    found = re.search(r"Final estimate: PPL = ([\d.]+)", done.stdout + done.stderr)
+    assert found, done.stderr[-2000:]
+    return float(found[1])
+
+
+def torch_perplexity(model, folder, text, chunks, context=128):
+    """The same protocol: BOS at each chunk's start, the second half of each chunk scored."""
+    import sentencepiece as spm
+
+    tokenizer = spm.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    tokens = torch.tensor([1, *tokenizer.encode(text.read_text(encoding="utf-8"))])
+    batch = tokens[: chunks * context].reshape(chunks, context).clone()
+    batch[:, 0] = 1
+    with torch.no_grad():
+        logits = model(batch).logits.float()[:, context // 2 : -1]
+    wanted = batch[:, context // 2 + 1 :]
+    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten()).exp())
+
+
+def test_splits_are_named_and_hold_everything(made, tmp_path):
+    _, artifact = made()
+    whole = export_gguf(artifact, tmp_path / "one.gguf")
+    report = export_gguf(artifact, tmp_path / "m.gguf", ExportConfig(split_max_size=150_000))
+    n = len(report.files)
+    assert n > 1
+    assert [f.name for f in report.files] == [f"m-{i + 1:05d}-of-{n:05d}.gguf" for i in range(n)]
+    assert not (tmp_path / "m.gguf").exists()
+    parts = {}
+    for i, file in enumerate(report.files):
+        tensors, fields = read(file)
+        assert (fields["split.no"], fields["split.count"]) == (i, n)
+        parts |= {k: bytes(np.asarray(t.data).data) for k, t in tensors.items()}
+    one, _ = read(whole.files[0])
+    assert parts == {k: bytes(np.asarray(t.data).data) for k, t in one.items()}
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT * 12, encoding="utf-8")
+    assert llama_perplexity(report.files[0], text, 2) == llama_perplexity(whole.files[0], text, 2)
+
+
+def test_sharded_model(tmp_path):
+    model = make_model(tmp_path / "model", max_shard="1MB")
+    assert len(list(model.glob("*.safetensors"))) > 2
+    artifact = make_artifact(tmp_path / "artifact", model)
+    assert export_gguf(artifact, tmp_path / "m.gguf").verified
+
+
+def test_blocks_of_256_and_64(made, tmp_path):
+    _, wide = made(group=256)
+    assert export_gguf(wide, tmp_path / "wide.gguf").verified
+    _, fine = made(group=64)
+    with pytest.raises(PT2Error, match=r"blocks of 64.*--type q2_k"):
+        export_gguf(fine, tmp_path / "fine.gguf")
+    report = export_gguf(fine, tmp_path / "fine.gguf", ExportConfig(type="q2_k"))
+    assert 0 < report.error < 0.05
+
+
+def test_widths_that_do_not_fit_fall_back_by_name(made, tmp_path):
+    _, artifact = made("llama", ffn=384, hidden=256)
+    report = export_gguf(artifact, tmp_path / "m.gguf", ExportConfig(type="q2_k"))
+    assert report.fallbacks == ["blk.0.ffn_down.weight", "blk.1.ffn_down.weight"]
+    reasons = {name: (kind, why) for name, _, kind, why in report.others}
+    assert reasons["blk.0.ffn_down.weight"] == (
+        "Q8_0",
+        "384 columns are no whole q2_k blocks of 256",
+    )
+    with pytest.raises(PT2Error, match=r"--strict: model\.layers\.0\.mlp\.down_proj"):
+        export_gguf(artifact, tmp_path / "s.gguf", ExportConfig(type="q2_k", strict=True))
+    assert not (tmp_path / "s.gguf").exists()
+
+
+def test_embeddings_of_a_width_that_does_not_fit(tmp_path):
+    model = make_model(tmp_path / "model", hidden=128)
+    artifact = make_artifact(tmp_path / "artifact", model)
+    report = export_gguf(artifact, tmp_path / "m.gguf", ExportConfig(embedding_type="q4_k"))
+    kinds = {name: (kind, why) for name, _, kind, why in report.others}
+    assert kinds["token_embd.weight"][0] == "Q5_0"
+    assert "128 columns are no whole Q4_K blocks" in kinds["token_embd.weight"][1]
+
+
+def test_kept_linears_are_listed_with_their_reason(tmp_path):
+    model = make_model(tmp_path / "model")
+    name = "model.layers.0.self_attn.v_proj"
+    artifact = make_artifact(tmp_path / "artifact", model, kept={name: "left out by --skip"})
+    report = export_gguf(artifact, tmp_path / "m.gguf", ExportConfig(fallback_type="q5_k"))
+    assert report.fallbacks == ["blk.0.attn_v.weight"]
+    entry = next(o for o in report.others if o[0] == "blk.0.attn_v.weight")
+    assert entry[2:] == ("Q5_K", "kept: left out by --skip")
+    with pytest.raises(PT2Error, match=r"--strict.*left out by --skip"):
+        export_gguf(artifact, tmp_path / "s.gguf", ExportConfig(strict=True))
+
+
+def test_a_byte_changed_after_writing_is_found(made, tmp_path, monkeypatch):
+    from export import pipeline
+
+    _, artifact = made()
+    write = pipeline.write_gguf
+
+    def write_and_damage(*args, **options):
+        files, digests = write(*args, **options)
+        data = bytearray(files[0].read_bytes())
+        data[-5000] ^= 1
+        files[0].write_bytes(data)
+        return files, digests
+
+    monkeypatch.setattr(pipeline, "write_gguf", write_and_damage)
+    with pytest.raises(PT2Error, match="does not read back"):
+        export_gguf(artifact, tmp_path / "m.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_packer_that_disagrees_with_c_is_found(made, tmp_path, monkeypatch):
+    """Two codes exchanged by the packer: the bytes are as written, the weights are not as meant."""
+    _, artifact = made()
+    pack = types.TQ2_1.pack.__func__
+
+    def wrong(cls, codes, alpha, mu):
+        return pack(cls, codes[:, np.r_[1, 0, 2 : codes.shape[1]]], alpha, mu)
+
+    monkeypatch.setattr(types.TQ2_1, "pack", classmethod(wrong))
+    with pytest.raises(PT2Error, match=r"does not read back.*weights"):
+        export_gguf(artifact, tmp_path / "m.gguf")
+
+
+# What is refused ----------------------------------------------------------------------------------
+
+
+def damage_block(model, artifact):
+    file = artifact / "block-00001.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-100] ^= 4
+    file.write_bytes(data)
+
+
+def truncate_block(model, artifact):
+    file = artifact / "block-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def edit_manifest(**changes):
+    def change(model, artifact):
+        value = json.loads((artifact / MANIFEST).read_text())
+        (artifact / MANIFEST).write_text(json.dumps({**value, **changes}))
+
+    return change
+
+
+def edit_config(**changes):
+    def change(model, artifact):
+        value = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps({**value, **changes}))
+
+    return change
+
+
+def flip_model_bit(model, artifact):
+    data = bytearray((model / "model.safetensors").read_bytes())
+    data[-3] ^= 1
+    (model / "model.safetensors").write_bytes(data)
+
+
+def no_tokenizer(model, artifact):
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+
+
+BAD = {
+    "no artifact": (lambda m, a: shutil.rmtree(a), [], "not an artifact"),
+    "manifest cut": (lambda m, a: (a / MANIFEST).write_text('{"a"'), [], "not valid JSON"),
+    "version": (edit_manifest(format_version=9), [], "format version 9"),
+    "incomplete": (edit_manifest(complete=False), [], "--resume"),
+    "block gone": (lambda m, a: (a / "block-00001.safetensors").unlink(), [], "block-00001"),
+    "block cut": (truncate_block, [], "block-00000.safetensors is not a whole"),
+    "block bit flip": (damage_block, [], "checksum"),
+    "no run.json": (lambda m, a: (a / "run.json").unlink(), [], "--model DIR"),
+    "model gone": (lambda m, a: shutil.rmtree(m), [], "no longer at"),
+    "model changed": (flip_model_bit, [], "is not the model"),
+    "no tokenizer": (no_tokenizer, [], "no tokenizer"),
+    "unknown architecture": (
+        edit_config(architectures=["NewForCausalLM"]), ["--no-verify"], "NewForCausalLM"
+    ),
+    "heads do not fit": (
+        edit_config(num_attention_heads=3, head_dim=None), ["--no-verify"], "3 heads"
+    ),
+    "type": (None, ["--type", "tq3_1"], "tq3_1"),
+    "embedding type": (None, ["--embedding-type", "iq9"], "iq9"),
+    "split size": (None, ["--split-max-size", "2 apples"], "2 apples"),
+    "unknown option": (None, ["--typ", "q2_k"], "--typ"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gives_one_line_and_no_file(case, made, tmp_path, capfd):
+    change, options, said = BAD[case]
+    model, artifact = (shutil.copytree(p, tmp_path / p.name) for p in made())
+    (artifact / "run.json").write_text(json.dumps({"model_dir": str(model)}))
+    if change:
+        change(model, artifact)
+    out = tmp_path / "out"
+    out.mkdir()
+    check_refusal([str(out / "m.gguf"), "--from", str(artifact), *options], said, capfd)
+    assert list(out.iterdir()) == []
+
+
+def check_refusal(argv, said, capfd):
+    capfd.readouterr()
+    try:
+        code = main(argv)
+    except SystemExit as e:
+        code = e.code
+    err = capfd.readouterr().err
+    errors = [line for line in err.splitlines() if line.startswith("pt2-export: error: ")]
+    assert code == 2
+    assert len(errors) == 1 and said in errors[0], err
+    assert err.splitlines()[-1] == errors[0] and "Traceback" not in err
+
+
+def test_bad_outputs(made, tmp_path, capfd):
+    _, artifact = made()
+    old = tmp_path / "old.gguf"
+    old.write_text("mine")
+    (tmp_path / "d.gguf").mkdir()
+    for name, said in {
+        "old.gguf": "--overwrite",
+        "d.gguf": "is a folder",
+        "m.bin": "must end in .gguf",
+        "nowhere/m.gguf": "does not exist",
+    }.items():
+        check_refusal([str(tmp_path / name), "--from", str(artifact)], said, capfd)
+    assert old.read_text() == "mine"
+    assert main([str(old), "--from", str(artifact), "--overwrite"]) == 0
+    assert old.read_bytes()[:4] == b"GGUF"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_no_permission(made, tmp_path, capfd):
+    _, artifact = made()
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o500)
+    check_refusal([str(closed / "m.gguf"), "--from", str(artifact)], "permission denied", capfd)
+
+
+def test_full_disk(made, tmp_path, capfd, monkeypatch):
+    """Announced before anything is written when it can be known, and as it happens when not."""
+    from export import pipeline
+
+    _, artifact = made()
+    argv = [str(tmp_path / "m.gguf"), "--from", str(artifact)]
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as m:
+        m.setattr(pipeline.shutil, "disk_usage", lambda p: usage._replace(free=10_000))
+        check_refusal(argv, "too full", capfd)
+    with monkeypatch.context() as m:
+        # What NumPy raises on a short write: no error number.
+        short = OSError("180 requested and 100 written")
+        m.setattr(gguf.GGUFWriter, "write_tensor_data", raising(short))
+        check_refusal(argv, "disk is full", capfd)
+    assert list(tmp_path.iterdir()) == []
+
+
+def raising(error):
+    def raise_it(*args, **options):
+        raise error
+
+    return raise_it
+
+
+def test_orders_that_cannot_be_folded(made, tmp_path, capfd):
+    model, _ = made()
+    residual, orders = foldable_orders(model)
+    own = np.random.default_rng(5).permutation(len(residual)).astype(np.int32)
+    orders = {**orders, "model.layers.1.mlp.up_proj": own}
+    artifact = make_artifact(tmp_path / "ssr", model, orders=(residual, orders))
+    argv = [str(tmp_path / "m.gguf"), "--from", str(artifact)]
+    check_refusal(argv, "model.layers.1.mlp.up_proj has a column order of its own", capfd)
+    check_refusal(argv, "--order foldable", capfd)
+
+
+def test_the_newest_complete_artifact_is_the_default(made, tmp_path, capfd, monkeypatch):
+    _, artifact = made()
+    monkeypatch.chdir(tmp_path)
+    check_refusal(["m.gguf"], "no artifact in this folder", capfd)
+    shutil.copytree(artifact, tmp_path / "older")
+    shutil.copytree(artifact, tmp_path / "newer")
+    shutil.copytree(artifact, tmp_path / "unfinished")
+    edit_manifest(complete=False)(None, tmp_path / "unfinished")
+    os.utime(tmp_path / "older" / MANIFEST, (1, 1))
+    os.utime(tmp_path / "newer" / MANIFEST, (2, 2))
+    assert newest_artifact(tmp_path).name == "newer"
+    assert main(["m.gguf"]) == 0
+    captured = capfd.readouterr()
+    assert "exporting newer" in captured.err
+    assert "bits per weight" in captured.out and (tmp_path / "m.gguf").exists()
+    shutil.rmtree(tmp_path / "older")
+    shutil.rmtree(tmp_path / "newer")
+    check_refusal(["n.gguf"], "unfinished is not complete", capfd)
+
+
+def test_tied_embeddings_say_which_type_counts(made, tmp_path, capfd):
+    _, artifact = made("qwen3", tied=True)
+    out = tmp_path / "m.gguf"
+    assert main([str(out), "--from", str(artifact), "--output-type", "q8_0"]) == 0
+    assert "--output-type q8_0 is not used" in " ".join(capfd.readouterr().out.split())
+    tensors, _ = read(out)
+    assert "output.weight" not in tensors
