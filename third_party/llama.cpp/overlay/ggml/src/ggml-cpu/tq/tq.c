@@ -39,8 +39,10 @@ static const struct ggml_tq_path * tq_choose(void) {
     if (name && *name) {
         const struct ggml_tq_path * path = tq_find(name);
         if (!path || !path->supported()) {
-            GGML_ABORT("GGML_TQ_CPU=%s: %s; unset it, or set it to 'generic'", name,
-                path ? "this processor (or system) cannot run that path" : "this build has no such path");
+            // asked for by name: neither a quiet fallback nor a backtrace would help
+            fprintf(stderr, "GGML_TQ_CPU=%s: %s; unset it or set it to generic\n", name,
+                path ? "this processor cannot run that path" : "this build has no such path");
+            exit(1);
         }
         return path;
     }

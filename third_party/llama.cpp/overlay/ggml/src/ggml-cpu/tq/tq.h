@@ -64,7 +64,8 @@ extern const struct ggml_tq_path ggml_tq_path_avx512;
 extern const struct ggml_tq_path ggml_tq_path_neon;
 extern const struct ggml_tq_path ggml_tq_path_neon_dotprod;
 
-// The path in use: GGML_TQ_CPU if set (aborts with a message if unknown or not supported), else the best
+// The path in use: GGML_TQ_CPU if set (ends the process with a message if
+// that is unknown or cannot run here), else the best
 const struct ggml_tq_path * ggml_tq_active(void);
 
 // Block b of w columns as a panel block at dst

@@ -1,0 +1,137 @@
+"""The CPU kernels of TQ2_1 and TQ1_1: every path, MUL_MAT around them, llama.cpp's own tests."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from c_support import load
+
+from third_party.pt2_llama import api
+
+HERE = Path(__file__).parent
+CROSS_COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64-static"
+
+
+def compile_harness(compiler, target, *flags):
+    """tests/c/tq_check.c with the sources that it checks, from the patched tree."""
+    ggml = api.source_dir() / "ggml"
+    sources = [HERE / "c" / "tq_check.c", ggml / "src" / "ggml-tq.c"]
+    sources += sorted((ggml / "src" / "ggml-cpu" / "tq").glob("*.c"))
+    includes = [f"-I{ggml / part}" for part in ("include", "src", "src/ggml-cpu")]
+    options = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unused-function"]
+    options += ["-ffp-contract=off", *includes, *flags]
+    done = subprocess.run(
+        [compiler, *options, *sources, "-o", target, "-lm"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def run_harness(command, **env):
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ | env
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    return {path: rest for path, *rest in lines}
+
+
+@pytest.fixture(scope="module")
+def harness(tmp_path_factory):
+    target = tmp_path_factory.mktemp("harness") / "tq_check"
+    compile_harness(shutil.which("cc") or "gcc", target)
+    return target
+
+
+@pytest.mark.llama
+def test_every_path_of_this_processor_is_right_and_stays_in_its_blocks(harness):
+    result = run_harness([harness])
+    for path in ("generic", *(p for p in result if p not in ("generic", "active"))):
+        status = result[path]
+        assert status == ["skipped"] or (status[0] == "ok" and int(status[1]) > 1000), (
+            path,
+            status,
+        )
+    assert result["generic"][0] == "ok"
+    best = next(p for p, status in result.items() if status[0] == "ok")
+    assert result["active"] == [best]  # paths are listed best first
+
+
+@pytest.mark.llama
+@pytest.mark.neon
+def test_neon_paths_under_emulation(tmp_path):
+    for tool in (CROSS_COMPILER, EMULATOR):
+        if not shutil.which(tool):
+            pytest.skip(f"NEON is not checked here: {tool} is not installed")
+    target = tmp_path / "tq_check"
+    compile_harness(CROSS_COMPILER, target, "-static")
+    result = run_harness([EMULATOR, target])
+    assert result["active"] == ["neon-dotprod"]
+    for path in ("neon", "neon-dotprod"):
+        assert result[path][0] == "ok" and int(result[path][1]) > 1000
+    # a processor of the first 64-bit generation has no dot product instructions
+    old = run_harness([EMULATOR, "-cpu", "cortex-a53", target])
+    assert old["neon-dotprod"] == ["skipped"] and old["active"] == ["neon"]
+
+
+@pytest.mark.llama
+def test_a_path_can_be_forced_and_a_wrong_name_is_an_error(harness):
+    assert run_harness([harness], GGML_TQ_CPU="generic")["active"] == ["generic"]
+    done = subprocess.run(
+        [harness], capture_output=True, text=True, env=os.environ | {"GGML_TQ_CPU": "sse9"}
+    )
+    assert done.returncode == 1
+    assert done.stderr == (
+        "GGML_TQ_CPU=sse9: this build has no such path; unset it or set it to generic\n"
+    )
+
+
+@pytest.mark.llama
+def test_mul_mat_and_mul_mat_id_of_odd_shapes_on_every_path():
+    build = api.require_build("cpu")
+    paths = load(build.lib_dir).paths()
+    assert "generic" in paths
+    for path in paths:
+        done = subprocess.run(
+            [sys.executable, HERE / "c_support.py", build.lib_dir, "mul-mat"],
+            env=build.env() | {"GGML_TQ_CPU": path, "OMP_NUM_THREADS": "2"},
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.split() == ["active", path, "cases", "88"]
+
+
+def upstream_test(name, *arguments):
+    build = api.require_build("cpu")
+    if name not in build.stamp.tools:
+        pytest.skip(f"this build has no {name}: run pt2-llama build --tests")
+    done = subprocess.run(
+        [build.tool(name), *arguments], env=build.env(), capture_output=True, text=True,
+        errors="replace", timeout=580,
+    )  # fmt: skip
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    return re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
+
+
+@pytest.mark.llama
+@pytest.mark.slow
+def test_upstreams_quantize_fns_know_our_types():
+    out = upstream_test("test-quantize-fns", "-v")
+    for name in ("tq2_1", "tq1_1"):
+        assert re.search(rf"^ *{name} absolute quantization error: +ok", out, re.M)
+        assert re.search(rf"^ *{name} dot product error: +ok", out, re.M)
+
+
+@pytest.mark.llama
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ["MUL_MAT", "MUL_MAT_ID", "GET_ROWS"])
+def test_upstreams_backend_ops_pass_for_our_types(op):
+    kinds = "type=tq[12]_1" if op == "GET_ROWS" else "type_a=tq[12]_1"
+    out = upstream_test("test-backend-ops", "test", "-b", "CPU", "-o", op, "-p", kinds)
+    passed = [int(a) for a, b in re.findall(r"(\d+)/(\d+) tests passed", out) if a == b]
+    assert passed and passed[0] > 0, out[-2000:]
