@@ -40,59 +40,63 @@ Variant ring(const char * name, WeightLayout wl, ActLayout al, int ctas) {
             }};
 }
 
-template <class F, class Math, int NW, int U, int S, int MC>
+template <class F, class Math, int NW, int U, int S, int CTAS, int MC>
 Variant stream(const char * name, WeightLayout wl, ActLayout al) {
     constexpr int shared = Stream<F, Math, NW, U, S>::SHARED;
-    std::string full = std::string(name) + " strm w" + std::to_string(NW) + "u" + std::to_string(U) + "s" + std::to_string(S) + "x" + std::to_string(MC);
+    std::string full = std::string(name) + " strm w" + std::to_string(NW) + "u" + std::to_string(U) + "s" + std::to_string(S) + "x" + std::to_string(CTAS) + "/" + std::to_string(MC);
     Variant v{full, wl, al, Math::TOKENS,
             [](bool pdl, cudaStream_t st, const uint8_t * w, const uint4 * x, const ActHead * h, float * y, int M, int nb) {
                 static bool done = false;
                 auto f = decode_stream<F, Math, NW, U, S, MC>;
                 if (!done) { CK(cudaFuncSetAttribute(f, cudaFuncAttributeMaxDynamicSharedMemorySize, shared)); done = true; }
-                launch(pdl, f, dim3(std::min((M + 15) / 16, 132 * MC)), dim3(NW * 32 + 64), shared, st, w, x, h, y, M, nb);
+                int tiles = (M + 15) / 16, grid = std::min(tiles, 132 * CTAS), chunks = tiles * (nb / U);
+                launch(pdl, f, dim3(grid), dim3(NW * 32 + 64), shared, st, w, x, h, y, M, nb, chunks / grid, chunks % grid);
             }};
     v.multiple = U;
     return v;
 }
 
-#define STREAM(F, MATH, N, NW, U, S, CTAS, name, wl, al) stream<F, MATH<N>, NW, U, S, CTAS>(name, wl, al)
+#define STREAM(F, MATH, N, NW, U, S, CTAS, MC, name, wl, al) stream<F, MATH<N>, NW, U, S, CTAS, MC>(name, wl, al)
 #define RING(F, MATH, N, NW, U, S, RT, CTAS, name, wl, al) ring<F, MATH<N>, NW, U, S, RT, CTAS>(name, wl, al, CTAS)
 #define TQ2(F, MATH, N, NW, U, MC, name, wl, al) variant<F, MATH<N>, NW, U, MC>(name, wl, al)
 static std::vector<Variant> variants() {
     return {
-        TQ2(Tq2Tile, MathS8, 1, 8, 2, 4, "tq2 s8", W_TILE2, ACT_S8),
         TQ2(Tq2Tile, MathDp4a, 1, 8, 2, 4, "tq2 dp4a", W_TILE2, ACT_S8),
-        STREAM(Tq2Tile, MathS8, 1, 16, 4, 4, 1, "tq2 s8", W_TILE2, ACT_S8),
-        STREAM(Tq2Tile, MathS8, 1, 16, 2, 6, 1, "tq2 s8", W_TILE2, ACT_S8),
-        STREAM(Tq2Tile, MathS8, 1, 8, 4, 4, 2, "tq2 s8", W_TILE2, ACT_S8),
-        STREAM(Tq2Tile, MathS8, 1, 8, 4, 3, 2, "tq2 s8", W_TILE2, ACT_S8),
-        STREAM(Tq2Tile, MathS8, 1, 24, 2, 4, 1, "tq2 s8", W_TILE2, ACT_S8),
-        STREAM(Tq2Tile, MathS8, 1, 12, 2, 4, 2, "tq2 s8", W_TILE2, ACT_S8),
-        STREAM(Tq2Tile, MathDp4a, 1, 16, 4, 4, 1, "tq2 dp4a", W_TILE2, ACT_S8),
-        STREAM(Tq2Tile, MathDp4a, 1, 8, 4, 4, 2, "tq2 dp4a", W_TILE2, ACT_S8),
-        STREAM(Tq2Tile, MathDp4a, 1, 12, 2, 4, 2, "tq2 dp4a", W_TILE2, ACT_S8),
-        STREAM(Tq2Tile, MathB1, 1, 16, 4, 4, 1, "tq2 b1", W_PLANES, ACT_B1),
-        STREAM(Tq2Tile, MathB1, 1, 8, 4, 4, 2, "tq2 b1", W_PLANES, ACT_B1),
-        STREAM(Tq2Tile, MathB1, 1, 24, 2, 4, 1, "tq2 b1", W_PLANES, ACT_B1),
-        STREAM(Tq2Tile, MathB1, 1, 12, 2, 4, 2, "tq2 b1", W_PLANES, ACT_B1),
+        STREAM(Tq2Tile, MathS8, 1, 12, 2, 4, 2, 2, "tq2 s8", W_TILE2, ACT_S8),
+        STREAM(Tq2Tile, MathS8, 1, 8, 4, 2, 2, 2, "tq2 s8", W_TILE2, ACT_S8),
+        STREAM(Tq2Tile, MathS8, 1, 8, 2, 4, 2, 3, "tq2 s8", W_TILE2, ACT_S8),
+        STREAM(Tq2Tile, MathS8, 1, 8, 2, 4, 3, 3, "tq2 s8", W_TILE2, ACT_S8),
+        STREAM(Tq2Tile, MathS8, 1, 8, 2, 3, 3, 3, "tq2 s8", W_TILE2, ACT_S8),
+        STREAM(Tq2Tile, MathS8, 1, 12, 2, 6, 1, 2, "tq2 s8", W_TILE2, ACT_S8),
+        STREAM(Tq2Tile, MathDp4a, 1, 12, 2, 4, 2, 2, "tq2 dp4a", W_TILE2, ACT_S8),
+        STREAM(Tq2Tile, MathDp4a, 1, 8, 2, 4, 2, 3, "tq2 dp4a", W_TILE2, ACT_S8),
+        STREAM(Tq2Tile, MathDp4a, 1, 8, 2, 4, 3, 3, "tq2 dp4a", W_TILE2, ACT_S8),
+        STREAM(Tq2Tile, MathB1, 1, 12, 2, 4, 2, 2, "tq2 b1", W_PLANES, ACT_B1),
+        STREAM(Tq2Tile, MathB1, 1, 12, 2, 2, 2, 3, "tq2 b1", W_PLANES, ACT_B1),
+        STREAM(Tq2Tile, MathB1, 1, 8, 4, 2, 2, 3, "tq2 b1", W_PLANES, ACT_B1),
+        STREAM(Tq2Tile, MathB1, 1, 8, 2, 4, 2, 4, "tq2 b1", W_PLANES, ACT_B1),
+        STREAM(Tq2Tile, MathB1, 1, 8, 2, 4, 3, 4, "tq2 b1", W_PLANES, ACT_B1),
+        STREAM(Tq2Tile, MathB1, 1, 8, 2, 4, 4, 4, "tq2 b1", W_PLANES, ACT_B1),
         TQ2(Tq2Tile, MathB1, 1, 8, 2, 4, "tq2 b1", W_PLANES, ACT_B1),
         TQ2(Tq2Tile, MathB1, 1, 16, 2, 2, "tq2 b1", W_PLANES, ACT_B1),
         TQ2(Tq2Tile, MathS8, 8, 8, 2, 4, "tq2 s8", W_TILE2, ACT_S8),
-        STREAM(Tq2Tile, MathS8, 4, 12, 2, 4, 2, "tq2 s8", W_TILE2, ACT_S8),
-        STREAM(Tq2Tile, MathS8, 8, 16, 2, 4, 1, "tq2 s8", W_TILE2, ACT_S8),
-        STREAM(Tq2Tile, MathS8, 8, 8, 4, 3, 2, "tq2 s8", W_TILE2, ACT_S8),
-        STREAM(Tq2Tile, MathS8, 8, 12, 2, 3, 2, "tq2 s8", W_TILE2, ACT_S8),
+        STREAM(Tq2Tile, MathB1, 2, 12, 2, 3, 2, 2, "tq2 b1", W_PLANES, ACT_B1),
+        STREAM(Tq2Tile, MathS8, 2, 12, 2, 3, 2, 2, "tq2 s8", W_TILE2, ACT_S8),
+        STREAM(Tq2Tile, MathS8, 3, 12, 2, 3, 2, 2, "tq2 s8", W_TILE2, ACT_S8),
+        STREAM(Tq2Tile, MathS8, 4, 12, 2, 3, 2, 2, "tq2 s8", W_TILE2, ACT_S8),
+        STREAM(Tq2Tile, MathS8, 4, 8, 2, 3, 3, 3, "tq2 s8", W_TILE2, ACT_S8),
+        STREAM(Tq2Tile, MathS8, 8, 8, 4, 3, 2, 2, "tq2 s8", W_TILE2, ACT_S8),
+        STREAM(Tq2Tile, MathS8, 8, 12, 2, 3, 2, 2, "tq2 s8", W_TILE2, ACT_S8),
+        STREAM(Tq2Tile, MathS8, 8, 12, 2, 2, 2, 2, "tq2 s8", W_TILE2, ACT_S8),
+        STREAM(Tq2Tile, MathS8, 8, 8, 2, 3, 3, 3, "tq2 s8", W_TILE2, ACT_S8),
         TQ2(Tq1Tile, MathTq1, 1, 8, 2, 4, "tq1 s8", W_TILE1, ACT_TQ1),
         TQ2(Tq1Tile, MathTq1, 1, 16, 2, 2, "tq1 s8", W_TILE1, ACT_TQ1),
-        STREAM(Tq1Tile, MathTq1, 1, 16, 4, 4, 1, "tq1 s8", W_TILE1, ACT_TQ1),
-        STREAM(Tq1Tile, MathTq1, 1, 8, 4, 4, 2, "tq1 s8", W_TILE1, ACT_TQ1),
-        STREAM(Tq1Tile, MathTq1, 1, 12, 2, 4, 2, "tq1 s8", W_TILE1, ACT_TQ1),
-        STREAM(Tq1Tile, MathTq1, 1, 24, 2, 4, 1, "tq1 s8", W_TILE1, ACT_TQ1),
-        STREAM(Tq1Tile, MathCodes, 1, 12, 2, 4, 2, "tq1 digits", W_TILE1, ACT_TQ1_PLAIN),
-        STREAM(Tq1Tile, MathTq1, 4, 12, 2, 4, 2, "tq1 s8", W_TILE1, ACT_TQ1),
-        STREAM(Tq1Tile, MathCodes, 8, 12, 2, 3, 2, "tq1 digits", W_TILE1, ACT_TQ1_PLAIN),
-        STREAM(Tq1Tile, MathCodes, 8, 8, 4, 3, 2, "tq1 digits", W_TILE1, ACT_TQ1_PLAIN),
-        TQ2(Tq1Tile, MathCodes, 8, 8, 2, 3, "tq1 digits", W_TILE1, ACT_TQ1_PLAIN),
+        STREAM(Tq1Tile, MathTq1, 1, 8, 4, 4, 2, 2, "tq1 s8", W_TILE1, ACT_TQ1),
+        STREAM(Tq1Tile, MathTq1, 1, 8, 4, 2, 2, 2, "tq1 s8", W_TILE1, ACT_TQ1),
+        STREAM(Tq1Tile, MathTq1, 1, 8, 2, 4, 3, 3, "tq1 s8", W_TILE1, ACT_TQ1),
+        STREAM(Tq1Tile, MathTq1, 1, 12, 2, 4, 2, 2, "tq1 s8", W_TILE1, ACT_TQ1),
+        STREAM(Tq1Tile, MathTq1, 4, 8, 4, 3, 2, 2, "tq1 s8", W_TILE1, ACT_TQ1),
+        STREAM(Tq1Tile, MathCodes, 8, 8, 4, 3, 2, 2, "tq1 digits", W_TILE1, ACT_TQ1_PLAIN),
     };
 }
 

@@ -544,36 +544,43 @@ struct Stream {
 template <class Format, class Math, int NW, int U, int S, int MIN_CTAS>
 __global__ void __launch_bounds__(NW * 32 + 64, MIN_CTAS)
 decode_stream(const uint8_t * __restrict__ weights, const uint4 * __restrict__ x, const ActHead * __restrict__ head,
-              float * __restrict__ y, int M, int nb) {
+              float * __restrict__ y, int M, int nb, int run, int longer) {
+    // run = chunks / thread blocks, longer = how many thread blocks have one more (the host divides)
     using R = Stream<Format, Math, NW, U, S>;
     constexpr int NA = Math::NA, n = Math::TOKENS, XS = n * Math::X_BYTES / 16;
     extern __shared__ __align__(128) uint8_t shared[];
     float * part = (float *) (shared + S * R::STAGE);
     uint64_t * ready = (uint64_t *) (part + 2 * R::PART), *spent = ready + S, *full = spent + S, *empty = full + 2;
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-    int cpt = nb / U;  // chunks of a tile
-    long chunks = (long) ((M + 15) / 16) * cpt;
-    int lo = (int) (chunks * blockIdx.x / gridDim.x), hi = (int) (chunks * (blockIdx.x + 1) / gridDim.x);
-    int tile = lo / cpt, tile_end = (hi - 1) / cpt;
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < S; i++) { mbar_init(ready + i, 1); mbar_init(spent + i, NW); }
-        for (int i = 0; i < 2; i++) { mbar_init(full + i, NW); mbar_init(empty + i, 1); }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    int cpt = nb / U, b_ = blockIdx.x;  // cpt: chunks of a tile
+    int lo = b_ * run + min(b_, longer), hi = lo + run + (b_ < longer);
+    if (warp == NW) {  // the producer fills the ring before anybody else is up
+        if (lane == 0) {
+            for (int i = 0; i < S; i++) { mbar_init(ready + i, 1); mbar_init(spent + i, NW); }
+            for (int i = 0; i < 2; i++) { mbar_init(full + i, NW); mbar_init(empty + i, 1); }
+            asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        }
+        int slot = 0, phase = 1, q = lo;
+        const uint8_t * src = weights + (size_t) lo * (U * Format::STEP);
+        auto fill = [&]() {
+            int bytes = min(NW, hi - q) * U * Format::STEP;
+            mbar_expect(ready + slot, bytes);
+            bulk_copy(shared + slot * R::STAGE, src, bytes, ready + slot);
+            src += R::STAGE;
+            q += NW;
+            if (++slot == S) { slot = 0; phase ^= 1; }
+        };
+        if (lane == 0)
+            for (int i = 0; i < S && q < hi; i++) fill();
+        __syncthreads();
+        pdl_launch();
+        if (lane == 0)
+            while (q < hi) { mbar_wait(spent + slot, phase); fill(); }
+        return;
     }
     __syncthreads();
     pdl_launch();
-    if (warp == NW) {
-        if (lane) return;
-        int slot = 0, phase = 1;
-        for (int q = lo; q < hi; q += NW) {
-            mbar_wait(spent + slot, phase);  // falls through in the first round
-            int bytes = min(NW, hi - q) * U * Format::STEP;
-            mbar_expect(ready + slot, bytes);
-            bulk_copy(shared + slot * R::STAGE, weights + (size_t) q * (U * Format::STEP), bytes, ready + slot);
-            if (++slot == S) { slot = 0; phase ^= 1; }
-        }
-        return;
-    }
+    int tile = lo / cpt, tile_end = (hi - 1) / cpt;
     if (warp == NW + 1) {
         pdl_wait();  // y may still be read by the kernel before
         for (int i = 0; tile <= tile_end; tile++, i++) {
@@ -628,7 +635,6 @@ decode_stream(const uint8_t * __restrict__ weights, const uint4 * __restrict__ x
         __syncwarp();
         if (lane == 0) mbar_arrive(full + (i & 1));
     }
-    // a warp without a chunk in the last stage must still free it: nothing waits for it, so it need not
 }
 
 // ---- activations: float to the layouts above; one thread per element, one thread block per (block, token)

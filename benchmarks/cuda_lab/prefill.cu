@@ -159,15 +159,16 @@ static const Variant VARIANTS[] = {
 };
 
 int main(int argc, char ** argv) {
-    bool bench = argc > 1 && std::string(argv[1]) == "bench";
+    bool bench = argc > 1 && std::string(argv[1]) == "bench", profile = argc > 1 && std::string(argv[1]) == "profile";  // profile: for ncu
     int bad = 0;
     std::vector<std::vector<int>> shapes = bench
         ? std::vector<std::vector<int>>{{4096, 4096}, {11008, 4096}, {4096, 11008}, {8192, 8192}, {22016, 8192}, {8192, 22016}, {44032, 8192}}
+        : profile ? std::vector<std::vector<int>>{{22016, 8192}}
         : std::vector<std::vector<int>>{{128, 128}, {200, 1152}, {1000, 640}};
     printf("%-13s %-28s %4s %5s %9s %8s %9s\n", "rows x cols", "kernel", "n", "split", "us", "TOPS", "error");
     for (auto & sh : shapes)
         for (int n : {128, 512})
-            for (int data = 0; data < (bench ? 1 : (int) N_DATA); data++) {
+            for (int data = 0; data < (bench || profile ? 1 : (int) N_DATA); data++) {
                 Problem p(sh[0], sh[1], n, data, 5 + data);
                 uint8_t *w2, *w1, *x2, *x1; float * y; ActHead * h;
                 CK(cudaMalloc(&w2, (size_t) p.tiles * p.nb * 576)); CK(cudaMalloc(&w1, (size_t) p.tiles * p.nb * 480));
@@ -180,7 +181,7 @@ int main(int argc, char ** argv) {
                 CK(cudaDeviceSynchronize());
                 for (auto & v : VARIANTS)
                     for (int split : {1, 2, 3, 4, 6}) {
-                        if (split > p.nb) continue;
+                        if (split > p.nb || (profile && split != (n == 128 ? 3 : 1))) continue;
                         CK(cudaMemset(y, 0xff, (size_t) p.M * n * 4));
                         const uint8_t *w = v.one ? w1 : w2, *x = v.one ? x1 : x2;
                         v.run(0, w, x, h, y, p.M, p.nb, n, split);
