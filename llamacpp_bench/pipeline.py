@@ -6,6 +6,7 @@ results = bench(["model.gguf"], Config(source="hf_folder", text="wiki.test.txt")
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -176,7 +177,7 @@ def describe_config(config: Config) -> dict[str, Any]:
     for key in ("source", "imatrix_text", "bin_dir", "out", "work", "text"):
         raw[key] = Path(raw[key]).name if raw[key] else None
     raw["text_sha256"] = sha256_file(config.text) if config.perplexity and config.text else None
-    return raw
+    return dict(json.loads(json.dumps(raw)))  # tuples become the lists that a reader will see
 
 
 def measure_bandwidth(session: Session) -> dict[str, Any]:

@@ -241,13 +241,23 @@ def to_csv(results: Results) -> str:
     writer = csv.writer(buffer, lineterminator="\n")
     kinds = protocols(results)
     writer.writerow(
-        ["model", "group", "file", "main_type", "file_bytes", "bpw", "parameters", "peak_rss"]
+        [
+            "model",
+            "group",
+            "origin",
+            "file",
+            "main_type",
+            "file_bytes",
+            "bpw",
+            "parameters",
+            "peak_rss",
+        ]
         + [f"ppl_{name}_{window}" for name, window in kinds]
         + ["test", "rounds", "mean", "stdev", "median", "min", "max", "ratio", "ratio_stdev"]
         + ["bandwidth_share"]
     )
     for m in results.models:
-        fixed = [m.name, m.group, m.file, m.main_type, m.file_bytes, m.bpw, m.parameters]
+        fixed = [m.name, m.group, m.origin, m.file, m.main_type, m.file_bytes, m.bpw, m.parameters]
         ppl = [p.ppl if (p := perplexity_of(m, name)) else "" for name, _ in kinds]
         for test in results.tests():
             if not results.values(m.name, test):
