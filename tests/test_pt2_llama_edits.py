@@ -73,6 +73,10 @@ def test_insertions_at_one_place_keep_the_order_of_the_list() -> None:
     assert apply_edits("a\nb\n", edits) == "a\none\ntwo\nthree\nb\n"
 
 
+def test_an_anchor_that_ends_with_a_newline_ends_on_its_own_line() -> None:
+    assert apply_edits("a\nb\nc\n", [edit("a\n", "after", "new")]) == "a\nnew\nb\nc\n"
+
+
 @pytest.mark.parametrize("text", ["", "anch", "x\ny\n"])
 def test_missing_anchor_names_file_anchor_and_version(text: str) -> None:
     with pytest.raises(PT2Error, match=r"ggml/a\.c: anchor 'anchor' not found.*0c1e57098"):
