@@ -162,7 +162,7 @@ def grouped_panel(ax: Any, results: Results, test: str) -> None:
         ax.bar(xs, heights, width * 0.94, yerr=errors, color=colours[name], label=name, **ERRORS)
         for x, h, e, text in zip(xs, heights, errors, texts, strict=True):
             ax.annotate(
-                text, (x, h + e), (0, 3), textcoords="offset points", rotation=90, fontsize=7,
+                text, (x, h + e), (0, 3), textcoords="offset points", rotation=90, fontsize=6.5,
                 ha="center", va="bottom",
             )  # fmt: skip
             top = max(top, h + e)
@@ -176,10 +176,13 @@ def grouped_panel(ax: Any, results: Results, test: str) -> None:
 def scaling_figure(results: Results, mark: str) -> Figure:
     """Decode speed over depth (`@d`) or number of sequences (`@b`), one panel per shape."""
     groups = results.groups()
-    width = max(6.0, 4.2 * len(groups))
-    fig, axes = plt.subplots(1, len(groups), figsize=(width, 3.8), squeeze=False)
+    across, down = min(2, len(groups)), -(-len(groups) // 2)
+    width = max(6.0, 4.6 * across)
+    fig, axes = plt.subplots(down, across, figsize=(width, 3.6 * down), squeeze=False)
+    for ax in axes.flat[len(groups) :]:
+        ax.set_visible(False)
     colours = colour_of(results)
-    for ax, group in zip(axes[0], groups, strict=True):
+    for ax, group in zip(axes.flat, groups, strict=False):
         for m in (m for m in results.models if m.group == group):
             xs, means, errors = scaling_points(results, m, mark)
             if xs:

@@ -34,11 +34,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def speed_cell(results: Results, model: Model, test: str) -> str:
-    """`135.2 ± 0.8`: mean and standard deviation of tokens/s."""
+    """`135.2 ± 0.8`: mean and standard deviation (of two rounds or more) of tokens/s."""
     if not results.values(model.name, test):
         return "-"
     s = results.summary(model.name, test)
-    return f"{figure(s.mean)} ± {figure(s.stdev)}"
+    return figure(s.mean) + (f" ± {figure(s.stdev)}" if s.n > 1 else "")
 
 
 def ratio_cell(results: Results, model: Model, test: str) -> str:

@@ -62,7 +62,7 @@ def test_stock_builds_run_stock_types_only(tmp_path: Path) -> None:
     config = Config(**TINY, variant="stock", out=str(tmp_path / "out"))  # type: ignore[arg-type]
     results = bench_synthetic([SHAPES["tiny"]], STOCK_TYPES, config)
     assert {m.main_type for m in results.models} >= {"Q2_K", "TQ2_0", "IQ1_M"}
-    with pytest.raises(PT2Error, match="an unmodified llama.cpp cannot run TQ2_1"):
+    with pytest.raises(PT2Error, match=r"an unmodified llama\.cpp cannot run TQ2_1"):
         bench_synthetic([SHAPES["tiny"]], ["TQ2_1"], config)
 
 
