@@ -8,7 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.config import ORDINARY_TYPES, TYPES, ExportConfig, parse_size
+from export.config import (
+    DEFAULT_EMBEDDING_TYPE,
+    ORDINARY_TYPES,
+    TYPES,
+    ExportConfig,
+    parse_size,
+)
 from quantize.common import ArgumentParser, PT2Error, human_bytes, read_json, run_cli
 
 if TYPE_CHECKING:
@@ -25,8 +31,10 @@ examples:
 
 then: pt2-llama run llama-cli -m model.gguf -p "The river"
 
-Where embeddings and head are tied (one tensor), --embedding-type is the type of both.
-"""
+types of ordinary tensors: {ordinary}
+Where embeddings and head are one tensor (tied), --embedding-type is the type of both, and the
+default is the head's.
+""".format(ordinary=", ".join(ORDINARY_TYPES))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,65 +45,42 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     d = ExportConfig()
-    ordinary = ", ".join(ORDINARY_TYPES)
     p = ArgumentParser(
         prog="pt2-export",
         description="Write an artifact of pt2-quantize as a complete GGUF file for llama.cpp.",
         epilog=_EPILOG,
     )
-    p.add_argument("out", metavar="OUT.gguf", type=Path, help="the file to write")
-    p.add_argument(
-        "--from",
-        dest="artifact",
-        metavar="DIR",
-        type=Path,
-        help="the artifact (default: the newest complete one in the current folder)",
+
+    def option(name: str, metavar: str, what: str, **more: Any) -> None:
+        p.add_argument(name, metavar=metavar, help=what, **more)
+
+    def type_option(name: str, what: str, default: str | None, shown: str) -> None:
+        choices = list(ORDINARY_TYPES)
+        what = f"{what} (default: {shown})"
+        option(name, "TYPE", what, type=str.lower, choices=choices, default=default)
+
+    option("out", "OUT.gguf", "the file to write", type=Path)
+    where = "the artifact (default: the newest complete one in the current folder)"
+    option("--from", "DIR", where, dest="artifact", type=Path)
+    option(
+        "--model", "DIR", "the source model (default: what the artifact was made from)", type=Path
     )
-    p.add_argument(
-        "--model",
-        metavar="DIR",
-        type=Path,
-        help="the source model (default: where the artifact was made from)",
-    )
-    p.add_argument(
-        "--type",
-        type=str.lower,
-        choices=TYPES,
-        default=d.type,
-        help=f"of the ternary linears (default: {d.type})",
-    )
-    for option, default, what in (
-        ("--embedding-type", d.embedding_type, "of the token embeddings"),
-        ("--output-type", d.output_type, "of the head"),
-        ("--fallback-type", d.fallback_type, "of linears that cannot be ternary"),
+    what = f"of the ternary linears: {', '.join(TYPES)} (default: {d.type})"
+    option("--type", "TYPE", what, type=str.lower, choices=TYPES, default=d.type)
+    shown = f"{DEFAULT_EMBEDDING_TYPE}, or the head's type where they are one tensor"
+    type_option("--embedding-type", "of the token embeddings", d.embedding_type, shown)
+    type_option("--output-type", "of the head", d.output_type, d.output_type)
+    what = "of linears that cannot be ternary"
+    type_option("--fallback-type", what, d.fallback_type, d.fallback_type)
+    option("--split-max-size", "SIZE", "files of at most SIZE of tensors, such as 500M or 2G")
+    for name, dest, what in (
+        ("--strict", "strict", "fail if a linear of a decoder block would not be ternary"),
+        ("--overwrite", "overwrite", "replace the output if it exists"),
     ):
-        p.add_argument(
-            option,
-            metavar="TYPE",
-            type=str.lower,
-            choices=list(ORDINARY_TYPES),
-            default=default,
-            help=f"{what}: {ordinary} (default: {default})",
-        )
-    p.add_argument(
-        "--strict",
-        action="store_true",
-        help="fail if a linear of a decoder block would not be ternary",
-    )
-    p.add_argument(
-        "--no-verify",
-        dest="verify",
-        action="store_false",
-        help="skip the check of the model's fingerprint and of the written file",
-    )
-    p.add_argument(
-        "--split-max-size",
-        metavar="SIZE",
-        type=str,
-        help="write files of at most SIZE of tensors, such as 500M or 2G",
-    )
-    p.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
-    return p  # fmt: skip
+        p.add_argument(name, dest=dest, action="store_true", help=what)
+    what = "skip the check of the model's fingerprint and of the written file"
+    p.add_argument("--no-verify", dest="verify", action="store_false", help=what)
+    return p
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -185,10 +170,10 @@ def _show(console: Any, report: ExportReport, config: ExportConfig) -> None:
             f"{100 * report.error:.2f}% RMS of the weights, from rounding alpha and mu to Q2_K's "
             f"scales (worst: {100 * report.errors[worst]:.2f}%, {worst})"
         )
-    if report.tied and config.output_type != config.embedding_type:
+    if report.tied and config.embedding_type not in (None, config.output_type):
         lines["note"] = (
             f"embeddings and head are one tensor here: --output-type {config.output_type} is not "
-            f"used, both are {config.embedding_type}"
+            f"used, the type is {config.embedding_type}"
         )
     if len(report.files) == 1 and config.split_max_size:
         lines["note on splitting"] = "not split: all of it fits into one file of that size"

@@ -63,9 +63,10 @@ def plan_items(
     arch = next(a for a, n in gguf.MODEL_ARCH_NAMES.items() if n == carrier.arch)
     names = gguf.get_tensor_name_map(arch, blocks)
     reasons = {f"{names.get_name(m)}.weight": why for m, why in kept.items()}
+    tied = all(t.name != HEAD for t in carrier.tensors)
     items = []
     for tensor in carrier.tensors:
-        item = _plan(tensor, config, reasons)
+        item = _plan(tensor, config, reasons, tied)
         fitting = _fit(item.type, tensor.shape[-1], ggml)
         if fitting != item.type:
             note = f"{tensor.shape[-1]} columns are no whole {item.type.name} blocks"
@@ -82,7 +83,7 @@ def plan_items(
     return items
 
 
-def _plan(tensor: CarrierTensor, config: ExportConfig, kept: Mapping[str, str]) -> Item:
+def _plan(tensor: CarrierTensor, config: ExportConfig, kept: Mapping[str, str], tied: bool) -> Item:
     def item(name: str, reason: str | None, fallback: bool = False) -> Item:
         return Item(tensor, type_of(name), 0, reason, fallback)
 
@@ -95,7 +96,8 @@ def _plan(tensor: CarrierTensor, config: ExportConfig, kept: Mapping[str, str]) 
     if len(tensor.shape) < 2:
         return item("f32", "norm, bias or constant")
     if tensor.name == EMBEDDING:
-        return item(config.embedding_type, "token embeddings")
+        what = "token embeddings and head" if tied else "token embeddings"
+        return item(config.embeddings(tied), what)
     if tensor.name == HEAD:
         return item(config.output_type, "head")
     if tensor.name in kept:

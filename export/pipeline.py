@@ -18,6 +18,7 @@ from export import types
 from export.config import ExportConfig
 from export.converter import Carrier, check_tokenizer, run_converter
 from export.encode import (
+    HEAD,
     Item,
     TernaryRows,
     check_group_size,
@@ -272,7 +273,7 @@ def _report(
         errors={name: e.rms for name, e in errors.items()},
         error=sum(errors.values(), WeightError()).rms if errors else None,
         verified=config.verify,
-        tied=all(i.tensor.name != "output.weight" for i in items),
+        tied=all(i.tensor.name != HEAD for i in items),
     )
 
 

@@ -105,7 +105,12 @@ def test_metadata(made, tmp_path):
         assert "messages" in f["tokenizer.chat_template"]
         assert len(f["tokenizer.ggml.tokens"]) == f["llama.vocab_size"]
         assert f["general.size_label"] == "1.3M"
-        assert {t.tensor_type.name for t in tensors.values()} == {kind.upper(), "Q6_K", "F32"}
+        assert {t.tensor_type.name for t in tensors.values()} == {
+            kind.upper(),
+            "Q4_K",
+            "Q5_K",
+            "F32",
+        }
 
 
 def test_the_same_input_gives_the_same_bytes(made, tmp_path):
@@ -437,10 +442,16 @@ def test_the_newest_complete_artifact_is_the_default(made, tmp_path, capfd, monk
     check_refusal(["n.gguf"], "unfinished is not complete", capfd)
 
 
-def test_tied_embeddings_say_which_type_counts(made, tmp_path, capfd):
+def test_types_of_tied_embeddings(made, tmp_path, capfd):
+    """One tensor is both: the head's default counts, unless --embedding-type is given."""
     _, artifact = made("qwen3", tied=True)
+    argv = ["--from", str(artifact), "--overwrite", "--output-type"]
     out = tmp_path / "m.gguf"
-    assert main([str(out), "--from", str(artifact), "--output-type", "q8_0"]) == 0
-    assert "--output-type q8_0 is not used" in " ".join(capfd.readouterr().out.split())
+    assert main([str(out), *argv, "q8_0"]) == 0
     tensors, _ = read(out)
     assert "output.weight" not in tensors
+    assert tensors["token_embd.weight"].tensor_type.name == "Q8_0"
+    capfd.readouterr()
+    assert main([str(out), *argv, "q8_0", "--embedding-type", "q6_k"]) == 0
+    assert "--output-type q8_0 is not used" in " ".join(capfd.readouterr().out.split())
+    assert read(out)[0]["token_embd.weight"].tensor_type.name == "Q6_K"
