@@ -74,8 +74,8 @@ def load_calibration(
         tokens = _token_file(Path(stem + mark), tensor[1:], samples, seqlen)
         name = Path(stem + mark).name + tensor
     else:
-        tokenizer = load_tokenizer(model_dir)
         text, name = read_text(source, samples * seqlen * CHARACTERS_PER_TOKEN)
+        tokenizer = load_tokenizer(model_dir)
         tokens = _windows(encode(tokenizer, text), name, samples, seqlen, seed)
         if bos:
             tokens = _with_bos(tokens, tokenizer)

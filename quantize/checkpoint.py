@@ -71,6 +71,11 @@ class Checkpoint:
         names = self.raw_config.get("architectures") or [""]
         return str(names[0])
 
+    @property
+    def bytes(self) -> int:
+        """Size of the config and all shards."""
+        return sum((self.path / n).stat().st_size for n in ("config.json", *self.shards))
+
     def info(self, name: str) -> TensorInfo:
         """The header's entry of a tensor that must be there."""
         if name not in self.tensors:
@@ -103,13 +108,13 @@ class Checkpoint:
     def fingerprint(
         self,
         known: dict[str, Any] | None = None,
-        progress: Callable[[int, int], None] = lambda done, total: None,
+        progress: Callable[[int], None] = lambda count: None,
     ) -> tuple[str, dict[str, Any]]:
         """SHA-256 over ``config.json`` and the contents of all shards in the order of their names.
 
         Args:
             known: what an earlier call returned; used when names, sizes and times are unchanged.
-            progress: called with (bytes done, bytes in all).
+            progress: called with the number of bytes after each piece.
 
         Returns:
             (hex digest, a record to hand in as ``known`` next time)
@@ -119,15 +124,13 @@ class Checkpoint:
         state = [[f.name, s.st_size, s.st_mtime_ns] for f, s in zip(files, stats, strict=True)]
         if known and known.get("state") == state and isinstance(known.get("sha256"), str):
             return known["sha256"], known
-        total, done = sum(s.st_size for s in stats), 0
         digest = hashlib.sha256()
         for file in files:
             digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
             with file.open("rb") as f:
                 while piece := f.read(1 << 24):
                     digest.update(piece)
-                    done += len(piece)
-                    progress(done, total)
+                    progress(len(piece))
         return digest.hexdigest(), {"state": state, "sha256": digest.hexdigest()}
 
     def identity(self, fingerprint: str) -> dict[str, Any]:

@@ -102,9 +102,9 @@ def ternarize(
         model = StreamedModel(checkpoint, device, config.dtype)
         _, kept = check_linears(model, config.block_size, config.skip)
         run = _run_record(out, checkpoint)
-        reporter.start("reading the model", 100)
+        reporter.start("reading the model", checkpoint.bytes)
         digest, run["fingerprint"] = checkpoint.fingerprint(
-            run.get("fingerprint"), lambda done, total: None
+            run.get("fingerprint"), lambda count: reporter.step("checksum", count)
         )
         calibration = load_calibration(
             config.calibration, checkpoint.path, samples=config.samples, seqlen=config.seqlen,
@@ -349,18 +349,22 @@ def arithmetic(threads: int) -> Iterator[int]:
         torch.get_float32_matmul_precision(),
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
     )
     try:
         if threads:
             torch.set_num_threads(threads)
         torch.set_float32_matmul_precision("highest")
         torch.use_deterministic_algorithms(True, warn_only=True)
+        # Deterministic mode would fill every new tensor; ours are always written before use.
+        torch.utils.deterministic.fill_uninitialized_memory = False
         with torch.no_grad():
             yield torch.get_num_threads()
     finally:
         torch.set_num_threads(before[0])
         torch.set_float32_matmul_precision(before[1])
         torch.use_deterministic_algorithms(before[2], warn_only=before[3])
+        torch.utils.deterministic.fill_uninitialized_memory = before[4]
 
 
 def pick_device(name: str) -> str:
