@@ -42,6 +42,8 @@ from quantize.hessian import InputMoments, mean_square
 from quantize.hf_model import Site, StreamedModel, check_linears
 from quantize.progress import Reporter
 
+FILL = "fill_uninitialized_memory"  # a property of torch's module that type checkers do not see
+
 
 @dataclass
 class Result:
@@ -349,7 +351,7 @@ def arithmetic(threads: int) -> Iterator[int]:
         torch.get_float32_matmul_precision(),
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,
+        getattr(torch.utils.deterministic, FILL),
     )
     try:
         if threads:
@@ -357,14 +359,14 @@ def arithmetic(threads: int) -> Iterator[int]:
         torch.set_float32_matmul_precision("highest")
         torch.use_deterministic_algorithms(True, warn_only=True)
         # Deterministic mode would fill every new tensor; ours are always written before use.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        setattr(torch.utils.deterministic, FILL, False)
         with torch.no_grad():
             yield torch.get_num_threads()
     finally:
         torch.set_num_threads(before[0])
         torch.set_float32_matmul_precision(before[1])
         torch.use_deterministic_algorithms(before[2], warn_only=before[3])
-        torch.utils.deterministic.fill_uninitialized_memory = before[4]
+        setattr(torch.utils.deterministic, FILL, before[4])
 
 
 def pick_device(name: str) -> str:
