@@ -230,11 +230,52 @@ static void profile() {
     CK(cudaDeviceSynchronize());
 }
 
+// The matrices of a decoder layer one after the other, with the quantisation of their activations
+// (random bytes as weights: speed does not depend on them). `copies` layers, so that L2 cannot help.
+static void chain() {
+    struct Model { const char * name; int layers, copies; std::vector<std::pair<int, int>> shapes; };
+    std::vector<Model> models = {
+        {"7B", 32, 12, {{12288, 4096}, {4096, 4096}, {22016, 4096}, {4096, 11008}}},
+        {"13B", 40, 8, {{15360, 5120}, {5120, 5120}, {27648, 5120}, {5120, 13824}}},
+        {"30B", 60, 5, {{19968, 6656}, {6656, 6656}, {35840, 6656}, {6656, 17920}}},
+        {"65B", 80, 4, {{24576, 8192}, {8192, 8192}, {44032, 8192}, {8192, 22016}}},
+    };
+    int * o; CK(cudaMalloc(&o, 4));
+    size_t pool = (size_t) 1 << 30;
+    uint8_t * w; CK(cudaMalloc(&w, pool + (1 << 20)));
+    make_codes<<<4096, 256>>>(w, pool, 3, RANDOM);
+    double read = time_graph(1, [&](int, cudaStream_t st) { launch(false, stream_read, 132 * 4, 512, 0, st, (uint4 *) w, pool / 16, o); });
+    printf("streaming read of 1 GiB: %.0f GB/s\n", pool / read / 1e3);
+    float *x, *y; uint8_t * q; ActHead * h;
+    CK(cudaMalloc(&x, 8 * 22016 * 4)); CK(cudaMalloc(&y, 8 * 44032 * 4)); CK(cudaMalloc(&q, 22016 * 16)); CK(cudaMalloc(&h, 172 * 8 * sizeof(ActHead)));
+    make_x<<<64, 256>>>(x, 8 * 22016, 1, RANDOM);
+    for (auto & mo : models)
+        for (auto & v : variants()) {
+            bool fits = true;
+            size_t bytes = 0;
+            for (auto & s : mo.shapes) { fits &= s.second / QK % v.multiple == 0; bytes += (size_t) v.bytes(s.first, s.second); }
+            if (!fits || bytes * mo.copies > pool) continue;
+            for (int pdl = 0; pdl < 2; pdl++) {
+                double us = time_graph(mo.copies, [&](int i, cudaStream_t st) {
+                    const uint8_t * p = w + bytes * i;
+                    for (auto & s : mo.shapes) {
+                        pack_act(pdl, v.act, st, x, q, h, s.second, v.n, y, s.first * v.n);
+                        v.run(pdl, st, p, (const uint4 *) q, h, y, s.first, s.second / QK);
+                        p += (size_t) v.bytes(s.first, s.second);
+                    }
+                });
+                printf("%-4s %-30s n=%d pdl %d: %7.1f us a layer, %6.0f GB/s, %4.2f of streaming; linears alone %7.1f tokens/s\n", mo.name,
+                       v.name.c_str(), v.n, pdl, us, bytes / us / 1e3, bytes / us / (pool / read), v.n * 1e6 / us / mo.layers);
+            }
+        }
+}
+
 int main(int argc, char ** argv) {
     std::string cmd = argc > 1 ? argv[1] : "check";
     cudaDeviceProp prop; CK(cudaGetDeviceProperties(&prop, 0));
     printf("%s, %d multiprocessors, L2 %d MB\n", prop.name, prop.multiProcessorCount, prop.l2CacheSize >> 20);
     if (cmd == "check") return check() != 0;
+    if (cmd == "chain") { chain(); return 0; }
     if (cmd == "profile") { profile(); return 0; }
     bench(argc > 2 && !strcmp(argv[2], "quick"));
     return 0;
