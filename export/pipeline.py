@@ -296,10 +296,13 @@ def _check_output(out: Path, config: ExportConfig) -> None:
 
 
 def _check_model(artifact: Artifact, model: Checkpoint, progress: Progress) -> None:
-    unit = 1 << 20
+    total = sum((model.path / shard).stat().st_size for shard in model.shards)
+    done = 0
 
-    def step(done: int, total: int) -> None:
-        progress("checking the model", done // unit, max(total // unit, 1))
+    def step(count: int) -> None:
+        nonlocal done
+        done += count
+        progress("checking the model (MiB)", min(done, total) >> 20, max(total >> 20, 1))
 
     fingerprint, _ = model.fingerprint(progress=step)
     if fingerprint != artifact.manifest["model"].get("fingerprint"):
