@@ -6,6 +6,8 @@
 
 #include "common.cuh"
 
+#define GGML_CUDA_TQ // this tree has the edits of edits-cuda.yaml
+
 #include <cstring>
 
 template <>
