@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from llamacpp_bench import memory
-from llamacpp_bench.baselines import BaselineMaker, Wanted, find_source, same_model, source_gguf
+from llamacpp_bench.baselines import (
+    FLOAT_TYPES,
+    BaselineMaker,
+    Wanted,
+    find_source,
+    same_model,
+    source_gguf,
+)
 from llamacpp_bench.gguf_info import GGUFInfo, read_gguf
 from llamacpp_bench.machine import describe_machine, usable_cores
 from llamacpp_bench.perplexity import (
@@ -150,6 +157,8 @@ def start(config: Config, tools: ToolBox, stem: str) -> Session:
         raise PT2Error("-p 0 -n 0 --pg none: nothing is left to time")
     if config.batches and (not config.gen or 0 in config.batches):
         raise PT2Error("--batch needs numbers of at least 1, and -n of at least 1")
+    for name in needed_tools(config):
+        tools.tool(name)
     show = Display(config.quiet)
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     out = Path(config.out) if config.out else Path(f"bench-{stem}-{stamp}")
@@ -167,6 +176,16 @@ def start(config: Config, tools: ToolBox, stem: str) -> Session:
         )
     results.bandwidth = measure_bandwidth(session)
     return session
+
+
+def needed_tools(config: Config) -> list[str]:
+    """The programs a run will call, so that a missing one is said before anything is measured."""
+    names = ["llama-bench"]
+    names += ["llama-batched-bench"] if config.batches else []
+    names += ["llama-perplexity"] if config.perplexity else []
+    made = [w.type for w in config.baselines if w.type and w.type not in FLOAT_TYPES]
+    names += ["llama-quantize"] if made else []
+    return names + (["llama-imatrix"] if made and config.imatrix_text else [])
 
 
 def describe_config(config: Config) -> dict[str, Any]:

@@ -32,6 +32,7 @@ def bench_synthetic(
     """
     config = pipeline.synthetic_config(config)
     tools = open_toolbox(config.variant, config.bin_dir)
+    tools.tool("llama-quantize")  # tells which tensor gets which type
     if not tools.knows_pt2 and (ours := [t for t in types if t in ("TQ2_1", "TQ1_1")]):
         raise PT2Error(f"an unmodified llama.cpp cannot run {ours[0]}; use --variant cpu")
     session = pipeline.start(config, tools, "synthetic-" + "-".join(s.name for s in shapes))

@@ -43,11 +43,11 @@ class ToolBox:
         """
         path = self.folder / name
         if not (path.is_file() and os.access(path, os.X_OK)):
-            raise PT2Error(f"there is no {name} in {self.folder}; run: {self._build_command()}")
+            raise PT2Error(
+                f"there is no {name} in {self.folder}; make a build that has it "
+                f"({self._build_command()}) or choose another --variant"
+            )
         return path
-
-    def has(self, name: str) -> bool:
-        return os.access(self.folder / name, os.X_OK)
 
     def ternary_path(self) -> str | None:
         """Which code path this build's CPU backend takes for TQ2_1 and TQ1_1 on this machine.

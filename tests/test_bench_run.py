@@ -215,11 +215,18 @@ def test_a_failing_tool_gives_one_line_and_a_log(
 
 
 def test_what_was_measured_before_a_failure_is_kept(tmp_path: Path, setup: Setup) -> None:
-    (tmp_path / "bin" / "llama-perplexity").unlink()
-    with pytest.raises(PT2Error, match="there is no llama-perplexity in"):
+    (tmp_path / "bin" / "llama-perplexity").write_text("#!/bin/sh\nexit 3\n")
+    with pytest.raises(PT2Error, match=r"llama-perplexity failed \(exit 3\): it said nothing"):
         bench([tmp_path / "fast.gguf"], setup())
     kept = load_results(tmp_path / "out" / "results.json")
     assert not kept.complete and len(kept.samples) == 2 * 3 * 3
+
+
+def test_a_missing_tool_is_said_before_anything_is_measured(tmp_path: Path, setup: Setup) -> None:
+    (tmp_path / "bin" / "llama-perplexity").unlink()
+    with pytest.raises(PT2Error, match="there is no llama-perplexity in"):
+        bench([tmp_path / "fast.gguf"], setup())
+    assert not (tmp_path / "bin" / "CALLS").exists() and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
