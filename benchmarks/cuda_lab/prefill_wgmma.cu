@@ -44,7 +44,7 @@ template <class Format, int WGS, int S>
 __global__ void __launch_bounds__(WGS * 128, 1)
 prefill(const uint8_t * __restrict__ weights, const uint8_t * __restrict__ x, const float * __restrict__ sums,
         float * __restrict__ y, int M, int nb, int n, int add) {
-    extern __shared__ __align__(1024) uint8_t shared[];
+    extern __shared__ __align__(128) uint8_t shared[];
     __shared__ uint64_t full[S], empty[S];
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     int b_lo = (int) ((long) nb * blockIdx.z / gridDim.z), b_hi = (int) ((long) nb * (blockIdx.z + 1) / gridDim.z), count = b_hi - b_lo;
@@ -80,16 +80,18 @@ prefill(const uint8_t * __restrict__ weights, const uint8_t * __restrict__ x, co
         const int2 * start = (const int2 *) (st + Q_BYTES + BN * 4) + t;
         int c[2][32];
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
+        for (int h = 0; h < 2; h++)
 #pragma unroll
             for (int j = 0; j < 8; j++) {
                 int2 v = start[h * 32 + j * 4];
                 c[h][4 * j] = c[h][4 * j + 2] = v.x;
                 c[h][4 * j + 1] = c[h][4 * j + 3] = v.y;
             }
-            hold(c[h]);
-            if (h == 0) { hold(a[0]); hold(a[1]); }
-            wgmma_fence();
+        // one fence for both halves: with a second one ptxas waits for the first half before it
+        hold(c[0]); hold(c[1]); hold(a[0]); hold(a[1]);
+        wgmma_fence();
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
 #pragma unroll
             for (int p = 0; p < 4; p++)
                 wgmma_n64(c[h], a[0][2 * p], a[1][2 * p], a[0][2 * p + 1], a[1][2 * p + 1],
