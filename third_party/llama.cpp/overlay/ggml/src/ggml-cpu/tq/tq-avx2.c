@@ -2,7 +2,7 @@
 
 #include "tq.h"
 
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#if TQ_HAS_X86
 
 #include "ggml-impl.h"
 
@@ -15,6 +15,17 @@
 static bool tq_avx2_supported(void) {
     // every processor with AVX2 has F16C, which GCC 12 cannot ask for
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+
+// Products of unsigned codes and signed activations, added up in 16 bits. They hold the 64 products of a
+// block that fall to a lane: each is at most 2*127, and 3*127 for an invalid code
+TQ_INLINE __m256i tq_dot_add(__m256i sum, __m256i codes, __m256i q) {
+    return _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, q));
+}
+
+// the sums of tq_dot_add as 8 in 32 bits
+TQ_INLINE __m256i tq_dot_end(__m256i sum) {
+    return _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
 }
 
 TQ_INLINE float tq_sum_ps(__m256 v) {
@@ -127,14 +138,14 @@ TQ_INLINE void tq_scales(__m256i am, __m256 * alpha, __m256 * mu) {
 
 // 8 integer sums of c*q over a block
 TQ_INLINE __m256i tq_avx2_dot(__m256i v, const int8_t * q) {
-    __m256i sum = _mm256_setzero_si256(); // of 8 products of at most 2*127: fits 16 bits
+    __m256i sum = _mm256_setzero_si256();
     for (int p = 0; p < 4; ++p) {
-        sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(tq_plane(v, p), _mm256_loadu_si256((const __m256i *) (q + 32 * p))));
+        sum = tq_dot_add(sum, tq_plane(v, p), _mm256_loadu_si256((const __m256i *) (q + 32 * p)));
     }
-    return _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
+    return tq_dot_end(sum);
 }
 
-TQ_INLINE float tq_avx2_gemv_row(enum ggml_type type, int64_t nb, const char * x, const block_q8_t * y) {
+TQ_INLINE float tq_avx2_gemv_row(enum ggml_type type, int64_t nb, const char * x, size_t bx, const block_q8_t * y) {
     const size_t block_size = type == GGML_TYPE_TQ2_1 ? sizeof(block_tq2_1) : sizeof(block_tq1_1);
     __m256 acc = _mm256_setzero_ps(), offsets = _mm256_setzero_ps();
 
@@ -154,6 +165,7 @@ TQ_INLINE float tq_avx2_gemv_row(enum ggml_type type, int64_t nb, const char * x
         offsets = _mm256_fmadd_ps(_mm256_sub_ps(mu, alpha), _mm256_loadu_ps(s), offsets);
 
         for (int i = 0; i < n; ++i) {
+            _mm_prefetch(x + TQ_PREFETCH_ROWS * bx + (b0 + i) * block_size, _MM_HINT_T0);
             const __m256i dot = tq_avx2_dot(tq_codes(type, x + (b0 + i) * block_size), y[b0 + i].qs);
             acc = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_set1_ps(scale[i]), acc);
         }
@@ -164,8 +176,8 @@ TQ_INLINE float tq_avx2_gemv_row(enum ggml_type type, int64_t nb, const char * x
 TQ_TARGET static void tq_avx2_gemv(enum ggml_type type, int64_t k, int64_t nrows, const void * x, size_t bx, const block_q8_t * y, float * dst) {
     for (int64_t r = 0; r < nrows; ++r) {
         const char * row = (const char *) x + r * bx;
-        dst[r] = type == GGML_TYPE_TQ2_1 ? tq_avx2_gemv_row(GGML_TYPE_TQ2_1, k / QK_TQ, row, y)
-                                         : tq_avx2_gemv_row(GGML_TYPE_TQ1_1, k / QK_TQ, row, y);
+        dst[r] = type == GGML_TYPE_TQ2_1 ? tq_avx2_gemv_row(GGML_TYPE_TQ2_1, k / QK_TQ, row, bx, y)
+                                         : tq_avx2_gemv_row(GGML_TYPE_TQ1_1, k / QK_TQ, row, bx, y);
     }
 }
 
@@ -201,7 +213,6 @@ TQ_INLINE void tq_avx2_unpack8(enum ggml_type type, int nr, const char * x, size
 
 // sums[c][16 rows] += one block of the N columns from c0 of a panel of width W
 TQ_INLINE void tq_avx2_block(int W, int c0, int N, const uint8_t * w, const float * alpha, const float * offset, const char * panel, float * sums) {
-    // 16-bit sums of 64 products of at most 2*127 (3*127 for an invalid code): they fit
     __m256i acc[4][2];
     for (int c = 0; c < N; ++c) {
         acc[c][0] = acc[c][1] = _mm256_setzero_si256();
@@ -213,8 +224,8 @@ TQ_INLINE void tq_avx2_block(int W, int c0, int N, const uint8_t * w, const floa
             int32_t q;
             memcpy(&q, panel + 4 * (j * W + c0 + c), 4);
             const __m256i a = _mm256_set1_epi32(q);
-            acc[c][0] = _mm256_add_epi16(acc[c][0], _mm256_maddubs_epi16(w0, a));
-            acc[c][1] = _mm256_add_epi16(acc[c][1], _mm256_maddubs_epi16(w1, a));
+            acc[c][0] = tq_dot_add(acc[c][0], w0, a);
+            acc[c][1] = tq_dot_add(acc[c][1], w1, a);
         }
     }
     const float * d = (const float *) (panel + W * QK_TQ) + c0;
@@ -223,7 +234,7 @@ TQ_INLINE void tq_avx2_block(int W, int c0, int N, const uint8_t * w, const floa
         const __m256 of = _mm256_load_ps(offset + 8 * h);
         for (int c = 0; c < N; ++c) {
             float * sum = sums + (c0 + c) * TQ_TILE + 8 * h;
-            const __m256i dot = _mm256_madd_epi16(acc[c][h], _mm256_set1_epi16(1));
+            const __m256i dot = tq_dot_end(acc[c][h]);
             __m256 t = _mm256_fmadd_ps(of, _mm256_set1_ps(d[W + c]), _mm256_load_ps(sum));
             t = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_mul_ps(al, _mm256_set1_ps(d[c])), t);
             _mm256_store_ps(sum, t);

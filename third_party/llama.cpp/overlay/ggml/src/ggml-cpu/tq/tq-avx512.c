@@ -2,7 +2,7 @@
 
 #include "tq.h"
 
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#if TQ_HAS_X86
 
 #include "ggml-impl.h"
 
@@ -56,15 +56,15 @@ TQ_TARGET static void tq_avx512_quantize(const float * x, block_q8_t * y, int64_
 // weights
 //
 
-// Two TQ1_1 blocks in the halves of a register, as 30 bytes at byte 0 and 32, become the 2-bit form
-// qs2[32] of each half. The base-3 number v splits by subtraction: p = v mod 81 are planes 0..3, and
-// v - p = 81*t has t, the fifth digit, in its low two bits. Table 0 turns p < 64 into four codes, table 1
-// the rest; a dot product with {1, 4, 16, 64} gathers four fifth digits into the byte of a lane >= 26.
+// Two TQ1_1 blocks in the halves of a register, their 26 base-3 bytes at byte 0 and 32, become the 2-bit
+// form qs2[32] of each. The number v splits by subtraction: p = v mod 81 are planes 0..3, and v - p = 81*t
+// has the fifth digit t. Table 0 turns p < 64 into four codes, table 1 the rest. Four fifth digits make the
+// byte t0 + 4*t1 + 16*t2 + 64*t3 of a lane >= 26: a dot product of the 81*t with what 81 times is 1, 4, 16
+// and 64 modulo 256 has it in its low byte.
 struct tq1_1_tables {
     __m512i low;   // of p = 0..63
     __m512i high;  // of p = 64..80, at p - 64
-    __m512i qs;    // where qs[lane], lane < 26, is
-    __m512i fifth; // where the gathered byte of lane 26 + g is
+    __m512i fifth; // where the byte of lane 26 + g is
 };
 
 TQ_INLINE struct tq1_1_tables tq1_1_load_tables(void) {
@@ -78,15 +78,12 @@ TQ_INLINE struct tq1_1_tables tq1_1_load_tables(void) {
 #undef D2
 #undef D3
     };
-    uint8_t qs[64], fifth[64];
+    uint8_t fifth[64];
     for (int i = 0; i < 64; ++i) {
-        const int lane = i % 32, half = i & 32;
-        qs[i]    = (uint8_t) (half + (lane < 26 ? 4 + lane : 0));
-        fifth[i] = (uint8_t) (half + (lane < 26 ? 0 : 4 + 4 * (lane - 26)));
+        const int lane = i % 32;
+        fifth[i] = (uint8_t) ((i & 32) + (lane < 26 ? 0 : 4 * (lane - 26)));
     }
-    const struct tq1_1_tables t = {
-        _mm512_load_si512(packed), _mm512_load_si512(packed + 64), _mm512_loadu_si512(qs), _mm512_loadu_si512(fifth),
-    };
+    const struct tq1_1_tables t = { _mm512_load_si512(packed), _mm512_load_si512(packed + 64), _mm512_loadu_si512(fifth) };
     return t;
 }
 
@@ -96,21 +93,19 @@ TQ_INLINE __m512i tq1_1_unpack_pair(__m512i v, const struct tq1_1_tables * t) {
     const __m512i u = _mm512_min_epu8(v, _mm512_sub_epi8(v, n81));
     const __m512i p = _mm512_min_epu8(u, _mm512_sub_epi8(u, n81));
 
-    const __m512i   digit = _mm512_and_si512(_mm512_sub_epi8(v, p), _mm512_set1_epi8(3));
-    const __m512i   five  = _mm512_dpbusd_epi32(_mm512_setzero_si512(), digit, _mm512_set1_epi32(0x40100401));
-    const __mmask64 big   = _mm512_cmpge_epu8_mask(p, _mm512_set1_epi8(64));
+    const __m512i   four = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_sub_epi8(v, p), _mm512_set1_epi32(0x4010c4b1));
+    const __mmask64 big  = _mm512_cmpge_epu8_mask(p, _mm512_set1_epi8(64));
 
     __m512i codes = _mm512_permutexvar_epi8(p, t->low);
     codes = _mm512_mask_permutexvar_epi8(codes, big, p, t->high);
-    codes = _mm512_permutexvar_epi8(t->qs, codes);
-    return _mm512_mask_permutexvar_epi8(codes, 0xfc000000fc000000ull, t->fifth, five);
+    return _mm512_mask_permutexvar_epi8(codes, 0xfc000000fc000000ull, t->fifth, four);
 }
 
-// Blocks at a and b (b == NULL: one block) as two halves of 30 bytes, reading nothing beside them
+// The base-3 bytes of the blocks at a and b (NULL: none) in two halves, reading nothing beside them
 TQ_INLINE __m512i tq1_1_load_pair(const void * a, const void * b) {
-    const __m512i lo = _mm512_maskz_loadu_epi8(0x3fffffff, a);
-    // the upper half starts 32 bytes on; what lies before b is masked, and never read
-    return b ? _mm512_mask_loadu_epi8(lo, 0x3fffffffull << 32, (const char *) b - 32) : lo;
+    const __m512i lo = _mm512_maskz_loadu_epi8(0x3ffffff, (const char *) a + 4);
+    // the upper half starts 32 bytes on; what lies before the block is masked, and never read
+    return b ? _mm512_mask_loadu_epi8(lo, 0x3ffffffull << 32, (const char *) b + 4 - 32) : lo;
 }
 
 TQ_INLINE __m512i tq2_1_load_pair(const block_tq2_1 * a, const block_tq2_1 * b) {
@@ -165,6 +160,10 @@ TQ_INLINE void tq_avx512_gemv_rows(enum ggml_type type, int NR, int64_t nb, cons
         for (int i = 0; i < n; i += 2) {
             const bool two = i + 1 < n;
             const block_q8_t * y0 = y + b0 + i;
+            // four short rows at once are no stream that the processor would follow by itself
+            for (size_t at = 0; at < 2 * NR * block_size; at += 64) {
+                _mm_prefetch(x + TQ_PREFETCH_ROWS * bx + (b0 + i) * NR * block_size + at, _MM_HINT_T0);
+            }
             __m512i a[4];
             for (int p = 0; p < 4; ++p) {
                 a[p] = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *) (y0->qs + 32 * p)));

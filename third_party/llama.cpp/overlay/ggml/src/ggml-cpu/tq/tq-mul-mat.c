@@ -8,7 +8,7 @@
 
 // Columns from which the matrix-matrix kernel pays (it unpacks the weights first): measured, KERNELS.md
 #define TQ_GEMM_MIN_COLS 3
-// Rows that a thread takes at a time; a multiple of the kernels' tile of 32
+// Rows that a thread takes at a time, at most; a multiple of the kernels' tile of 32
 #define TQ_ROW_CHUNK 64
 
 static bool tq_is_ours(const struct ggml_tensor * src0, const struct ggml_tensor * src1) {
@@ -25,6 +25,16 @@ static void tq_quantize_panel_block(const struct ggml_tq_path * path, const char
         col[c] = blocks + c;
     }
     ggml_tq_pack_panel(col, 0, w, dst);
+}
+
+// Rows per chunk: small enough that every thread gets several
+static int64_t tq_chunk_rows(int64_t nrows, int nth, bool panels) {
+    const int64_t least = panels ? 32 : 8;
+    int64_t rows = TQ_ROW_CHUNK;
+    while (rows > least && nrows < rows * nth * 4) {
+        rows /= 2;
+    }
+    return rows;
 }
 
 // Activations of all matrices into wdata: as panels, or column by column. Shared out by (columns, block)
@@ -105,15 +115,16 @@ bool ggml_tq_mul_mat(const struct ggml_compute_params * params, struct ggml_tens
 
     const int64_t r2      = src1->ne[2] / src0->ne[2]; // matrices of src1 that share one of src0
     const int64_t r3      = src1->ne[3] / src0->ne[3];
-    const int64_t per_mat = (nrows + TQ_ROW_CHUNK - 1) / TQ_ROW_CHUNK;
+    const int64_t step    = tq_chunk_rows(nrows * nmats, params->nth, panels);
+    const int64_t per_mat = (nrows + step - 1) / step;
 
     for (int64_t chunk = params->ith; chunk < nmats * per_mat; chunk = ggml_threadpool_chunk_add(params->threadpool, 1)) {
         const int64_t mat = chunk / per_mat;
-        const int64_t r0  = chunk % per_mat * TQ_ROW_CHUNK;
+        const int64_t r0  = chunk % per_mat * step;
         const int64_t i12 = mat % src1->ne[2];
         const int64_t i13 = mat / src1->ne[2];
         tq_mul_mat_rows(path, panels, src0,
-            (const char *) src0->data + i12 / r2 * src0->nb[2] + i13 / r3 * src0->nb[3], r0, MIN(TQ_ROW_CHUNK, nrows - r0),
+            (const char *) src0->data + i12 / r2 * src0->nb[2] + i13 / r3 * src0->nb[3], r0, MIN(step, nrows - r0),
             (const char *) params->wdata + mat * ncols * ggml_row_size(GGML_TYPE_Q8_T, src1->ne[0]), ncols,
             (char *) dst->data + i12 * dst->nb[2] + i13 * dst->nb[3], dst->nb[1]);
     }

@@ -2,7 +2,7 @@
 
 #include "tq.h"
 
-#if defined(__aarch64__) && defined(__ARM_NEON) && (defined(__GNUC__) || defined(__clang__))
+#if TQ_HAS_NEON
 
 #include "ggml-impl.h"
 

@@ -12,11 +12,11 @@
 
 // best first
 static const struct ggml_tq_path * const tq_paths[] = {
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#if TQ_HAS_X86
     &ggml_tq_path_avx512,
     &ggml_tq_path_avx2,
 #endif
-#if defined(__aarch64__) && defined(__ARM_NEON) && (defined(__GNUC__) || defined(__clang__))
+#if TQ_HAS_NEON
     &ggml_tq_path_neon_dotprod,
     &ggml_tq_path_neon,
 #endif

@@ -24,12 +24,28 @@
 extern "C" {
 #endif
 
+// Paths of this build. They need function attributes for other instruction sets than the command line's,
+// so other compilers than GCC and Clang get the portable path alone
+#if defined(__x86_64__) && defined(__GNUC__)
+#define TQ_HAS_X86 1
+#else
+#define TQ_HAS_X86 0
+#endif
+#if defined(__aarch64__) && defined(__ARM_NEON) && defined(__GNUC__)
+#define TQ_HAS_NEON 1
+#else
+#define TQ_HAS_NEON 0
+#endif
+
 struct ggml_compute_params;
 
 // Columns of activations in a panel: the register tile of the matrix-matrix kernels
 #define TQ_PANEL 8
 // Columns that one call of a matrix-matrix kernel takes: its float sums fit the first-level cache
 #define TQ_MAX_COLS 128
+
+// How far ahead of the current row the matrix-vector kernels fetch, measured in rows: KERNELS.md
+#define TQ_PREFETCH_ROWS 8
 
 // A panel block holds block b of w <= TQ_PANEL columns as the kernels read them:
 //     int8 q[32][w][4]  (q[j][c] = elements 4j..4j+3 of column c), float d[w], float s[w]
