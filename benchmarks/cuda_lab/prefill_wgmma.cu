@@ -16,14 +16,17 @@ __device__ __forceinline__ uint64_t b_descriptor(const void * p) {
 }
 
 #define R4(c, i) "+r"(c[i]), "+r"(c[i + 1]), "+r"(c[i + 2]), "+r"(c[i + 3])
-#define R32(c) R4(c, 0), R4(c, 4), R4(c, 8), R4(c, 12), R4(c, 16), R4(c, 20), R4(c, 24), R4(c, 28)
-__device__ __forceinline__ void wgmma_n64(int (&c)[32], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t desc) {
+#define R16(c, i) R4(c, i), R4(c, i + 4), R4(c, i + 8), R4(c, i + 12)
+// 64 rows x 128 tokens x 32 columns. A comes from
+// registers and is read once an instruction, so the widest form is taken.
+__device__ __forceinline__ void wgmma_n128(int (&c)[64], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t desc) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 "
-        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31},"
-        "{%32,%33,%34,%35}, %36, p;\n}"
-        : R32(c) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(desc));
+        "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+        "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63},"
+        "{%64,%65,%66,%67}, %68, p;\n}"
+        : R16(c, 0), R16(c, 16), R16(c, 32), R16(c, 48) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(desc));
 }
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -78,37 +81,27 @@ prefill(const uint8_t * __restrict__ weights, const uint8_t * __restrict__ x, co
         const uint8_t * st = shared + (i % S) * RECORD;
         const float2 * d = (const float2 *) (st + Q_BYTES) + t;
         const int2 * start = (const int2 *) (st + Q_BYTES + BN * 4) + t;
-        int c[2][32];
+        int c[64];
 #pragma unroll
-        for (int h = 0; h < 2; h++)
-#pragma unroll
-            for (int j = 0; j < 8; j++) {
-                int2 v = start[h * 32 + j * 4];
-                c[h][4 * j] = c[h][4 * j + 2] = v.x;
-                c[h][4 * j + 1] = c[h][4 * j + 3] = v.y;
-            }
-        // one fence for both halves: with a second one ptxas waits for the first half before it
-        hold(c[0]); hold(c[1]); hold(a[0]); hold(a[1]);
+        for (int j = 0; j < 16; j++) {
+            int2 v = start[j * 4];
+            c[4 * j] = c[4 * j + 2] = v.x;
+            c[4 * j + 1] = c[4 * j + 3] = v.y;
+        }
+        hold(c); hold(a[0]); hold(a[1]);
         wgmma_fence();
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
+        for (int p = 0; p < 4; p++)
+            wgmma_n128(c, a[0][2 * p], a[1][2 * p], a[0][2 * p + 1], a[1][2 * p + 1], b_descriptor(st + p * 32 * BN));
+        wgmma_commit();
+        wgmma_wait<0>();
+        hold(c);
 #pragma unroll
-            for (int p = 0; p < 4; p++)
-                wgmma_n64(c[h], a[0][2 * p], a[1][2 * p], a[0][2 * p + 1], a[1][2 * p + 1],
-                          b_descriptor(st + p * 32 * BN + h * 1024));
-            wgmma_commit();
-        }
+        for (int j = 0; j < 16; j++) {
+            float2 v = d[j * 4];
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-            if (h == 0) wgmma_wait<1>(); else wgmma_wait<0>();
-            hold(c[h]);
-#pragma unroll
-            for (int j = 0; j < 8; j++) {
-                float2 v = d[h * 32 + j * 4];
-#pragma unroll
-                for (int k = 0; k < 4; k++)
-                    acc[h][j][k] += (sc.alpha[k >> 1] * ((k & 1) ? v.y : v.x)) * (__int_as_float(c[h][4 * j + k]) - MAGIC_FLOAT);
-            }
+            for (int k = 0; k < 4; k++)
+                acc[j >> 3][j & 7][k] += (sc.alpha[k >> 1] * ((k & 1) ? v.y : v.x)) * (__int_as_float(c[4 * j + k]) - MAGIC_FLOAT);
         }
         __syncwarp();
         if (lane == 0) mbar_arrive(empty + i % S);
