@@ -197,6 +197,16 @@ def test_stock_is_built_from_the_unmodified_source(where: Places) -> None:
     assert builds.require_build(where, "stock").folder == made.folder
 
 
+def test_work_on_cuda_leaves_builds_for_the_cpu_valid(where: Places) -> None:
+    made = build(Options(), where)
+    folder = where.overlay / "overlay" / "ggml" / "src" / "ggml-cuda"
+    folder.mkdir(parents=True)
+    (folder / "tq.cuh").write_text("// new")
+    assert builds.find_build(where, "cpu") == made
+    (folder.parent / "tq.c").write_text("// new")
+    assert builds.find_build(where, "cpu") is None
+
+
 def test_old_builds_of_a_variant_are_removed(where: Places) -> None:
     stock = build(Options(variant="stock"), where)
     for i in range(builds.KEEP_PER_VARIANT + 2):
@@ -599,7 +609,19 @@ def test_cuda_build_says_where_our_types_run(
     assert "no GPU was visible" in error
     made = builds.require_build(where, "cuda")
     assert "-DGGML_CUDA=ON" in made.stamp.flags and "-DGGML_CUDA_NCCL=OFF" in made.stamp.flags
-    assert "TQ2_1 and TQ1_1" in report(where)
+    assert "TQ2_1 and TQ1_1 have no CUDA kernels" in report(where)
+
+    text = "- {file: ggml/src/ggml-cuda/mmq.cu, anchor: x, replace: y}"
+    (where.pristine / "ggml/src/ggml-cuda").mkdir(parents=True)
+    (where.pristine / "ggml/src/ggml-cuda/mmq.cu").write_text("x")
+    digests = source.tree_digests(where.pristine, source.needed_files(where.pristine))
+    monkeypatch.setattr(pinned, "TREE_SHA256", digests)
+    (where.overlay / "edits-cuda.yaml").write_text(text)
+    assert builds.find_build(where, "cuda") is None
+    assert cli.main(["build", "--cuda", "--cuda-arch", "90"]) == 0
+    assert "TQ2_1 and TQ1_1 run on the GPU" in capfd.readouterr().err
+    assert (where.patched / "ggml/src/ggml-cuda/mmq.cu").read_text() == "y"
+    assert "have no CUDA kernels" not in report(where)
     assert cli.main(["build", "--cuda-arch", "90"]) == 2
     assert "--cuda-arch needs --cuda" in capfd.readouterr().err
 

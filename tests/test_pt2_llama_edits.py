@@ -204,6 +204,16 @@ def test_overlay_may_not_replace_a_file_of_the_source(pristine: Path) -> None:
         patched_files(pristine, Overlay({}, (Edit("src/none.cpp", "a", "replace", "b"),)))
 
 
+def test_all_lists_of_edits_are_joined(tmp_path: Path) -> None:
+    (tmp_path / "edits.yaml").write_text("- {file: a, anchor: b, replace: c}")
+    (tmp_path / "edits-cuda.yaml").write_text("- {file: d, anchor: e, replace: f}")
+    (tmp_path / "notes.yaml").write_text("not a list of edits")
+    assert [e.file for e in load_overlay(tmp_path).edits] == ["d", "a"]
+    (tmp_path / "edits-cuda.yaml").write_text("- {file: d}")
+    with pytest.raises(PT2Error, match=r"edits-cuda\.yaml, edit 1: exactly one"):
+        load_overlay(tmp_path)
+
+
 def test_digest_follows_content_and_not_comments(tmp_path: Path) -> None:
     item = "- file: a\n  anchor: b\n  replace: c\n"
     (tmp_path / "overlay" / "ggml").mkdir(parents=True)

@@ -18,9 +18,10 @@ from third_party.pt2_llama.overlay import Overlay, load_overlay, stamp_digest, s
 
 DISK_BYTES = {"cpu": 1_000_000_000, "stock": 600_000_000, "cuda": 5_000_000_000}
 
-CUDA_NOTE = (
-    "TQ2_1 and TQ1_1 have no CUDA kernels yet: in this build tensors of these types run on the CPU"
+NO_CUDA_KERNELS = (
+    "TQ2_1 and TQ1_1 have no CUDA kernels yet: in CUDA builds tensors of these types run on the CPU"
 )
+CUDA_KERNELS = "TQ2_1 and TQ1_1 run on the GPU through the kernels that llama.cpp's types share"
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,10 @@ class Plan:
 
     @property
     def digest(self) -> str | None:
-        """Digest of the overlay, None for stock."""
-        return self.overlay.digest() if self.overlay else None
+        """Digest of the variant's part of the overlay, None for stock."""
+        if self.overlay is None:
+            return None
+        return self.overlay.for_variant(self.options.variant).digest()
 
     @property
     def key(self) -> str:
@@ -243,7 +246,8 @@ def _stamp(plan: Plan, amx: str, results: dict[str, float]) -> Stamp:
     if amx == "faults":
         notes.append("built without AMX: the CPU shows it, but its instructions fault here")
     if plan.options.variant == "cuda":
-        notes.append(CUDA_NOTE)
+        ours = plan.overlay is not None and plan.overlay.has_cuda_kernels()
+        notes.append(CUDA_KERNELS if ours else NO_CUDA_KERNELS)
         if "-DGGML_CUDA_NO_VMM=ON" in plan.flags:
             notes.append("no libcuda.so to link with: built without CUDA's virtual memory pool")
         if results and not any(label.endswith(" gpu") for label in results):

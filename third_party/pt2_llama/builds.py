@@ -31,7 +31,7 @@ class Stamp:
         variant: "cpu", "cuda" or "stock".
         key: see :func:`build_key`.
         source: SHA-256 of the source archive.
-        overlay: digest of the overlay and edits; None for stock.
+        overlay: digest of the variant's part of the overlay and edits; None for stock.
         cpu: signature of the CPU that a native build is for.
         amx: "on", "off" (the compiler does not see it) or "faults" (seen, crashed, left out).
         tools: programs in ``bin``.
@@ -170,7 +170,7 @@ def matches(build: Build, variant: str, overlay: str | None) -> bool:
 def find_build(where: Places, variant: str) -> Build | None:
     """The newest complete build that matches the current overlay, else None."""
     check_variant(variant)
-    overlay = None if variant == "stock" else load_overlay(where.overlay).digest()
+    overlay = load_overlay(where.overlay).for_variant(variant).digest()
     return next((b for b in all_builds(where) if matches(b, variant, overlay)), None)
 
 

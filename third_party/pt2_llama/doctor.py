@@ -16,7 +16,7 @@ from rich.table import Table
 
 from quantize.common import PT2Error, human_bytes
 from third_party.pt2_llama import builds, source, toolchain
-from third_party.pt2_llama.build import CUDA_NOTE
+from third_party.pt2_llama.build import NO_CUDA_KERNELS
 from third_party.pt2_llama.builds import Build
 from third_party.pt2_llama.cache import Places, folder_bytes
 from third_party.pt2_llama.overlay import load_overlay, stamp_digest
@@ -156,8 +156,8 @@ def build_findings(where: Places, ask: Callable[[Build], str] | None = None) -> 
             found.append(
                 Finding("builds", variant, value, "missing" if needed else "note", command)
             )
-    if "cuda" not in current and toolchain.gpus():
-        found.append(Finding("builds", "cuda types", CUDA_NOTE, "note"))
+    if not load_overlay(where.overlay).has_cuda_kernels():
+        found.append(Finding("builds", "cuda types", NO_CUDA_KERNELS, "note"))
     return found
 
 

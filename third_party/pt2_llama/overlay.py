@@ -19,6 +19,7 @@ from quantize.common import PT2Error, read_json, write_json
 from third_party.pt2_llama import source
 from third_party.pt2_llama.edits import Edit, apply_edits, parse_edits
 
+CUDA_FOLDER = "ggml/src/ggml-cuda/"
 IGNORED_SUFFIXES = ("~", ".swp", ".orig", ".rej", ".pyc")
 
 
@@ -34,6 +35,17 @@ class Overlay:
     files: Mapping[str, bytes]
     edits: tuple[Edit, ...]
 
+    def for_variant(self, variant: str) -> Overlay:
+        """The part that a variant compiles: work on CUDA leaves builds for the CPU valid."""
+        if variant == "cuda":
+            return self
+        files = {p: c for p, c in self.files.items() if not p.startswith(CUDA_FOLDER)}
+        return Overlay(files, tuple(e for e in self.edits if not e.file.startswith(CUDA_FOLDER)))
+
+    def has_cuda_kernels(self) -> bool:
+        """Whether our types are hooked into the CUDA backend."""
+        return any(e.file.startswith(CUDA_FOLDER) for e in self.edits)
+
     def digest(self) -> str:
         """Hex SHA-256 of everything that reaches the compiler (not of comments and reasons)."""
         edits = [[e.file, e.anchor, e.action, e.text, e.occurrence] for e in self.edits]
@@ -45,12 +57,13 @@ class Overlay:
 
 
 def load_overlay(folder: Path) -> Overlay:
-    """Read ``folder/overlay/**`` and ``folder/edits.yaml``; either may be missing.
+    """Read ``folder/overlay/**`` and every ``folder/edits*.yaml``; any may be missing.
 
-    Hidden files, editors' backups and Python caches are not part of it.
+    Hidden files, editors' backups and Python caches are not part of it. The lists are joined in the
+    order of their names.
 
     Raises:
-        PT2Error: edits.yaml is not what :func:`parse_edits` accepts.
+        PT2Error: a list is not what :func:`parse_edits` accepts.
     """
     files: dict[str, bytes] = {}
     root = folder / "overlay"
@@ -60,9 +73,10 @@ def load_overlay(folder: Path) -> Overlay:
             if not name.startswith(".") and not name.endswith(IGNORED_SUFFIXES):
                 path = Path(base) / name
                 files[path.relative_to(root).as_posix()] = path.read_bytes()
-    edits_file = folder / "edits.yaml"
-    text = edits_file.read_text(encoding="utf-8") if edits_file.is_file() else ""
-    return Overlay(files, tuple(parse_edits(text, str(edits_file))))
+    edits: list[Edit] = []
+    for path in sorted(folder.glob("edits*.yaml")):
+        edits += parse_edits(path.read_text(encoding="utf-8"), str(path))
+    return Overlay(files, tuple(edits))
 
 
 def patched_files(pristine: Path, overlay: Overlay) -> dict[str, bytes]:
