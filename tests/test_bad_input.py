@@ -34,11 +34,13 @@ class World:
     model: Path = field(init=False)
     artifact: Path = field(init=False)
     out: Path = field(init=False)
+    gguf: Path = field(init=False)
 
     def __post_init__(self) -> None:
         self.model = self.root / "model"
         self.artifact = self.root / "artifact"
         self.out = self.root / "out"
+        self.gguf = self.root / "out.gguf"
 
 
 def make_model(folder: Path, hidden: int = 256, ffn: int = 256) -> None:
@@ -100,6 +102,8 @@ def call(command: str, args: list[str], cwd: Path) -> tuple[int, str]:
 
 def _child(command: str, args: list[str], cwd: str, log: str) -> None:
     os.chdir(cwd)
+    if args[0] == "build":
+        os.environ["PT2_CACHE"] = str(Path(cwd) / "cache")  # never the user's builds
     os.dup2(os.open(log, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.argv = [command, *args]
@@ -172,12 +176,15 @@ def scramble_perm(w: World) -> None:
     rehash(w)
 
 
+SPEED = ["--no-perplexity", "--baseline", "none"]
+
+
 Break = Callable[[World], object]
 Q, E, B, L = "pt2-quantize", "pt2-export", "pt2-bench", "pt2-llama"
 OUT = "{out}"
 QUANT = ["{model}", "-o", OUT, *QUICK]
 AGAIN = ["{model}", "-o", "{artifact}", *QUICK]
-EXPORT = [OUT, "--from", "{artifact}", "--model", "{model}"]
+EXPORT = ["{gguf}", "--from", "{artifact}", "--model", "{model}"]
 
 
 def nothing(w: World) -> None:
@@ -250,10 +257,11 @@ CASES: list[tuple[str, str, Break, list[str], str]] = [
     ("resume-other-model", Q, lambda w: poison(weights(w), 0.5), [*AGAIN, "--resume"], "model"),
     ("resume-manifest-truncated", Q, lambda w: truncate(w.artifact / "manifest.json"),
      [*AGAIN, "--resume"], "manifest.json"),
-    ("resume-block-flipped", Q, lambda w: flip(block(w), 0.9), [*AGAIN, "--resume"], "block-00001"),
+    ("resume-block-flipped", Q, lambda w: flip(block(w), 0.9), [*AGAIN, "--resume"],
+     "block-00001"),
     # the artifact
     ("artifact-missing", E, lambda w: shutil.rmtree(w.artifact), EXPORT, "artifact"),
-    ("artifact-none-here", E, nothing, [OUT], "--from"),
+    ("artifact-none-here", E, lambda w: shutil.rmtree(w.artifact), ["{gguf}"], "--from"),
     ("manifest-missing", E, lambda w: (w.artifact / "manifest.json").unlink(), EXPORT,
      "manifest.json"),
     ("manifest-truncated", E, lambda w: truncate(w.artifact / "manifest.json"), EXPORT,
@@ -274,18 +282,18 @@ CASES: list[tuple[str, str, Break, list[str], str]] = [
     ("export-type-unknown", E, nothing, [*EXPORT, "--type", "tq3"], "tq3"),
     ("export-embedding-unknown", E, nothing, [*EXPORT, "--embedding-type", "q99"], "q99"),
     ("export-split-garbage", E, nothing, [*EXPORT, "--split-max-size", "lots"], "lots"),
-    ("export-into-a-folder", E, lambda w: w.out.mkdir(), EXPORT, "out"),
+    ("export-into-a-folder", E, lambda w: w.gguf.mkdir(), EXPORT, "out.gguf"),
     ("export-no-such-folder", E, nothing, ["{root}/no/x.gguf", *EXPORT[1:]], "no"),
     ("export-not-writable", E, nothing, ["/proc/x.gguf", *EXPORT[1:]], "/proc"),
     ("export-tokenizer-missing", E, lambda w: [p.unlink() for p in w.model.glob("tokenizer*")],
      EXPORT, "tokenizer"),
     # GGUF files, results and tools
-    ("gguf-missing", B, nothing, ["{root}/none.gguf"], "none.gguf"),
-    ("gguf-is-text", B, nothing, [str(TEXT)], "GGUF"),
+    ("gguf-missing", B, nothing, ["{root}/none.gguf", *SPEED], "none.gguf"),
+    ("gguf-is-text", B, nothing, [str(TEXT), *SPEED], "GGUF"),
     ("gguf-header-cut", B, lambda w: (w.root / "x.gguf").write_bytes(
-        b"GGUF" + struct.pack("<IQQ", 3, 5, 9)), ["{root}/x.gguf"], "x.gguf"),
+        b"GGUF" + struct.pack("<IQQ", 3, 5, 9)), ["{root}/x.gguf", *SPEED], "x.gguf"),
     ("gguf-version", B, lambda w: (w.root / "x.gguf").write_bytes(
-        b"GGUF" + struct.pack("<IQQ", 77, 0, 0)), ["{root}/x.gguf"], "77"),
+        b"GGUF" + struct.pack("<IQQ", 77, 0, 0)), ["{root}/x.gguf", *SPEED], "77"),
     ("bench-baseline-unknown", B, nothing, ["--synthetic", "1b", "--types", "q77"], "q77"),
     ("bench-size-unknown", B, nothing, ["--synthetic", "9z"], "9z"),
     ("compare-not-json", B, lambda w: (w.root / "a.json").write_text("{"),
@@ -293,12 +301,17 @@ CASES: list[tuple[str, str, Break, list[str], str]] = [
     ("compare-other-schema", B, lambda w: (w.root / "a.json").write_text("{}"),
      ["compare", "{root}/a.json", "{root}/a.json"], "a.json"),
     ("tool-unknown", L, nothing, ["run", "llama-dance"], "llama-dance"),
-    ("source-missing", L, nothing, ["build", "--source", "{root}/none"], "none"),
+    ("source-missing", L, nothing, ["build", "--force", "--source", "{root}/none"], "none"),
     ("source-not-the-pinned-one", L, lambda w: (w.root / "s.tar.gz").write_bytes(b"\x1f\x8b" * 50),
-     ["build", "--source", "{root}/s.tar.gz"], "s.tar.gz"),
+     ["build", "--force", "--source", "{root}/s.tar.gz"], "s.tar.gz"),
 ]  # fmt: skip
 
-NEEDS_LLAMA = {"export-into-a-folder", "perm-not-foldable", "export-tokenizer-missing"}
+NEEDS_LLAMA = {
+    "export-into-a-folder",
+    "perm-not-foldable",
+    "export-tokenizer-missing",
+    "tool-unknown",
+}
 
 
 @pytest.mark.parametrize(
@@ -312,24 +325,28 @@ def test_one_line_and_no_output(
     world: World, command: str, broken: Break, args: list[str], words: str
 ) -> None:
     broken(world)
-    before = listing(world.out)
-    names = {k: str(getattr(world, k)) for k in ("root", "model", "artifact", "out")}
+    before = finished(world)
+    names = {k: str(getattr(world, k)) for k in ("root", "model", "artifact", "out", "gguf")}
     code, err = call(command, [a.format(**names) for a in args], world.root)
     lines = [line for line in err.splitlines() if ": error: " in line]
     assert code > 0, f"exit {code}: {err}"
     assert "Traceback" not in err, err
     assert len(lines) == 1, err
     assert words.lower() in lines[0].lower(), lines[0]
-    assert listing(world.out) == before, "something was left under the output's name"
+    assert finished(world) == before, "something was left under the output's name"
 
 
-def listing(path: Path) -> object:
-    """What stands under an output's final name: an unfinished artifact does not count as one."""
-    if path.is_dir():
+def finished(world: World) -> list[object]:
+    """What stands under the outputs' final names. A folder whose manifest says that it is not
+    complete is no artifact yet, and no command takes it for one."""
+    results: list[object] = []
+    for path in (world.out, world.gguf):
         manifest = path / "manifest.json"
-        done = manifest.exists() and json.loads(manifest.read_text()).get("complete")
-        return "complete" if done else sorted(p.name for p in path.glob("*.gguf"))
-    return path.read_bytes() if path.exists() else None
+        if manifest.exists():
+            results.append(json.loads(manifest.read_text())["complete"] or None)
+        else:
+            results.append(path.read_bytes() if path.is_file() else None)
+    return results
 
 
 def test_there_are_forty_kinds() -> None:
@@ -353,10 +370,9 @@ def test_full_disk(world: World, command: str) -> None:
     mount = f"mount -t tmpfs -o size=200k none {small}"
     if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
         pytest.skip("cannot mount a small file system here (unshare -rm)")
-    out = small / "out"
     args = {
-        Q: [str(world.model), "-o", str(out), *QUICK],
-        E: [str(out), "--from", str(world.artifact), "--model", str(world.model)],
+        Q: [str(world.model), "-o", str(small / "out"), *QUICK],
+        E: [str(small / "out.gguf"), "--from", str(world.artifact), "--model", str(world.model)],
     }[command]
     code = FULL_DISK.format(root=str(world.root), module=MAINS[command], argv=[command, *args])
     python = f'"{sys.executable}" - <<"END"\n{code}\nEND\n'
@@ -366,4 +382,4 @@ def test_full_disk(world: World, command: str) -> None:
     assert "Traceback" not in done.stderr
     assert "full" in done.stderr.strip().splitlines()[-1], done.stderr
     if command == E:
-        assert "out" not in done.stdout.split(), done.stdout
+        assert "out.gguf" not in done.stdout.split(), done.stdout
