@@ -13,6 +13,10 @@ streamed: memory holds one, and the windows' activations.
 
 from __future__ import annotations
 
+import quantize.waiting  # noqa: F401  before torch is loaded
+
+# isort: split
+
 import math
 import sys
 from collections.abc import Mapping

@@ -8,6 +8,10 @@ with the weights as they are stored. Memory holds one block and the activations.
 
 from __future__ import annotations
 
+import quantize.waiting  # noqa: F401  before torch is loaded
+
+# isort: split
+
 import os
 import platform
 import time
