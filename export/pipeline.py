@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +11,16 @@ from typing import Any
 import gguf
 
 from export import types
+from export.checks import (
+    Progress,
+    check_disk,
+    check_model,
+    check_output,
+    check_shapes,
+    publish,
+    source_model,
+    work_folder,
+)
 from export.config import ExportConfig
 from export.converter import Carrier, check_tokenizer, run_converter
 from export.encode import (
@@ -31,16 +37,11 @@ from export.ggml import Ggml
 from export.q2k import WeightError
 from export.verify import verify_files
 from export.writer import Metadata, write_gguf
-from quantize.artifact import MANIFEST, RUN, Artifact, TernaryMatrix
+from quantize.artifact import Artifact, TernaryMatrix
 from quantize.checkpoint import Checkpoint
-from quantize.common import PT2Error, human_bytes, read_json
 
 PT2_VERSION = 1
 _FILE_TYPE = {"tq2_1": 120, "tq1_1": 121, "q2_k": int(gguf.LlamaFileType.MOSTLY_Q2_K)}
-# Metadata, tokenizer and padding beside the tensors, when guessing what the disk must hold.
-_SPARE_BYTES = 32 << 20
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass
@@ -113,7 +114,7 @@ def export_gguf(
     """
     config = config or ExportConfig()
     out = Path(out_path)
-    _check_output(out, config)
+    check_output(out, config)
     types.register()
     artifact = Artifact.open(artifact_dir)
     model = Checkpoint.open(Path(model_dir) if model_dir is not None else source_model(artifact))
@@ -122,31 +123,15 @@ def export_gguf(
     source = _Ternary.read(artifact, model, progress)
     check_group_size(source.group_size(), config.type)
     if config.verify:
-        _check_model(artifact, model, progress)
-    _check_disk(out, model, source)
-    with _work_folder(out) as work:
+        check_model(artifact, model, progress)
+    check_disk(out, model, source.shapes())
+    with work_folder(out) as work:
         progress("converting metadata and tokenizer", 0, 1)
         carrier = run_converter(_llama_source(), model.path, work, source.shapes(), source.plan)
         progress("converting metadata and tokenizer", 1, 1)
         items = plan_items(carrier, config, ggml, artifact.kept)
         report = _write(out, work, carrier, items, source, config, ggml, progress)
     return report
-
-
-def source_model(artifact: Artifact) -> Path:
-    """The folder of the model that an artifact was made from, as ``run.json`` remembers it.
-
-    Raises:
-        PT2Error: it does not say, or the folder is gone.
-    """
-    file = artifact.path / RUN
-    record = read_json(file) if file.is_file() else {}
-    folder = record.get("model_dir") if isinstance(record, dict) else None
-    if not isinstance(folder, str):
-        raise PT2Error(f"{file} does not name the source model: give its folder with --model DIR")
-    if not Path(folder).is_dir():
-        raise PT2Error(f"the source model is no longer at {folder}: give its folder with --model")
-    return Path(folder)
 
 
 class _Ternary:
@@ -165,7 +150,7 @@ class _Ternary:
             for name, matrix in artifact.block(index).items():
                 orders[name], home[name] = matrix.perm, index
         progress("checking the artifact", artifact.n_blocks, artifact.n_blocks)
-        _check_shapes(artifact, model, home)
+        check_shapes(artifact, model, list(home))
         heads = Heads.from_config(model.raw_config)
         plan = fold_plan(model.tensors, heads, artifact.residual_perm, orders)
         return cls(artifact, plan, home)
@@ -228,7 +213,7 @@ def _write(
             progress("verifying", next(checked), len(items))
 
         verify_files(files, items, digests, source.rows, ggml, step)
-    return _report(_publish(files, out, config), items, errors, config)
+    return _report(publish(files, out, config), items, errors, config)
 
 
 def _metadata(source: _Ternary, items: list[Item], config: ExportConfig) -> Metadata:
@@ -275,96 +260,6 @@ def _report(
         verified=config.verify,
         tied=all(i.tensor.name != HEAD for i in items),
     )
-
-
-# Checks and files ---------------------------------------------------------------------------------
-
-
-def _check_output(out: Path, config: ExportConfig) -> None:
-    if out.is_dir():
-        raise PT2Error(f"{out} is a folder: name a file in it, such as {out / 'model.gguf'}")
-    if out.suffix != ".gguf":
-        raise PT2Error(f"the output {out} must end in .gguf")
-    if not out.parent.is_dir():
-        raise PT2Error(f"the folder {out.parent} does not exist: make it first")
-    if not os.access(out.parent, os.W_OK | os.X_OK):
-        raise PT2Error(f"cannot write into {out.parent}: permission denied; choose another output")
-    splits = sorted(out.parent.glob(f"{out.stem}-*-of-*.gguf")) if config.split_max_size else []
-    for old in [out, *splits]:
-        if old.exists() and not config.overwrite:
-            raise PT2Error(f"{old} exists: give another name, or --overwrite")
-
-
-def _check_model(artifact: Artifact, model: Checkpoint, progress: Progress) -> None:
-    total = sum((model.path / shard).stat().st_size for shard in model.shards)
-    done = 0
-
-    def step(count: int) -> None:
-        nonlocal done
-        done += count
-        progress("checking the model (MiB)", min(done, total) >> 20, max(total >> 20, 1))
-
-    fingerprint, _ = model.fingerprint(progress=step)
-    if fingerprint != artifact.manifest["model"].get("fingerprint"):
-        raise PT2Error(
-            f"{model.path} is not the model that {artifact.path} was made from (its files differ): "
-            "give the right one with --model"
-        )
-
-
-def _check_shapes(artifact: Artifact, model: Checkpoint, home: dict[str, int]) -> None:
-    missing = sorted(set(artifact.matrices) - set(home))
-    if missing:
-        raise PT2Error(f"{artifact.path / MANIFEST} names {missing[0]}, which no block file holds")
-    for module in home:
-        record = artifact.matrices[module]
-        shape = (record["rows"], record["cols"])
-        info = model.tensors.get(f"{module}.weight")
-        if info is None or info.shape != shape:
-            raise PT2Error(
-                f"{model.path} is not the model of {artifact.path}: {module} should be "
-                f"{shape[0]} x {shape[1]}; give the right one with --model"
-            )
-    hidden = model.raw_config.get("hidden_size")
-    if hidden is not None and len(artifact.residual_perm) != hidden:
-        raise PT2Error(f"{model.path} is not the model of {artifact.path}: another hidden size")
-
-
-def _check_disk(out: Path, model: Checkpoint, source: _Ternary) -> None:
-    ternary = source.shapes()
-    ordinary = sum((t.end - t.begin) for n, t in model.tensors.items() if n not in ternary)
-    # The carrier holds the ordinary tensors in float32, the output at most in float32 again.
-    needed = 4 * ordinary + sum(r * c * 3 // 8 for r, c in ternary.values()) + _SPARE_BYTES
-    free = shutil.disk_usage(out.parent).free
-    if free < needed:
-        raise PT2Error(
-            f"{out.parent.absolute()} has {human_bytes(free)} free and exporting needs about "
-            f"{human_bytes(needed)}: the disk is too full; free some space or choose another"
-        )
-
-
-@contextmanager
-def _work_folder(out: Path) -> Iterator[Path]:
-    """A hidden folder beside the output, removed whatever happens."""
-    try:
-        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
-    except OSError as e:
-        raise PT2Error(f"cannot write into {out.parent}: {e.strerror}") from e
-    try:
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _publish(files: list[Path], out: Path, config: ExportConfig) -> list[Path]:
-    """Move finished files to their final names; the first split last, it is the one to load."""
-    final = [out.parent / f.name for f in files]
-    for target in final:
-        if target.exists() and not config.overwrite:
-            raise PT2Error(f"{target} exists: give another name, or --overwrite")
-    for file, target in reversed(list(zip(files, final, strict=True))):
-        os.replace(file, target)
-    return final
 
 
 def _library(config: ExportConfig) -> Ggml:

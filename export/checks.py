@@ -1,0 +1,146 @@
+"""What is checked before an export starts, and how its files come and go."""
+
+from __future__ import annotations
+
+import fcntl
+import glob
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from export.config import ExportConfig
+from quantize.artifact import MANIFEST, RUN, Artifact
+from quantize.checkpoint import Checkpoint
+from quantize.common import PT2Error, human_bytes, read_json
+
+# Metadata, tokenizer and padding beside the tensors, when guessing what the disk must hold.
+SPARE_BYTES = 32 << 20
+
+Progress = Callable[[str, int, int], None]
+
+
+def source_model(artifact: Artifact) -> Path:
+    """The folder of the model that an artifact was made from, as ``run.json`` remembers it.
+
+    Raises:
+        PT2Error: it does not say, or the folder is gone.
+    """
+    file = artifact.path / RUN
+    record = read_json(file) if file.is_file() else {}
+    folder = record.get("model_dir") if isinstance(record, dict) else None
+    if not isinstance(folder, str):
+        raise PT2Error(f"{file} does not name the source model: give its folder with --model DIR")
+    if not Path(folder).is_dir():
+        raise PT2Error(f"the source model is no longer at {folder}: give its folder with --model")
+    return Path(folder)
+
+
+def check_output(out: Path, config: ExportConfig) -> None:
+    """Raise PT2Error unless ``out`` can be written and nothing is in the way."""
+    if out.is_dir():
+        raise PT2Error(f"{out} is a folder: name a file in it, such as {out / 'model.gguf'}")
+    if out.suffix != ".gguf":
+        raise PT2Error(f"the output {out} must end in .gguf")
+    if not out.parent.is_dir():
+        raise PT2Error(f"the folder {out.parent} does not exist: make it first")
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise PT2Error(f"cannot write into {out.parent}: permission denied; choose another output")
+    splits = sorted(out.parent.glob(f"{out.stem}-*-of-*.gguf")) if config.split_max_size else []
+    for old in [out, *splits]:
+        if old.exists() and not config.overwrite:
+            raise PT2Error(f"{old} exists: give another name, or --overwrite")
+
+
+def check_model(artifact: Artifact, model: Checkpoint, progress: Progress) -> None:
+    """Raise PT2Error unless the model's files are those that the artifact was made from."""
+    total = sum((model.path / shard).stat().st_size for shard in model.shards)
+    done = 0
+
+    def step(count: int) -> None:
+        nonlocal done
+        done += count
+        progress("checking the model (MiB)", min(done, total) >> 20, max(total >> 20, 1))
+
+    fingerprint, _ = model.fingerprint(progress=step)
+    if fingerprint != artifact.manifest["model"].get("fingerprint"):
+        raise PT2Error(
+            f"{model.path} is not the model that {artifact.path} was made from (its files differ): "
+            "give the right one with --model"
+        )
+
+
+def check_shapes(artifact: Artifact, model: Checkpoint, modules: Sequence[str]) -> None:
+    """Raise PT2Error unless manifest, block files and model agree on matrices and shapes.
+
+    Args:
+        modules: the names of the matrices that the block files hold.
+    """
+    missing = sorted(set(artifact.matrices) - set(modules))
+    if missing:
+        raise PT2Error(f"{artifact.path / MANIFEST} names {missing[0]}, which no block file holds")
+    for module in modules:
+        record = artifact.matrices[module]
+        shape = (record["rows"], record["cols"])
+        info = model.tensors.get(f"{module}.weight")
+        if info is None or info.shape != shape:
+            raise PT2Error(
+                f"{model.path} is not the model of {artifact.path}: {module} should be "
+                f"{shape[0]} x {shape[1]}; give the right one with --model"
+            )
+    hidden = model.raw_config.get("hidden_size")
+    if hidden is not None and len(artifact.residual_perm) != hidden:
+        raise PT2Error(f"{model.path} is not the model of {artifact.path}: another hidden size")
+
+
+def check_disk(out: Path, model: Checkpoint, ternary: Mapping[str, tuple[int, int]]) -> None:
+    """Raise PT2Error when the disk of ``out`` has less free than the export will roughly take."""
+    ordinary = sum(math.prod(t.shape) for n, t in model.tensors.items() if n not in ternary)
+    # The carrier holds the ordinary tensors in float32; the output, at most in F16 as a rule.
+    packed = sum(r * c * 3 // 8 for r, c in ternary.values())
+    needed = 6 * ordinary + packed + SPARE_BYTES
+    free = shutil.disk_usage(out.parent).free
+    if free < needed:
+        raise PT2Error(
+            f"{out.parent.absolute()} has {human_bytes(free)} free and exporting needs about "
+            f"{human_bytes(needed)}: the disk is too full; free some space or choose another"
+        )
+
+
+@contextmanager
+def work_folder(out: Path) -> Iterator[Path]:
+    """A hidden folder beside the output, removed whatever happens but a kill.
+
+    Its lock dies with the process, so that the next export to this name sees what a killed one has
+    left (as large as the model's embeddings) and removes it.
+    """
+    prefix, suffix = f".{out.name}.", ".tmp"
+    for old in out.parent.glob(f"{glob.escape(prefix)}*{suffix}"):
+        with suppress(OSError), (old / "lock").open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(old, ignore_errors=True)
+    try:
+        work = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=out.parent))
+        lock = (work / "lock").open("w")
+    except OSError as e:
+        raise PT2Error(f"cannot write into {out.parent}: {e.strerror}") from e
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield work
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def publish(files: list[Path], out: Path, config: ExportConfig) -> list[Path]:
+    """Move finished files to their final names; the first split last, it is the one to load."""
+    final = [out.parent / f.name for f in files]
+    for target in final:
+        if target.exists() and not config.overwrite:
+            raise PT2Error(f"{target} exists: give another name, or --overwrite")
+    for file, target in reversed(list(zip(files, final, strict=True))):
+        os.replace(file, target)
+    return final
