@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,9 +41,15 @@ example:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `pt2-bench`."""
     args = list(sys.argv[1:] if argv is None else argv)
+    signal.signal(signal.SIGTERM, _interrupt)
     if args and args[0] == "compare":
         return run_cli("pt2-bench compare", lambda: run_compare(args[1:]))
     return run_cli("pt2-bench", lambda: run_bench(args))
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    """A `kill` ends a run as Ctrl-C does: the child is stopped and synthetic files are deleted."""
+    raise KeyboardInterrupt
 
 
 def run_compare(argv: Sequence[str]) -> int:

@@ -39,21 +39,35 @@ def bench_synthetic(
     session.results.config["synthetic"] = LABEL
     work = Path(config.work) if config.work else session.out / "models"
     work.mkdir(parents=True, exist_ok=True)
-    for shape in shapes:
-        files = write_shape(session, shape, types, work)
-        try:
-            for kind, path in files.items():
-                name = f"{shape.name} {kind}"
-                pipeline.add_model(session, read_gguf(path), name, LABEL, shape.name, hashed=False)
-            session.results.baseline[shape.name] = f"{shape.name} {reference(types)}"
-            pipeline.measure_group(session, shape.name)
-        finally:
-            if not config.keep:
-                for path in files.values():
-                    path.unlink(missing_ok=True)
-    if not config.keep and work == session.out / "models" and not any(work.iterdir()):
-        work.rmdir()
+    try:
+        for shape in shapes:
+            measure_shape(session, shape, types, work)
+    finally:
+        if not config.keep and work == session.out / "models" and not any(work.iterdir()):
+            work.rmdir()
     return pipeline.finish(session)
+
+
+def measure_shape(
+    session: pipeline.Session, shape: Shape, types: Sequence[str], work: Path
+) -> None:
+    """Write, measure and (unless they are to be kept) delete the files of one shape.
+
+    Files kept by an earlier run are used if they fit, and stay.
+    """
+    files = {kind: work / f"synthetic-{shape.name}-{kind.lower()}.gguf" for kind in types}
+    older = {path for path in files.values() if path.exists()}
+    try:
+        write_shape(session, shape, files)
+        for kind, path in files.items():
+            name = f"{shape.name} {kind}"
+            pipeline.add_model(session, read_gguf(path), name, LABEL, shape.name, hashed=False)
+        session.results.baseline[shape.name] = f"{shape.name} {reference(types)}"
+        pipeline.measure_group(session, shape.name)
+    finally:
+        if not session.config.keep:
+            for path in set(files.values()) - older:
+                path.unlink(missing_ok=True)
 
 
 def reference(types: Sequence[str]) -> str:
@@ -63,16 +77,13 @@ def reference(types: Sequence[str]) -> str:
     return next((t for t in types if t not in ("TQ2_1", "TQ1_1")), types[0])
 
 
-def write_shape(
-    session: pipeline.Session, shape: Shape, types: Sequence[str], work: Path
-) -> dict[str, Path]:
+def write_shape(session: pipeline.Session, shape: Shape, files: dict[str, Path]) -> None:
     """Write the files of one shape, after a check that the disk holds all of them."""
-    recipes = {kind: recipe(session.tools, shape, kind, session.logs) for kind in types}
-    plans = {kind: plan_file(shape, kind, recipes[kind]) for kind in types}
-    files = {kind: work / f"synthetic-{shape.name}-{kind.lower()}.gguf" for kind in types}
+    recipes = {kind: recipe(session.tools, shape, kind, session.logs) for kind in files}
+    plans = {kind: plan_file(shape, kind, recipes[kind]) for kind in files}
     todo = {k: p for k, p in files.items() if not is_written(p, plans[k][0], plans[k][2])}
     total = sum(plans[k][2] for k in todo)
-    check_disk(work, total)
+    check_disk(next(iter(files.values())).parent, total)
     session.show.say(f"{shape.name}: writing {human_bytes(total)} of {LABEL.split(':')[0]}")
     with session.show.bar("writing", round(total / 1e6)) as step:
         for kind, path in todo.items():
@@ -80,7 +91,6 @@ def write_shape(
             write_synthetic(
                 path, shape, kind, recipes[kind], on_bytes=lambda n: step(round(n / 1e6))
             )
-    return files
 
 
 def is_written(path: Path, head: bytes, size: int) -> bool:
