@@ -3,8 +3,8 @@
 OpenMP's threads spin while they wait for each other. The quantiser's operations are small, so
 where a core is shared with another program (a virtual machine, a build beside us) most of the time
 goes into spinning: on 2 busy cores a matrix took 54 s with spinning threads, 1.3 s with sleeping
-ones. The variable is read when torch loads, and taken back at once, so that programs which are started
-later do not inherit it.
+ones. The variable is read when torch loads and taken back at once, so that programs which are
+started later do not inherit it.
 """
 
 from __future__ import annotations
