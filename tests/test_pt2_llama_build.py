@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -372,6 +373,35 @@ build(Options(), Places(Path({str(where.root)!r}), Path({str(where.overlay)!r}))
     assert [f.name for f in where.builds.iterdir()] == [made.folder.name], "leftovers are removed"
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_build_stops_its_compilers(where: Places, tmp_path: Path, number) -> None:
+    cmake = tmp_path / "programs" / "cmake"
+    cmake.write_text(cmake.read_text().replace("hang) sleep 60", "hang) echo $$ > $PID; sleep 60"))
+    pid = tmp_path / "pid"
+    command = command_line(where, "build")
+    env = os.environ | {"MODE": "hang", "PID": str(pid)}
+    process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: pid.exists() and pid.read_text().strip())
+    process.send_signal(number)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 130 and "pt2-llama: interrupted" in error
+    wait_until(lambda: running_in_group(int(pid.read_text())) == [])
+
+
+def running_in_group(group: int) -> list[str]:
+    """Processes of a group that are not just waiting to be reaped."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, fields = stat.read_text().rsplit(")", 1)
+        except OSError:
+            continue  # it ended while we looked
+        state, _, pgid = fields.split()[:3]
+        if int(pgid) == group and state != "Z":
+            found.append(name)
+    return found
+
+
 def wait_until(condition, seconds: float = 30.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -633,18 +663,23 @@ def report(where: Places, ask=lambda b: "avx2 on the CPU") -> str:
     return "\n".join(f"{f.name}|{f.state}|{f.value}|{f.advice}" for f in build_findings(where, ask))
 
 
-def run_command(where: Places, *args: str) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own (``run`` replaces the process)."""
+def command_line(where: Places, *args: str) -> list[str]:
+    """The command for a process of its own, with the test's cache and source."""
     program = f"""
 import sys; from pathlib import Path
-from third_party.pt2_llama import api, cli
+from third_party.pt2_llama import api, cli, pinned
 from third_party.pt2_llama.cache import Places
+pinned.TREE_SHA256 = {pinned.TREE_SHA256!r}
 where = Places(Path({str(where.root)!r}), Path({str(where.overlay)!r}))
 api.places = cli.places = lambda: where
 sys.exit(cli.main(sys.argv[1:]))
 """
-    command = [sys.executable, "-c", program, *args]
-    return subprocess.run(command, capture_output=True, text=True)
+    return [sys.executable, "-c", program, *args]
+
+
+def run_command(where: Places, *args: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own (``run`` replaces the process)."""
+    return subprocess.run(command_line(where, *args), capture_output=True, text=True)
 
 
 def test_run_passes_arguments_environment_and_exit_status(where: Places) -> None:

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,6 +88,8 @@ def _add_variant(parser: argparse.ArgumentParser) -> None:
 def _build(args: argparse.Namespace) -> int:
     from third_party.pt2_llama.build import Options, build  # pulls in numpy and gguf
 
+    # A terminated build stops its compilers as an interrupted one does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if args.jobs is not None and args.jobs < 1:
         raise PT2Error(f"--jobs {args.jobs}: at least 1")
     variant = "cuda" if args.cuda else "stock" if args.stock else "cpu"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -171,7 +172,7 @@ def run_logged(
 ) -> int:
     """Run a program, append what it prints to ``log``, and feed its steps to ``bar``.
 
-    Returns its exit status. The program is stopped when this process is interrupted.
+    Returns its exit status. The program and its children stop when this process is interrupted.
     """
     with log.open("a", encoding="utf-8", errors="replace") as out:
         out.write("$ " + " ".join(command) + "\n")
@@ -184,6 +185,7 @@ def run_logged(
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
+            start_new_session=True,
         )
         assert process.stdout is not None
         try:
@@ -194,7 +196,8 @@ def run_logged(
             return process.wait()
         finally:
             if process.poll() is None:
-                process.terminate()
+                # The whole group: a ninja that lives on would write into the next build's objects.
+                os.killpg(process.pid, signal.SIGTERM)
                 process.wait()
 
 
