@@ -26,20 +26,6 @@ Variant variant(const char * name, WeightLayout wl, ActLayout al) {
             }};
 }
 
-template <class F, class Math, int NW, int U, int S, int RT, int MC>
-Variant ring(const char * name, WeightLayout wl, ActLayout al, int ctas) {
-    constexpr int shared = Ring<F, Math, NW, U, S, RT>::SHARED;
-    std::string full = std::string(name) + " ring w" + std::to_string(NW) + "u" + std::to_string(U) + "s" + std::to_string(S) + "r" + std::to_string(RT) + "x" + std::to_string(ctas);
-    return {full, wl, al, Math::TOKENS,
-            [ctas](bool pdl, cudaStream_t st, const uint8_t * w, const uint4 * x, const ActHead * h, float * y, int M, int nb) {
-                static bool done = false;
-                auto f = decode_ring<F, Math, NW, U, S, RT, MC>;
-                if (!done) { CK(cudaFuncSetAttribute(f, cudaFuncAttributeMaxDynamicSharedMemorySize, shared)); done = true; }
-                int groups = ((M + 15) / 16 + RT - 1) / RT;
-                launch(pdl, f, dim3(std::min(groups, 132 * ctas)), dim3(NW * 32 + 32), shared, st, w, x, h, y, M, nb);
-            }};
-}
-
 template <class F, class Math, int NW, int U, int S, int CTAS, int MC>
 Variant stream(const char * name, WeightLayout wl, ActLayout al) {
     constexpr int shared = Stream<F, Math, NW, U, S>::SHARED;
@@ -57,7 +43,6 @@ Variant stream(const char * name, WeightLayout wl, ActLayout al) {
 }
 
 #define STREAM(F, MATH, N, NW, U, S, CTAS, MC, name, wl, al) stream<F, MATH<N>, NW, U, S, CTAS, MC>(name, wl, al)
-#define RING(F, MATH, N, NW, U, S, RT, CTAS, name, wl, al) ring<F, MATH<N>, NW, U, S, RT, CTAS>(name, wl, al, CTAS)
 #define TQ2(F, MATH, N, NW, U, MC, name, wl, al) variant<F, MATH<N>, NW, U, MC>(name, wl, al)
 static std::vector<Variant> variants() {
     return {
