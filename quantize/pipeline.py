@@ -107,7 +107,7 @@ def ternarize(
     with arithmetic(config.threads) as threads:
         model = StreamedModel(checkpoint, device, config.dtype)
         _, kept = check_linears(model, config.block_size, config.skip)
-        run = _run_record(out, checkpoint)
+        run = _run_record(out, checkpoint, resume)
         reporter.start("reading the model", checkpoint.bytes)
         digest, run["fingerprint"] = checkpoint.fingerprint(
             run.get("fingerprint"), lambda count: reporter.step("checksum", count)
@@ -393,8 +393,11 @@ def _refuse_overwriting(out: Path, resume: bool, overwrite: bool) -> None:
     raise PT2Error(f"{out} holds {state} artifact: use --resume or --overwrite")
 
 
-def _run_record(out: Path, checkpoint: Checkpoint) -> dict[str, Any]:
-    """``run.json`` of an earlier run, if there is a usable one, made to fit this one."""
+def _run_record(out: Path, checkpoint: Checkpoint, resume: bool) -> dict[str, Any]:
+    """``run.json`` of an earlier run, if there is a usable one, made to fit this one.
+
+    A run that starts anew keeps only the fingerprint's cache.
+    """
     run: Any = {}
     if (out / RUN).is_file():
         try:
@@ -402,6 +405,8 @@ def _run_record(out: Path, checkpoint: Checkpoint) -> dict[str, Any]:
         except PT2Error:
             run = {}  # it only holds timings and a cache
     run = run if isinstance(run, dict) else {}
+    if not resume:
+        run = {k: v for k, v in run.items() if k == "fingerprint"}
     run["model_dir"] = str(checkpoint.path.resolve())
     run["host"] = f"{platform.node()} ({platform.machine()}, {os.cpu_count()} cores)"
     return run
