@@ -20,6 +20,8 @@ The error of a sub-block with counts of codes folded into ``S0 = n``, ``S1 = sum
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +35,7 @@ SUB = 16
 NBYTES = 84
 _SUBS = SUPER // SUB
 _KEEP = 4
-_CHUNK = 8192
+_CHUNK = 1024
 Array = NDArray[Any]
 
 
@@ -79,12 +81,15 @@ def encode(codes: U8, alpha: F16, mu: F16) -> tuple[U8, WeightError]:
     b = a - np.repeat(mu.astype(np.float32), per_sub, axis=1).reshape(n, _SUBS)
     stride = min(per_sub, _SUBS)
     out = np.empty((n, NBYTES), dtype=np.uint8)
-    total = WeightError()
-    for i in range(0, n, _CHUNK):
-        part = slice(i, i + _CHUNK)
+
+    def chunk(first: int) -> WeightError:
+        part = slice(first, first + _CHUNK)
         out[part], error = _encode_chunk(q[part], a[part], b[part], stride)
-        total += error
-    return out.reshape(rows, -1), total
+        return error
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        errors = list(pool.map(chunk, range(0, n, _CHUNK)))
+    return out.reshape(rows, -1), sum(errors, WeightError())
 
 
 def _encode_chunk(q: U8, a: Array, b: Array, stride: int) -> tuple[U8, WeightError]:
