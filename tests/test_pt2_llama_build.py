@@ -756,6 +756,10 @@ def test_help_teaches(capsys) -> None:
     assert stop.value.code == 0
     assert "pt2-llama run llama-cli -m model.gguf" in capsys.readouterr().out
     assert cli.main(["build", "--jobs", "0"]) == 2
+    for wrong in (["bogus"], ["build", "--jobs", "x"], ["build", "--cud"], []):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(wrong)
+        assert stop.value.code == 2
 
 
 def test_steps_of_ninja_and_make() -> None:

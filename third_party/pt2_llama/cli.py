@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from quantize.common import PT2Error, human_bytes, run_cli
+from quantize.common import ArgumentParser, PT2Error, human_bytes, run_cli
 from third_party.pt2_llama import api, builds, source
 from third_party.pt2_llama.cache import cache_root, folder_bytes, places
 
@@ -32,12 +32,10 @@ Everything lives in the cache: $PT2_CACHE, else $XDG_CACHE_HOME/pt2, else ~/.cac
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="pt2-llama",
         description="Build and run the llama.cpp that knows the ternary types TQ2_1 and TQ1_1.",
         epilog=EPILOG,
-        formatter_class=raw,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_build(commands.add_parser("build", help="fetch, patch, build and smoke-test"))

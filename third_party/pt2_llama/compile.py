@@ -140,8 +140,8 @@ def configure(tc: Toolchain, tree: Path, objects: Path, flags: Sequence[str], lo
     command = [tc.cmake, "-S", str(tree), "-B", str(objects), "-G", tc.generator, *flags]
     with Bar("configuring", None):
         status = run_logged(command, build_environment(tree), log)
-    if status != 0:
-        raise PT2Error(explain_failure("configuring", log))
+        if status != 0:
+            raise PT2Error(explain_failure("configuring", log))
 
 
 def compile_targets(
@@ -155,8 +155,8 @@ def compile_targets(
     command = [tc.cmake, "--build", str(objects), "--parallel", str(jobs), "--target", *targets]
     with Bar("compiling", None, unit="steps") as bar:
         status = run_logged(command, build_environment(tree), log, bar)
-    if status != 0:
-        raise PT2Error(explain_failure("compiling", log))
+        if status != 0:
+            raise PT2Error(explain_failure("compiling", log))
 
 
 def parse_step(line: str) -> tuple[int, int, str] | None:

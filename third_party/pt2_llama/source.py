@@ -185,9 +185,9 @@ def download(folder: Path) -> Path:
     command = [*pip, *args, "--dest", str(folder), "-r", str(requirements)]
     with Bar(f"fetching {pinned.SDIST_NAME}", pinned.SDIST_BYTES, unit="bytes") as bar:
         status, log = _run_watched(command, env, lambda: bar.update(_largest_file(tmp)))
-    archive = folder / pinned.SDIST_NAME
-    if status != 0 or not archive.is_file():
-        raise PT2Error(_explain_pip(log))
+        archive = folder / pinned.SDIST_NAME
+        if status != 0 or not archive.is_file():
+            raise PT2Error(_explain_pip(log))
     check_archive(archive)
     return archive
 
