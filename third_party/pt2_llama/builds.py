@@ -20,7 +20,7 @@ from third_party.pt2_llama.toolchain import cpu_signature
 VARIANTS = ("cpu", "cuda", "stock")
 STAMP = "stamp.json"
 STAMP_VERSION = 1
-KEEP_PER_VARIANT = 3
+KEEP_PER_VARIANT = 5
 
 
 @dataclass(frozen=True)
