@@ -158,19 +158,24 @@ static void tq1_1_pack(const int8_t * t, uint8_t * qs) {
     }
 }
 
+// the four lowest base-3 digits of 0..80 as 2-bit codes
+static const uint8_t tq1_1_codes[81] = {
+#define D1(d3, d2, d1) 64*(d3) + 16*(d2) + 4*(d1), 64*(d3) + 16*(d2) + 4*(d1) + 1, 64*(d3) + 16*(d2) + 4*(d1) + 2
+#define D2(d3, d2) D1(d3, d2, 0), D1(d3, d2, 1), D1(d3, d2, 2)
+#define D3(d3) D2(d3, 0), D2(d3, 1), D2(d3, 2)
+    D3(0), D3(1), D3(2)
+#undef D1
+#undef D2
+#undef D3
+};
+
 void ggml_tq1_1_unpack_block(const block_tq1_1 * GGML_RESTRICT x, uint8_t * GGML_RESTRICT qs2) {
-    memset(qs2 + TQ1_1_NQS, 0, TQ_LANES - TQ1_1_NQS);
     for (int i = 0; i < TQ1_1_NQS; ++i) {
-        int v = x->qs[i];
-        int byte = 0;
-        for (int p = 0; p < 4; ++p) {
-            byte |= (v % 3) << (2 * p);
-            v /= 3;
-        }
-        qs2[i] = (uint8_t) byte;
-        if (i < 24) {
-            qs2[TQ1_1_NQS + i / 4] |= (uint8_t) ((v % 3) << (2 * (i % 4)));
-        }
+        qs2[i] = tq1_1_codes[x->qs[i] % 81];
+    }
+    for (int g = 0; g < TQ_LANES - TQ1_1_NQS; ++g) {
+        const uint8_t * v = x->qs + 4 * g;
+        qs2[TQ1_1_NQS + g] = (uint8_t) (v[0] / 81 | v[1] / 81 << 2 | v[2] / 81 << 4 | v[3] / 81 << 6);
     }
 }
 

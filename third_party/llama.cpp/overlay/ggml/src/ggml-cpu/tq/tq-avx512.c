@@ -255,6 +255,13 @@ TQ_INLINE void tq_avx512_unpack16(enum ggml_type type, int nr, const char * x, s
     _mm512_storeu_ps(offset, _mm512_sub_ps(_mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(both, 16))), a));
 }
 
+// acc + codes * q, four products a lane. With the intrinsic GCC 12 copies every accumulator, twice, on every
+// turn of the loop below
+TQ_INLINE __m512i tq_dpbusd(__m512i acc, __m512i codes, __m512i q) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "v"(q));
+    return acc;
+}
+
 // sums[c][32 rows] += one block of W columns of a panel
 TQ_INLINE void tq_avx512_block(int W, const uint8_t * w, const float * alpha, const float * offset, const char * panel, float * sums) {
     __m512i acc[TQ_PANEL][2];
@@ -268,8 +275,8 @@ TQ_INLINE void tq_avx512_block(int W, const uint8_t * w, const float * alpha, co
             int32_t q;
             memcpy(&q, panel + 4 * (j * W + c), 4);
             const __m512i a = _mm512_set1_epi32(q);
-            acc[c][0] = _mm512_dpbusd_epi32(acc[c][0], w0, a);
-            acc[c][1] = _mm512_dpbusd_epi32(acc[c][1], w1, a);
+            acc[c][0] = tq_dpbusd(acc[c][0], w0, a);
+            acc[c][1] = tq_dpbusd(acc[c][1], w1, a);
         }
     }
     const float * d = (const float *) (panel + W * QK_TQ);
