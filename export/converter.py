@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,6 +27,9 @@ from quantize.common import PT2Error
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
 _READ_ONLY_KEYS = ("GGUF.version", "GGUF.tensor_count", "GGUF.kv_count", "general.architecture")
+
+# The system's words for a full disk, and NumPy's, which gives no error number.
+_SHORT_WRITE = re.compile(r"No space left|\d+ requested and \d+ written")
 
 
 @dataclass
@@ -172,6 +176,8 @@ def _fields(
 def _failure(done: subprocess.CompletedProcess[str], model_dir: Path) -> str:
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     for line in reversed(lines):
+        if line.startswith(MARK) and _SHORT_WRITE.search(line):
+            return "cannot write the converted tensors beside the output: the disk is full"
         if line.startswith(MARK):
             return f"llama.cpp's converter refuses {model_dir}: {line[len(MARK) :].strip()}"
     last = lines[-1].strip() if lines else f"exit code {done.returncode}"

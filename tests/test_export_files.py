@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 
@@ -422,6 +423,13 @@ def test_full_disk(made, tmp_path, capfd, monkeypatch):
         short = OSError("180 requested and 100 written")
         m.setattr(gguf.GGUFWriter, "write_tensor_data", raising(short))
         check_refusal(argv, "disk is full", capfd)
+    # The converter's own process may be the one that runs out: here of room for a single file.
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+    try:
+        check_refusal(argv, "disk is full", capfd)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(tmp_path.iterdir()) == []
 
 
