@@ -4,13 +4,11 @@ apart; the baseline is grey."""
 from __future__ import annotations
 
 import itertools
-import math
 import textwrap
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-import matplotlib.text
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -33,7 +31,7 @@ STYLE: dict[str, Any] = {
     "figure.dpi": 100,
     "savefig.dpi": 200,
 }
-ANGLES = [math.radians(a) for a in (0, 45, -45, 180, 135, -135, 90, -90)]
+MARKERS = "os^DvP*X"
 ERRORS: dict[str, Any] = {"capsize": 2, "error_kw": {"elinewidth": 1.0, "ecolor": "#333333"}}
 
 
@@ -113,10 +111,9 @@ def speed_figure(results: Results) -> Figure:
 def add_legend(fig: Figure, ax: Any) -> None:
     """One legend for all panels, above their titles."""
     handles, labels = ax.get_legend_handles_labels()
-    fig.legend(
-        handles, labels, loc="lower left", bbox_to_anchor=(0.01, 1.0), ncol=min(9, len(labels)),
-        frameon=False,
-    )  # fmt: skip
+    columns = min(int(fig.get_figwidth() / 1.5), len(labels))
+    place = {"loc": "lower left", "bbox_to_anchor": (0.01, 1.0)}
+    fig.legend(handles, labels, ncol=columns, frameon=False, **place)  # type: ignore[arg-type]
 
 
 def single_panel(ax: Any, results: Results, test: str) -> None:
@@ -225,31 +222,34 @@ def scaling_points(
 
 
 def quality_figure(results: Results) -> Figure:
-    """File size against perplexity, one panel per protocol; down and left is better."""
+    """File size against perplexity, one panel per protocol; down and left is better.
+
+    Names stand in a legend, colour and shape tell points apart: ternary files of one model have
+    nearly equal perplexities, where names beside the points would cover one another.
+    """
     kinds = protocols(results)
     width = max(6.0, 4.8 * len(kinds))
-    fig, axes = plt.subplots(1, len(kinds), figsize=(width, 4.0), squeeze=False)
+    fig, axes = plt.subplots(1, len(kinds), figsize=(width, 3.9), squeeze=False)
     colours = colour_of(results)
-    labels: list[tuple[Any, list[tuple[float, float, str]]]] = []
+    shapes = dict(zip(colours, itertools.cycle(MARKERS), strict=False))
     for ax, (name, window) in zip(axes[0], kinds, strict=True):
         points = []
         for m in results.models:
             if p := perplexity_of(m, name):
-                x, colour = m.file_bytes / 1e6, colours[short_name(m)]
-                ax.errorbar(x, p.ppl, yerr=p.error, fmt="o", ms=7, capsize=3, color=colour)
-                points.append((x, p.ppl, short_name(m)))
+                points.append((m.file_bytes / 1e6, p.ppl))
+                label = short_name(m)
+                ax.errorbar(*points[-1], yerr=p.error, fmt=shapes[label], ms=7, capsize=3,
+                            elinewidth=1, color=colours[label], label=label)  # fmt: skip
         scored = "second half scored" if name == "llama.cpp" else "every token scored"
         ax.set_title(f"{name} protocol: {window} tokens, {scored}", loc="left", fontsize=9)
         ax.set_xlabel("file size (MB)")
         ax.set_ylabel("perplexity (lower is better)")
         ax.grid(color="#DDDDDD", linewidth=0.6)
-        ax.margins(x=0.2, y=0.16)
+        ax.margins(x=0.1, y=0.12)
         scale_axis(ax.xaxis, [p[0] for p in points])
         scale_axis(ax.yaxis, [p[1] for p in points])
-        labels.append((ax, points))
     fig.tight_layout(w_pad=2.5)
-    for ax, points in labels:  # after the layout, which moves the panels
-        label_points(ax, points)
+    add_legend(fig, axes[0][0])
     add_caption(fig, results, "Lines: standard error of the perplexity.", width)
     return fig
 
@@ -262,56 +262,6 @@ def scale_axis(axis: Any, values: list[float]) -> None:
     axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
     axis.set_major_formatter(lambda v, _: f"{v:g}")
     axis.set_minor_locator(NullLocator())
-
-
-def label_points(ax: Any, points: list[tuple[float, float, str]]) -> None:
-    """Names beside the points: tried on circles of growing radius until one is free.
-
-    A place is free when it is inside the panel, covers no other name and no point, and is nearer to
-    its own point than to any other. A thin line leads to names that are not right beside.
-    """
-    ax.figure.canvas.draw()
-    renderer = ax.figure.canvas.get_renderer()
-    frame = ax.get_window_extent()
-    at = [ax.transData.transform((x, y)) for x, y, _ in points]
-    taken: list[Any] = []
-    for i, (x, y, name) in enumerate(points):
-        for radius, angle in itertools.product(range(10, 100, 9), ANGLES):
-            dx, dy = radius * math.cos(angle), radius * math.sin(angle)
-            text = ax.annotate(
-                name, (x, y), (dx, dy), textcoords="offset points", fontsize=8, va="center",
-                ha="left" if dx > 1 else "right" if dx < -1 else "center",
-                arrowprops={"arrowstyle": "-", "lw": 0.6, "color": "#666666", "shrinkB": 4}
-                if radius > 10 else None,
-            )  # fmt: skip
-            place = text.get_window_extent(renderer) if radius <= 10 else _text_box(text, renderer)
-            if _is_free(place, i, at, taken, frame):
-                taken.append(place)
-                break
-            text.remove()
-
-
-def _text_box(text: Any, renderer: Any) -> Any:
-    """Extent of an annotation's words without its line."""
-    return matplotlib.text.Text.get_window_extent(text, renderer)
-
-
-def _is_free(place: Any, own: int, at: list[Any], taken: list[Any], frame: Any) -> bool:
-    inside = frame.x0 <= place.x0 and place.x1 <= frame.x1
-    inside = inside and frame.y0 <= place.y0 and place.y1 <= frame.y1
-    if not inside or any(place.overlaps(other) for other in taken):
-        return False
-    gaps = [_gap(place, p) for p in at]
-    clear = all(g > 5 for j, g in enumerate(gaps) if j != own)
-    alone = [g for j, g in enumerate(gaps) if math.dist(at[j], at[own]) > 12]
-    return clear and all(gaps[own] <= g for g in alone)
-
-
-def _gap(place: Any, point: Any) -> float:
-    """Distance in pixels from a box to a point."""
-    dx = max(place.x0 - point[0], 0, point[0] - place.x1)
-    dy = max(place.y0 - point[1], 0, point[1] - place.y1)
-    return math.hypot(dx, dy)
 
 
 def add_caption(fig: Figure, results: Results, note: str, width: float) -> None:

@@ -23,7 +23,6 @@ from quantize.common import PT2Error, atomic_path, human_bytes
 
 POOL_BLOCKS = 1 << 16
 SCALE = 0.02  # what weights of trained models are about
-EXPORT_EMBEDDING = "Q6_K"  # pt2-export's default for embeddings and head
 LABEL = "random weights: speed only"
 
 
@@ -152,8 +151,9 @@ def parse_dry_run(text: str) -> dict[str, str]:
 def recipe(tools: ToolBox, shape: Shape, kind: str, folder: Path) -> dict[str, str]:
     """The type of every tensor of `shape` in a file of type `kind`, as llama-quantize makes it.
 
-    In TQ2_1 and TQ1_1 files the matrices of the blocks are ternary, embeddings and head are Q6_K:
-    what pt2-export writes unless it is told otherwise.
+    In TQ2_1 and TQ1_1 files the matrices of the blocks are ternary; embeddings and head are what
+    llama-quantize gives to its own ternary TQ2_0 (Q4_K and Q6_K), so that types are compared and
+    not heads. (pt2-export's head is smaller unless it is told otherwise.)
 
     Raises:
         PT2Error: llama-quantize failed, or left a tensor out.
@@ -180,8 +180,7 @@ def recipe(tools: ToolBox, shape: Shape, kind: str, folder: Path) -> dict[str, s
     if unknown:
         raise PT2Error(f"llama-quantize gives the type {unknown[0]}, which is not known here")
     if ternary:
-        matrices = [n for n, s in shape.tensors() if len(s) > 1]
-        types |= {n: kind if n.startswith("blk.") else EXPORT_EMBEDDING for n in matrices}
+        types |= {n: kind for n, s in shape.tensors() if n.startswith("blk.") and len(s) > 1}
     return types
 
 

@@ -18,7 +18,7 @@ from llamacpp_bench.baselines import Wanted, parse_baselines
 from llamacpp_bench.compare import compare, remarks, verdict
 from llamacpp_bench.gguf_info import read_gguf
 from llamacpp_bench.perplexity import plan, standard_error
-from llamacpp_bench.plots import label_points, quality_figure, write_plots
+from llamacpp_bench.plots import quality_figure, write_plots
 from llamacpp_bench.report import markdown, to_csv, write_reports
 from llamacpp_bench.results import Results, paired_ratio, summarise, to_json, token_bytes
 from llamacpp_bench.runner import interleave, parse_placement
@@ -435,27 +435,17 @@ def test_synthetic_results_are_labelled_everywhere(tmp_path: Path) -> None:
     assert "random weights" in (tmp_path / "results.csv").read_text()
 
 
-def test_names_in_the_scatter_do_not_cover_one_another() -> None:
-    import matplotlib.pyplot as plt
-
+def test_every_model_has_its_own_mark_in_the_scatter() -> None:
     results = make_results({f"model number {i}": [1.0] for i in range(9)})
-    for i, m in enumerate(results.models):
-        m.file_bytes, m.perplexity[0].ppl = 10**6 * (20 + i // 3), 10 + 0.1 * (i % 3)
     fig = quality_figure(results)
     fig.canvas.draw()
-    renderer = fig.canvas.get_renderer()  # type: ignore[attr-defined]
-    texts = [t for t in fig.axes[0].texts if t.get_text()]
-    boxes = [matplotlib_text_box(t, renderer) for t in texts]
-    plt.close(fig)
-    assert len(texts) == 9
-    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
-    assert label_points is not None
-
-
-def matplotlib_text_box(text: object, renderer: object) -> object:
-    from matplotlib.text import Text
-
-    return Text.get_window_extent(text, renderer)  # type: ignore[arg-type]
+    legend = fig.legends[0]
+    names = [t.get_text() for t in legend.get_texts()]
+    assert names == [m.name for m in results.models]
+    axes = fig.axes[0]
+    assert not legend.get_window_extent().overlaps(axes.get_window_extent())
+    lines = [c.lines[0] for c in axes.containers]  # type: ignore[attr-defined]
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == 9
 
 
 def test_csv_has_the_numbers_unrounded() -> None:
