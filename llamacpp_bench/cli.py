@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantize.common import PT2Error, run_cli
+from quantize.common import ArgumentParser, PT2Error, run_cli
 
 if TYPE_CHECKING:
     from llamacpp_bench.pipeline import Config
@@ -53,7 +53,7 @@ def _interrupt(signum: int, frame: object) -> None:
 
 
 def run_compare(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="pt2-bench compare",
         description="Compare two results files: change of every figure, and whether it is noise.",
         epilog=COMPARE_EPILOG,
@@ -100,7 +100,7 @@ def to_config(args: argparse.Namespace) -> Config:
         imatrix_text=args.imatrix_text,
         prompt=args.prompt,
         gen=args.gen,
-        pg=parse_pairs(args.pg),
+        pg=parse_pairs(args.pg or [default_pair(args)]),
         depths=parse_numbers(args.depth, "--depth"),
         batches=parse_numbers(args.batch, "--batch") if args.batch else (),
         rounds=args.rounds,
@@ -132,10 +132,15 @@ def parse_numbers(text: str, option: str) -> tuple[int, ...]:
     return numbers
 
 
-def parse_pairs(values: Sequence[str] | None) -> tuple[tuple[int, int], ...]:
+def default_pair(args: argparse.Namespace) -> str:
+    """Without --pg, the lengths of -p and -n are also timed together."""
+    return f"{args.prompt},{args.gen}" if args.prompt and args.gen else "none"
+
+
+def parse_pairs(values: Sequence[str]) -> tuple[tuple[int, int], ...]:
     """`["128,256"]` -> `((128, 256),)`; `none` leaves the test out."""
     pairs = []
-    for text in values or ["128,256"]:
+    for text in values:
         if text == "none":
             continue
         numbers = parse_numbers(text, "--pg")
@@ -160,7 +165,7 @@ def natural(text: str) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+    p = ArgumentParser(
         prog="pt2-bench",
         description="Speed, perplexity, size and placement of GGUF models on llama.cpp, against "
         "baselines that it makes itself.",
@@ -222,7 +227,8 @@ def add_speed_options(p: argparse.ArgumentParser) -> None:
         "--pg",
         action="append",
         metavar="P,N",
-        help="prefill and decode timed together; may be repeated (default: 128,256; none)",
+        help="prefill and decode timed together; may be repeated (default: the lengths of -p and -n; "
+        "none leaves it out)",
     )
     g.add_argument(
         "--depth", default="0", metavar="LIST", help="tokens already in the KV cache, like 0,4096"

@@ -112,8 +112,8 @@ def add_legend(fig: Figure, ax: Any) -> None:
     """One legend for all panels, above their titles."""
     handles, labels = ax.get_legend_handles_labels()
     columns = min(int(fig.get_figwidth() / 1.5), len(labels))
-    place = {"loc": "lower left", "bbox_to_anchor": (0.01, 1.0)}
-    fig.legend(handles, labels, ncol=columns, frameon=False, **place)  # type: ignore[arg-type]
+    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.01, 1.0)}
+    fig.legend(handles, labels, ncol=columns, frameon=False, **place)
 
 
 def single_panel(ax: Any, results: Results, test: str) -> None:
