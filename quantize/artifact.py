@@ -216,7 +216,10 @@ class Artifact:
         read_header(path)
         if file not in self._checked:
             if sha256_file(path) != expected:
-                raise PT2Error(f"{path} does not have the checksum that {MANIFEST} names")
+                raise PT2Error(
+                    f"{path} is damaged (not the checksum that {MANIFEST} names); "
+                    "make the artifact again with pt2-quantize --overwrite"
+                )
             self._checked.add(file)
         try:
             return load_file(path)
