@@ -227,7 +227,7 @@ def add_speed_options(p: argparse.ArgumentParser) -> None:
         "--pg",
         action="append",
         metavar="P,N",
-        help="prefill and decode timed together; may be repeated (default: the lengths of -p and -n; "
+        help="prefill and decode timed together; may be repeated (default: those of -p and -n; "
         "none leaves it out)",
     )
     g.add_argument(
