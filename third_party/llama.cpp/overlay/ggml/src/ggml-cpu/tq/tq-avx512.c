@@ -58,8 +58,7 @@ TQ_TARGET static void tq_avx512_quantize(const float * x, block_q8_t * y, int64_
 
 // Two TQ1_1 blocks in the halves of a register, their 26 base-3 bytes at byte 0 and 32, become the 2-bit
 // form qs2[32] of each. The number v splits by subtraction: p = v mod 81 are planes 0..3, and v - p = 81*t
-// has the fifth digit t. Table 0 turns p < 64 into four codes, table 1 the rest. Four fifth digits make the
-// byte t0 + 4*t1 + 16*t2 + 64*t3 of a lane >= 26: a dot product of the 81*t with what 81 times is 1, 4, 16
+// has the fifth digit t. A table turns p into four codes. Four fifth digits make the byte t0 + 4*t1 + 16*t2 + 64*t3 of a lane >= 26: a dot product of the 81*t with what 81 times is 1, 4, 16
 // and 64 modulo 256 has it in its low byte.
 struct tq1_1_tables {
     __m512i low;   // of p = 0..63
@@ -93,11 +92,8 @@ TQ_INLINE __m512i tq1_1_unpack_pair(__m512i v, const struct tq1_1_tables * t) {
     const __m512i u = _mm512_min_epu8(v, _mm512_sub_epi8(v, n81));
     const __m512i p = _mm512_min_epu8(u, _mm512_sub_epi8(u, n81));
 
-    const __m512i   four = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_sub_epi8(v, p), _mm512_set1_epi32(0x4010c4b1));
-    const __mmask64 big  = _mm512_cmpge_epu8_mask(p, _mm512_set1_epi8(64));
-
-    __m512i codes = _mm512_permutexvar_epi8(p, t->low);
-    codes = _mm512_mask_permutexvar_epi8(codes, big, p, t->high);
+    const __m512i four  = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_sub_epi8(v, p), _mm512_set1_epi32(0x4010c4b1));
+    const __m512i codes = _mm512_permutex2var_epi8(t->low, p, t->high);
     return _mm512_mask_permutexvar_epi8(codes, 0xfc000000fc000000ull, t->fifth, four);
 }
 
