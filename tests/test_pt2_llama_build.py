@@ -553,16 +553,18 @@ def test_smoke_test_asks_again_when_the_last_line_is_missing() -> None:
 
 
 def test_smoke_test_compares_with_f16_and_runs_the_gpu() -> None:
-    commands: list[Sequence[str]] = []
+    hidden: list[tuple[bool, bool]] = []
 
     def runner(command: Sequence[str], env: Mapping[str, str]) -> smoke.Outcome:
-        commands.append(command)
+        if "perplexity" in command[0]:
+            hidden.append(("-ngl" in command, env.get("CUDA_VISIBLE_DEVICES") == ""))
         value = 9000.0 if "TQ2_1" in str(command) else 300.0
         return smoke.Outcome(0, f"Final estimate: PPL = {value}")
 
     values, failure = smoke.smoke_test(Path("/bin"), {}, ("F16", "Q2_K"), True, runner)
     assert list(values) == ["F16", "F16 gpu", "Q2_K", "Q2_K gpu"] and failure is None
-    assert sum("-ngl" in c for c in commands) == 2
+    # without -ngl llama.cpp takes the GPU it sees: the CPU's runs must not see one
+    assert hidden == [(False, True), (True, False)] * 2
     _, failure = smoke.smoke_test(Path("/bin"), {}, ("F16", "TQ2_1"), False, runner)
     assert failure is not None and failure.reason == "perplexity 9000.0 where F16 has 300.0"
 
@@ -650,6 +652,7 @@ def test_cuda_build_says_where_our_types_run(
     assert builds.find_build(where, "cuda") is None
     assert cli.main(["build", "--cuda", "--cuda-arch", "90"]) == 0
     assert "TQ2_1 and TQ1_1 run on the GPU" in capfd.readouterr().err
+    assert "TQ2_1 and TQ1_1 run on the GPU" in report(where)
     assert (where.patched / "ggml/src/ggml-cuda/mmq.cu").read_text() == "y"
     assert "have no CUDA kernels" not in report(where)
     assert cli.main(["build", "--cuda-arch", "90"]) == 2

@@ -21,7 +21,10 @@ DISK_BYTES = {"cpu": 1_000_000_000, "stock": 600_000_000, "cuda": 5_000_000_000}
 NO_CUDA_KERNELS = (
     "TQ2_1 and TQ1_1 have no CUDA kernels yet: in CUDA builds tensors of these types run on the CPU"
 )
-CUDA_KERNELS = "TQ2_1 and TQ1_1 run on the GPU through the kernels that llama.cpp's types share"
+CUDA_KERNELS = (
+    "TQ2_1 and TQ1_1 run on the GPU through the kernels that llama.cpp's types share "
+    "(checked on an H200)"
+)
 
 
 @dataclass(frozen=True)

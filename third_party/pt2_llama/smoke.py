@@ -100,7 +100,7 @@ def smoke_test(
     Args:
         bin_dir: folder with llama-quantize and llama-perplexity.
         types: F16 first; the others are compared with it.
-        gpu: also evaluate with all layers on the GPU.
+        gpu: also evaluate with all layers on the GPU (the other runs see no GPU).
         runner: runs a command (tests put their own in).
 
     Returns:
@@ -122,8 +122,10 @@ def smoke_test(
                     return results, failure
             for device in ("cpu", "gpu") if gpu else ("cpu",):
                 label = kind if device == "cpu" else f"{kind} gpu"
-                command = _perplexity(bin_dir, model, text, layers=99 if device == "gpu" else 0)
-                outcome = _run_until_it_tells(runner, command, env)
+                command = _perplexity(bin_dir, model, text, device)
+                # By default llama.cpp takes every GPU it sees, and the CPU would go untested.
+                seen = {**env, "CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else env
+                outcome = _run_until_it_tells(runner, command, seen)
                 if failure := _judge(f"llama-perplexity of {label}", outcome):
                     return results, failure
                 value = final_perplexity(outcome.output)
@@ -152,10 +154,10 @@ def _bar(types: Sequence[str]) -> Bar:
     return Bar("smoke test", len(types), unit="types")
 
 
-def _perplexity(bin_dir: Path, model: Path, text: Path, layers: int) -> list[str]:
+def _perplexity(bin_dir: Path, model: Path, text: Path, device: str) -> list[str]:
     tool = str(bin_dir / "llama-perplexity")
     command = [tool, "-m", str(model), "-f", str(text), "-c", "64", "-t", "1"]
-    return [*command, "-ngl", str(layers)] if layers else command
+    return [*command, "-ngl", "99"] if device == "gpu" else command
 
 
 def _judge(what: str, outcome: Outcome) -> Failure | None:
