@@ -149,6 +149,7 @@ def interleave(n_models: int, rounds: int) -> list[tuple[int, int]]:
 _NODE = re.compile(
     r"^node #\s*\d+ \(\s*(\S+)\):\s*(.*?) \(\s*\S+\) \[\s*(\S+)\s[^\]]*\][^:]*:(.*)$"
 )
+_REJECTED = re.compile(r"resolve_fused_ops: .* not supported, set to disabled")
 _SOURCE = re.compile(r"\s*(.{1,20}?) \(\s*\S+\) \[\s*\S+\s[^\]]*\]")
 _REPACK = re.compile(r"repack tensor (\S+) (?:with|of type) (\S+)")
 _BUFFER = re.compile(
@@ -211,10 +212,7 @@ def parse_placement(log: str, info: GGUFInfo) -> Placement:
     elsewhere: dict[str, None] = {}
     expected: dict[str, None] = {}
     accelerated = False
-    for line in log.splitlines():
-        match = _NODE.match(line)
-        if match is None:
-            continue
+    for match in _graph_nodes(log):
         op, node, backend, sources = match[1], match[2].strip(), match[3], match[4]
         weight = _weight_of(sources, type_of)
         if op in _WEIGHT_OPS and weight is not None:
@@ -233,6 +231,23 @@ def parse_placement(log: str, info: GGUFInfo) -> Placement:
     if not accelerated:
         return Placement(ops, repacked, {})
     return Placement(ops, repacked, {}, list(elsewhere), list(expected))
+
+
+def _graph_nodes(log: str) -> list[re.Match[str]]:
+    """The nodes of all graphs, without those that were drawn up as a question only.
+
+    To learn whether the devices have fused attention, llama.cpp plans a graph with it and, if some
+    of it would land elsewhere, says so and never runs that graph.
+    """
+    graphs: list[list[re.Match[str]]] = [[]]
+    for line in log.splitlines():
+        if line.startswith("graph_reserve:"):
+            graphs.append([])
+        elif _REJECTED.match(line):
+            graphs[-1].clear()
+        elif match := _NODE.match(line):
+            graphs[-1].append(match)
+    return [node for graph in graphs for node in graph]
 
 
 def _weight_of(sources: str, type_of: dict[str, str]) -> str | None:

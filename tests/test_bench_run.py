@@ -118,6 +118,24 @@ def test_an_operation_on_the_cpu_in_a_gpu_run_is_said_by_name(tmp_path: Path) ->
     assert found.expected == ["GET_ROWS of token_embd.weight (Q8_0)"]
 
 
+def test_a_graph_that_was_only_asked_about_is_not_counted(tmp_path: Path) -> None:
+    """llama.cpp plans a graph with fused attention to see where it would run, and drops it."""
+    info = read_gguf(write_gguf(tmp_path / "m.gguf"))
+    reserve = "graph_reserve: reserving a graph for ubatch with n_tokens =    1\n"
+    product = (
+        "node #  0 (   MUL_MAT):  out-0 (  1K) [CUDA0 ] use=1,c=1: blk.0.ffn_up.weight "
+        "( 21K) [CUDA0 ]  x (  1K) [CUDA0   ]\n"
+    )
+    fused = (
+        "node # 21 (FLASH_ATTN):  node_21 (  16K) [  CPU   ] use=1,c=1: Qcur-0 (  16K) [ NULL ]\n"
+    )
+    dropped = "resolve_fused_ops: Flash Attention not supported, set to disabled\n"
+    found = parse_placement(reserve + product + fused + dropped + reserve + product, info)
+    assert found.ops["Q8_0"]["MUL_MAT"] == {"CUDA0": 1} and found.elsewhere == []
+    kept = parse_placement(reserve + product + fused + reserve + product, info)
+    assert kept.elsewhere == ["FLASH_ATTN node_21"]
+
+
 def test_strict_refuses_it(tmp_path: Path, setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "llamacpp_bench.runner.parse_placement",
