@@ -27,7 +27,8 @@ PROMPT = "The history of the city begins with"
 def run(*command: object, capture: bool = False) -> str:
     """Print a command, run it, stop the demo if it fails; its standard output if asked for."""
     words = [str(c) for c in command]
-    shown = [os.path.relpath(w) if os.path.isabs(w) and os.path.exists(w) else w for w in words]
+    here = str(Path.cwd()) + os.sep
+    shown = [w.removeprefix(here) for w in words]
     print(f"\n$ {shlex.join(shown)}", flush=True)
     done = subprocess.run(words, stdout=subprocess.PIPE if capture else None, text=True)
     if done.returncode:
@@ -67,14 +68,14 @@ def generate(files: list[Path]) -> dict[str, str]:
             capture=True,
         )
         texts[file.name] = answer(said)
-        print(f"{PROMPT}{texts[file.name]}")
+        print(f"{PROMPT} {texts[file.name]}")
     return texts
 
 
 def answer(said: str) -> str:
     """The generated text without llama-cli's banner and farewell."""
     text = said.split(f"> {PROMPT}", 1)[-1]
-    return " " + " ".join(text.replace("Exiting...", "").split())
+    return " ".join(text.replace("Exiting...", "").split())
 
 
 def bench(out: Path, files: list[Path]) -> Path:
@@ -89,7 +90,8 @@ def bench(out: Path, files: list[Path]) -> Path:
 def write_page(out: Path, texts: dict[str, str], folder: Path, seconds: float) -> Path:
     """One page: the text, the table and the plots of the bench."""
     results = (folder / "results.md").read_text(encoding="utf-8").replace("](", "](bench/")
-    quotes = "\n\n".join(f"**{name}**: {PROMPT}*{text}*" for name, text in texts.items())
+    results = results.replace("# pt2-bench", "## Measured by pt2-bench", 1)
+    quotes = "\n\n".join(f"**{name}**: {PROMPT} *{text}*" for name, text in texts.items())
     page = out / "results.md"
     page.write_text(
         "# The demo's results\n\n"

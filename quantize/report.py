@@ -15,6 +15,7 @@ from quantize.common import PT2Error, atomic_path
 TITLES = {"E_w": "weight error $E_w$ (share of $|W|^2$)",
           "E_x": "output error $E_x$ (share of $|Wx|^2$)"}  # fmt: skip
 SCALES = {"E_w": "norm_w", "E_x": "norm_x"}
+ORDER = ("init", "itf", "aga", "reround", "final")  # as they follow in time; JSON sorts by name
 
 
 def write_report(artifact: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
@@ -68,7 +69,7 @@ def _groups(manifest: dict[str, Any], label: Any) -> dict[Any, list[dict[str, An
 
 def _shares(members: list[dict[str, Any]], key: str) -> Iterator[tuple[str, float]]:
     scale = sum(m[SCALES[key]] for m in members) or 1.0
-    for stage in members[0][key]:
+    for stage in sorted(members[0][key], key=ORDER.index):
         yield stage, sum(m[key][stage] for m in members) / scale
 
 
