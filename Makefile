@@ -42,7 +42,7 @@ lint: setup
 	$(BIN)/mypy
 
 test: lint llama
-	$(BIN)/python -m pytest -q --durations=15
+	$(BIN)/python -m pytest -q -rs --durations=15
 
 clean:
 	rm -rf $(VENV) out build *.egg-info
