@@ -380,7 +380,11 @@ def test_an_interrupted_build_stops_its_compilers(where: Places, tmp_path: Path,
     pid = tmp_path / "pid"
     command = command_line(where, "build")
     env = os.environ | {"MODE": "hang", "PID": str(pid)}
-    process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+    # A test run in the background hands down an ignored SIGINT; a user's terminal does not.
+    process = subprocess.Popen(
+        command, env=env, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
+    )  # fmt: skip
     wait_until(lambda: pid.exists() and pid.read_text().strip())
     process.send_signal(number)
     _, error = process.communicate(timeout=30)
