@@ -346,7 +346,14 @@ def activation_digest(hidden: Tensor) -> str:
 def versions() -> dict[str, str]:
     """Versions of what the bytes depend on."""
     names = ("torch", "transformers", "safetensors", "pt2-llm")
-    return {"python": platform.python_version(), **{n: metadata.version(n) for n in names}}
+    return {"python": platform.python_version(), **{n: _version(n) for n in names}}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # ourselves, run from a checkout that is not installed
+        return "not installed"
 
 
 @contextmanager
