@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from quantize.common import ArgumentParser, PT2Error, atomic_path, run_cli, write_json
 
@@ -55,7 +56,7 @@ def llama_perplexity(
     raise PT2Error(f"llama-perplexity printed no final estimate for {file}")
 
 
-def markdown(rows: list[dict[str, object]], full: float, ours: float, chunks: int) -> str:
+def markdown(rows: list[dict[str, Any]], full: float, ours: float, chunks: int) -> str:
     lines = [
         f"PyTorch: full precision {full:.4f}, the artifact's alpha*T + mu {ours:.4f} "
         f"({chunks} windows of 512, the second half of each scored).",
@@ -85,7 +86,7 @@ def run(argv: list[str]) -> int:
     common = [args.model, "--text", args.text, "--chunks", str(args.chunks), "--device", "cpu"]
     full = torch_perplexity(common)
     ours = torch_perplexity([*common, "--artifact", args.artifact])
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     for kind, limit in LIMITS.items():
         file = args.out / f"{kind}.gguf"
         config = ExportConfig(type=kind, overwrite=True)
@@ -102,11 +103,7 @@ def run(argv: list[str]) -> int:
     write_json(args.out / "fidelity.json", result)
     with atomic_path(args.out / "fidelity.md") as tmp:
         tmp.write_text(markdown(rows, full, ours, args.chunks), encoding="utf-8")
-    return int(any(abs(value_of(r)) > LIMITS[str(r["type"])] for r in rows))
-
-
-def value_of(row: dict[str, object]) -> float:
-    return float(str(row["difference"]))
+    return int(any(abs(r["difference"]) > r["limit"] for r in rows))
 
 
 if __name__ == "__main__":
