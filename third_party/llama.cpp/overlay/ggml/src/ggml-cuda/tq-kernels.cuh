@@ -1,0 +1,136 @@
+#pragma once
+
+// The kernels for TQ2_1 and TQ1_1 of our own: what they take and who provides it. Nothing here needs
+// ggml's headers, so that the kernels can be compiled and checked by themselves
+// (benchmarks/cuda_lab). KERNELS.md says why they look as they do.
+//
+// Weights on a card of compute capability 8.0 or more are kept in tile form, whatever their type in the
+// file; cards below keep the file's bytes and use the templates shared by all types (tq.cuh).
+//
+// Tile form: 16 rows x 128 columns are 576 bytes (so TQ1_1 takes the room of TQ2_1), tiles of a matrix
+// [row / 16][column / 128], every matrix of a 3D or 4D tensor padded to a multiple of 16 rows.
+// With g = row % 8, r = row / 8 % 2, and qs[32], alpha, mu the bytes that TQ2_1 has for the row
+// (FORMAT.md):
+//   bytes 16*(4g + t) + 8h + 4r + i   qs[8t + 4h + i], t = 0..3, h = 0..1, i = 0..3
+//   bytes 512 + 8g + 4r               alpha, mu (half)
+// so lane (g, t) of a warp reads 16 bytes, and has for rows g and g + 8 what the fragments of
+// mma.m16n8k32 want: plane p of its byte i of half h is column 32p + 8t + 4h + i.
+
+#include <cstddef>
+#include <cstdint>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+constexpr int TQ_BLOCK      = 128; // weights of a row that share alpha and mu
+constexpr int TQ_TILE_ROWS  = 16;
+constexpr int TQ_TILE_BYTES = 576; // of 16 rows x 128 columns
+constexpr int TQ_TILE_SCALES = 512; // where alpha and mu begin
+
+constexpr int TQ_DECODE_MAX = 8;    // tokens that the decode kernels take at once
+constexpr int TQ_PREFILL_BN = 128;  // tokens of a record of prefill activations
+constexpr int TQ_MAX_SEGMENTS = 3;  // matrices that share one input (q, k, v)
+
+// ---- activations --------------------------------------------------------------------------------
+// x ~ d * q, q int8, one d for 128 columns of a token, rounded to nearest even, d = max|x| / 127.
+
+// Of one block and token, for the decode kernels.
+struct alignas(16) tq_act_head {
+    float d;
+    float sum;     // of the x themselves
+    int   neg_sum; // -(sum of q)
+    int   zero;
+};
+
+// Decode layout for n = 1, 2, 4 or 8 columns (missing tokens are zero):
+//   q:    [block][half 0..1][token][t 0..3] 16 bytes; element e of the block, with plane p = e / 32 and
+//         i = e % 32, is in half p / 2, t = i / 8, byte 8*(p % 2) + i % 8
+//   head: [block][token]
+// Prefill layout, tokens in groups of TQ_PREFILL_BN (missing tokens are zero):
+//   records [group][block] of TQ_RECORD bytes: the q of the group as wgmma wants them (core matrices of 8 tokens
+//   x 16 bytes: chunk c (0..7) of 16 bytes, token k of the group, byte j at c*16*BN + (k/8)*128 + (k%8)*16 + j;
+//   element 32p + 8t + 4h + i is byte 4t + i of chunk 2p + h), then float d[BN], then int
+//   TQ_MAGIC - sum(q) [BN]
+//   sums: float [block][tokens rounded up to BN], the sum of the x
+constexpr int TQ_RECORD = TQ_PREFILL_BN * TQ_BLOCK + TQ_PREFILL_BN * 8;
+constexpr int TQ_MAGIC  = 0x4B400000; // an int below 2^22 added to this, read as float, is 1.5 * 2^23 + int
+
+enum tq_act_layout { TQ_ACT_DECODE, TQ_ACT_PREFILL };
+
+// Quantised activations of one site, in device memory.
+struct tq_act {
+    tq_act_layout layout;
+    int       n;     // tokens
+    int       cols;  // decode: columns of the layout (1, 2, 4, 8); prefill: tokens rounded up to BN
+    int       nb;    // blocks of a token: columns / 128
+    uint8_t * q;     // decode: q; prefill: records
+    void    * aux;   // decode: tq_act_head; prefill: sums
+};
+
+static inline int tq_act_cols(int n) {
+    return n <= 2 ? n : n <= 4 ? 4 : n <= 8 ? 8 : (n + TQ_PREFILL_BN - 1) / TQ_PREFILL_BN * TQ_PREFILL_BN;
+}
+static inline size_t tq_act_q_bytes(int n, int nb) {
+    return n <= TQ_DECODE_MAX ? (size_t) tq_act_cols(n) * nb * TQ_BLOCK : (size_t) (tq_act_cols(n) / TQ_PREFILL_BN) * nb * TQ_RECORD;
+}
+static inline size_t tq_act_aux_bytes(int n, int nb) {
+    return (size_t) tq_act_cols(n) * nb * (n <= TQ_DECODE_MAX ? sizeof(tq_act_head) : sizeof(float));
+}
+
+// tq-act.cu. What comes before the matrices of a site, all the way to quantised activations. Strides are in
+// elements; every kernel takes part in programmatic dependent launch (waits before it touches memory).
+// x[token*ld + column]
+void tq_quantize(const float * x, int64_t ld, const tq_act & out, cudaStream_t stream);
+// s = a + b (b may be null: s = a), y = s * rsqrt(mean(s^2) + eps) * w; s goes to `sum` and y to `norm` where these
+// are not null, and y is quantised. All rows contiguous.
+void tq_quantize_norm(const float * a, const float * b, const float * w, float eps, float * sum, float * norm,
+                      const tq_act & out, cudaStream_t stream);
+// y = act(gate) * up; act 0: silu, 1: gelu (tanh form, as ggml's). y to `product` where not null.
+void tq_quantize_glu(const float * gate, const float * up, int64_t ld_gate, int64_t ld_up, int act, float * product,
+                     const tq_act & out, cudaStream_t stream);
+
+// ---- products -----------------------------------------------------------------------------------
+struct tq_segment {
+    const uint8_t * w;    // tile form
+    float         * y;    // y[token*ld + row]
+    int64_t         ld;
+    int             rows;
+};
+
+// What the next product in the graph will read, so that this one can fetch its beginning into L2.
+struct tq_next {
+    int             segments; // 0: not known
+    const uint8_t * w[TQ_MAX_SEGMENTS];
+    int             rows[TQ_MAX_SEGMENTS];
+    int             nb;
+    int             cols;     // of its activations (decides how it is cut)
+};
+
+// tq-decode.cu: 1 to 8 tokens, up to 3 matrices with the same input, one launch. `scratch` is device memory of
+// tq_decode_scratch_bytes(), zero before its first use, not shared by streams. sm_90 and newer stream through shared
+// memory, sm_80 to 89 load to registers; y is written by one thread in one order, so results repeat to the bit.
+size_t tq_decode_scratch_bytes();
+void tq_decode(const tq_segment * segments, int n_segments, const tq_act & act, void * scratch, const tq_next * next,
+               cudaStream_t stream);
+// Experts: pair p (0..pairs-1) has token row ids' expert and activation column; see tq-decode.cu
+// w: experts one after the other, `expert_bytes` apart; ids[p % used * ids_stride0 + p / used * ids_stride1] is the expert of
+// slot p % used of token p / used; the activations of pair p are token (shared ? p / used : p) of `acts`, quantised
+// with cols = 1 each (decode layout for one token, `act_stride` bytes of q and head apart);
+// y + (p / used)*ld_token + (p % used)*ld_slot.
+struct tq_experts {
+    const uint8_t * w; size_t expert_bytes; int rows; int nb;
+    const int32_t * ids; int64_t ids_slot, ids_token; int used, tokens;
+    const uint8_t * q; const tq_act_head * head; bool shared;
+    float * y; int64_t ld_slot, ld_token;
+};
+void tq_decode_experts(const tq_experts & e, cudaStream_t stream);
+
+// tq-prefill.cu (mma.sync, sm_80 and newer) and tq-prefill-wgmma.cu (sm_90a): more than 8 tokens.
+// `sms`: multiprocessors. tq_prefill chooses between the two; returns what it chose.
+const char * tq_prefill(const tq_segment * segments, int n_segments, const tq_act & act, int cc, int sms, cudaStream_t stream);
+
+// tq-tile.cu: between the file's bytes and tile form. `offset` and `bytes` are in the file's bytes of the whole tensor
+// (any alignment, so that uploads in pieces work); one1: TQ1_1 (30-byte blocks) rather than TQ2_1 (36).
+struct tq_shape { bool one1; int64_t columns, rows, matrices; }; // rows of one matrix
+size_t tq_tile_tensor_bytes(const tq_shape & s);
+void tq_to_tiles(const tq_shape & s, const uint8_t * file, size_t offset, size_t bytes, uint8_t * tiles, cudaStream_t stream);
+void tq_from_tiles(const tq_shape & s, const uint8_t * tiles, size_t offset, size_t bytes, uint8_t * file, cudaStream_t stream);
