@@ -1,0 +1,112 @@
+#pragma once
+
+// TQ2_1 and TQ1_1 in this backend, on cards that keep them in tile form (tq-kernels.cuh): which tensors
+// those are, how they come and go, and which kernels their operators take. The rest of the backend calls
+// in here by the edits of edits-cuda.yaml. A tensor not in tile form is the templates' (tq.cuh).
+//
+// Addresses: a tensor's strides, and the data pointers of views, count the file's bytes, also in tile form
+// (the file's bytes are never more than the tiles'). So a view's place is its distance from its root.
+
+#include "common.cuh"
+#include "tq-kernels.cuh"
+
+#include <unordered_set>
+#include <vector>
+
+// tq-fuse.cu is there: whole sites of a graph (norm, quantisation, q/k/v; gate and up with the activation) at once.
+#ifndef GGML_CUDA_TQ_FUSE
+#define GGML_CUDA_TQ_FUSE 0
+#endif
+
+// ---- which tensors ------------------------------------------------------------------------------------
+// Whether `device` keeps this tensor in tile form, wherever the tensor is now: one of the two types, compute
+// capability 8.0 or more, and contiguous at its root. GGML_CUDA_TQ=templates says no to all.
+bool ggml_cuda_tq_form(int device, const ggml_tensor * tensor);
+// The same for a tensor that is allocated: memory of the host, which some devices read as it is, is not in tile form.
+bool ggml_cuda_tq_tiles(int device, const ggml_tensor * tensor);
+// Bytes to allocate for a tensor in tile form.
+size_t ggml_cuda_tq_alloc_size(const ggml_tensor * tensor);
+
+// ---- to and from the host -------------------------------------------------------------------------------
+// `count` pieces of `size` bytes: in the tensor from `offset`, `stride_tensor` bytes apart, in `data` `stride_data` apart.
+struct ggml_cuda_tq_pieces {
+    size_t offset, size, count = 1, stride_tensor = 0, stride_data = 0;
+};
+// Zeroes the rows that pad a new tensor.
+void ggml_cuda_tq_init(int device, ggml_tensor * tensor);
+// These return when it is done, whatever the stream of the context.
+void ggml_cuda_tq_set_tensor(int device, ggml_tensor * tensor, const void * data, const ggml_cuda_tq_pieces & p);
+void ggml_cuda_tq_get_tensor(int device, const ggml_tensor * tensor, void * data, const ggml_cuda_tq_pieces & p);
+void ggml_cuda_tq_memset(int device, ggml_tensor * tensor, uint8_t value, size_t offset, size_t size);
+// These are queued on the context's stream.
+void ggml_cuda_tq_set_tensor_async(ggml_backend_cuda_context & ctx, ggml_tensor * tensor, const void * data, const ggml_cuda_tq_pieces & p);
+void ggml_cuda_tq_get_tensor_async(ggml_backend_cuda_context & ctx, const ggml_tensor * tensor, void * data, const ggml_cuda_tq_pieces & p);
+// Bytes that a copy of a tensor from device to device takes, of any type; 0: the host must do it (the forms differ).
+size_t ggml_cuda_tq_copy_size(int src_device, const ggml_tensor * src, int dst_device, const ggml_tensor * dst);
+
+// ---- operators ------------------------------------------------------------------------------------------
+// Where tile form restricts what this backend can do; true for all else.
+bool ggml_cuda_tq_supports_op(int device, const ggml_tensor * op);
+// src0 of all of these is in tile form. False: dequantise (ggml_cuda_tq_f16) and take upstream's way.
+bool ggml_cuda_tq_mul_mat(ggml_backend_cuda_context & ctx, const ggml_tensor * src0, const ggml_tensor * src1, ggml_tensor * dst);
+bool ggml_cuda_tq_mul_mat_id(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
+bool ggml_cuda_tq_can_mul_mat_id(const ggml_tensor * dst);
+void ggml_cuda_tq_get_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
+void ggml_cuda_tq_cpy(ggml_backend_cuda_context & ctx, const ggml_tensor * src, ggml_tensor * dst);
+
+// The header of an F16 tensor of the same shape, contiguous, without data.
+ggml_tensor ggml_cuda_tq_f16_like(const ggml_tensor * tensor);
+// A tensor dequantised to F16 in memory of the pool, as long as this object lives.
+struct ggml_cuda_tq_f16 {
+    ggml_cuda_pool_alloc<half> data;
+    ggml_tensor tensor;
+    ggml_cuda_tq_f16(ggml_backend_cuda_context & ctx, const ggml_tensor * src);
+};
+
+// ---- a context's state ----------------------------------------------------------------------------------
+// Recorded CUDA graphs hold addresses of what is in here, so nothing is freed before the context is.
+constexpr int GGML_CUDA_TQ_ACTS = 4; // activations alive at once on a stream
+
+struct ggml_cuda_tq_state {
+    int device = 0;
+    void * scratch[GGML_CUDA_MAX_STREAMS] = {};     // tq_decode's
+    struct memory { void * data = nullptr; size_t size = 0; };
+    memory acts[GGML_CUDA_MAX_STREAMS][GGML_CUDA_TQ_ACTS];
+    int next_act[GGML_CUDA_MAX_STREAMS] = {};
+    std::vector<void *> owned;                      // all device memory above, and what it grew out of
+
+    // tq-fuse.cu's, reset by ggml_cuda_tq_begin: `act` holds the quantised values of act_src, and the products in `done`
+    // were computed with an earlier node.
+    const ggml_tensor * act_src = nullptr;
+    tq_act act = {};
+    std::unordered_set<const ggml_tensor *> done;
+};
+
+ggml_cuda_tq_state & ggml_cuda_tq_get(ggml_backend_cuda_context & ctx);
+void ggml_cuda_tq_free(ggml_backend_cuda_context * ctx);
+// Room for n tokens of nb blocks on the current stream; overwritten by the GGML_CUDA_TQ_ACTS-th call after this one.
+tq_act ggml_cuda_tq_new_act(ggml_backend_cuda_context & ctx, int n, int nb);
+
+// Whether ggml_cuda_tq_product can compute this node: MUL_MAT by one matrix in tile form whose first row is a multiple
+// of 16, src1 in F32 with rows (all of its dimensions taken together) at one distance, addresses and distances multiples
+// of 16 bytes, dst contiguous.
+bool ggml_cuda_tq_is_product(ggml_backend_cuda_context & ctx, const ggml_tensor * node);
+// Tokens, row distance (elements) of src1 of such a node.
+int64_t ggml_cuda_tq_tokens(const ggml_tensor * node);
+int64_t ggml_cuda_tq_ld(const ggml_tensor * node);
+// Up to TQ_MAX_SEGMENTS such nodes of the same src1 values, which `act` holds.
+void ggml_cuda_tq_product(ggml_backend_cuda_context & ctx, const ggml_tensor * const * nodes, int n_nodes, const tq_act & act,
+                          const tq_next * next);
+// Such nodes as the description of what comes next.
+tq_next ggml_cuda_tq_describe(const ggml_tensor * const * nodes, int n_nodes);
+
+#if GGML_CUDA_TQ_FUSE
+// tq-fuse.cu. Before the first node of a graph (its order is final by then).
+void ggml_cuda_tq_begin(ggml_backend_cuda_context & ctx, ggml_cgraph * cgraph);
+// Before node i is looked at in any other way. True: node i was computed, now or with an earlier one; i is moved to the last
+// node consumed.
+bool ggml_cuda_tq_node(ggml_backend_cuda_context & ctx, ggml_cgraph * cgraph, int & i);
+#else
+static inline void ggml_cuda_tq_begin(ggml_backend_cuda_context &, ggml_cgraph *) {}
+static inline bool ggml_cuda_tq_node(ggml_backend_cuda_context &, ggml_cgraph *, int &) { return false; }
+#endif
