@@ -45,14 +45,28 @@ struct alignas(16) tq_act_head {
 //   q:    [block][half 0..1][token][t 0..3] 16 bytes; element e of the block, with plane p = e / 32 and
 //         i = e % 32, is in half p / 2, t = i / 8, byte 8*(p % 2) + i % 8
 //   head: [block][token]
-// Prefill layout, tokens in groups of TQ_PREFILL_BN (missing tokens are zero):
-//   records [group][block] of TQ_RECORD bytes: the q of the group as wgmma wants them (core matrices of 8 tokens
-//   x 16 bytes: chunk c (0..7) of 16 bytes, token k of the group, byte j at c*16*BN + (k/8)*128 + (k%8)*16 + j;
-//   element 32p + 8t + 4h + i is byte 4t + i of chunk 2p + h), then float d[BN], then int
-//   TQ_MAGIC - sum(q) [BN]
-//   sums: float [block][tokens rounded up to BN], the sum of the x
-constexpr int TQ_RECORD = TQ_PREFILL_BN * TQ_BLOCK + TQ_PREFILL_BN * 8;
-constexpr int TQ_MAGIC  = 0x4B400000; // an int below 2^22 added to this, read as float, is 1.5 * 2^23 + int
+// (CHANGED 08:57, k4 please note: order of q and d in a record, no TQ_MAGIC, sums as tf32 pairs; smaller record.)
+// Prefill layout, tokens in groups of TQ_PREFILL_BN (missing tokens are zero). Token k of its group, k = 0..127:
+//   records [group][block] of TQ_RECORD bytes: q as wgmma wants it (core matrices of 8 tokens x 16 bytes), then d.
+//     Element e = 32p + 8t + 4h + i of the block (p, t, i = 0..3, h = 0..1) is byte
+//       chunk*16*BN + (k/8)*128 + (k%8)*16 + byte,  chunk = 4*(p%2) + 2*(i/2) + h,  byte = 4t + 2*(i%2) + p/2
+//     (tq_record_q below): the order in which one PRMT for each four weights leaves the codes as -1, 0, 1.
+//     d of token k is float tq_record_d(k) after the BN*TQ_BLOCK bytes of q.
+//   sums: the sum of the x of each block and token, as the B fragments of mma.m16n8k8 in two tf32 terms:
+//     hi = the sum with its lowest 13 bits cleared, lo = sum - hi (exact), at floats tq_sums_at(...) and
+//     tq_sums_at(...) + 2. Blocks beyond the last (nb % 8 != 0) need not be written.
+constexpr int TQ_RECORD = TQ_PREFILL_BN * TQ_BLOCK + TQ_PREFILL_BN * 4;
+
+// Byte of a record where element e of token k (in its group) lies. Elements e, e + 1, e + 64, e + 65 (e even, e % 64 < 32)
+// are bytes 0, 2, 1, 3 of one word.
+__host__ __device__ constexpr int tq_record_q(int e, int k) {
+    int p = e / 32, t = e % 32 / 8, h = e % 8 / 4, i = e % 4;
+    return (4 * (p % 2) + 2 * (i / 2) + h) * 16 * TQ_PREFILL_BN + k * 16 + 4 * t + 2 * (i % 2) + p / 2;
+}
+__host__ __device__ constexpr int tq_record_d(int k) { return k / 16 * 16 + k % 8 / 2 * 4 + k / 8 % 2 * 2 + k % 2; }
+__host__ __device__ constexpr size_t tq_sums_at(int group, int nb, int block, int k) {
+    return (((size_t) group * ((nb + 7) / 8) + block / 8) * TQ_PREFILL_BN + k) * 16 + block % 4 * 4 + block % 8 / 4;
+}
 
 enum tq_act_layout { TQ_ACT_DECODE, TQ_ACT_PREFILL };
 
@@ -63,7 +77,7 @@ struct tq_act {
     int       cols;  // decode: columns of the layout (1, 2, 4, 8); prefill: tokens rounded up to BN
     int       nb;    // blocks of a token: columns / 128
     uint8_t * q;     // decode: q; prefill: records
-    void    * aux;   // decode: tq_act_head; prefill: sums
+    void    * aux;   // decode: tq_act_head; prefill: sums (16-byte aligned)
 };
 
 static inline int tq_act_cols(int n) {
@@ -73,7 +87,7 @@ static inline size_t tq_act_q_bytes(int n, int nb) {
     return n <= TQ_DECODE_MAX ? (size_t) tq_act_cols(n) * nb * TQ_BLOCK : (size_t) (tq_act_cols(n) / TQ_PREFILL_BN) * nb * TQ_RECORD;
 }
 static inline size_t tq_act_aux_bytes(int n, int nb) {
-    return (size_t) tq_act_cols(n) * nb * (n <= TQ_DECODE_MAX ? sizeof(tq_act_head) : sizeof(float));
+    return n <= TQ_DECODE_MAX ? (size_t) tq_act_cols(n) * nb * sizeof(tq_act_head) : (size_t) tq_act_cols(n) * ((nb + 7) / 8) * 64;
 }
 
 // tq-act.cu. What comes before the matrices of a site, all the way to quantised activations. Strides are in
@@ -81,10 +95,12 @@ static inline size_t tq_act_aux_bytes(int n, int nb) {
 // x[token*ld + column]
 void tq_quantize(const float * x, int64_t ld, const tq_act & out, cudaStream_t stream);
 // s = a + b (b may be null: s = a), y = s * rsqrt(mean(s^2) + eps) * w; s goes to `sum` and y to `norm` where these
-// are not null, and y is quantised. All rows contiguous.
+// are not null, and y is quantised. All rows contiguous, of at most TQ_NORM_MAX_BLOCKS blocks. `sum` and `norm` may be
+// a or b themselves.
+constexpr int TQ_NORM_MAX_BLOCKS = 128;
 void tq_quantize_norm(const float * a, const float * b, const float * w, float eps, float * sum, float * norm,
                       const tq_act & out, cudaStream_t stream);
-// y = act(gate) * up; act 0: silu, 1: gelu (tanh form, as ggml's). y to `product` where not null.
+// y = act(gate) * up; act 0: silu, 1: gelu (tanh form, as ggml's). y to `product` (contiguous) where not null.
 void tq_quantize_glu(const float * gate, const float * up, int64_t ld_gate, int64_t ld_up, int act, float * product,
                      const tq_act & out, cudaStream_t stream);
 
