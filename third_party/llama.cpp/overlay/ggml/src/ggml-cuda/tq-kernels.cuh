@@ -58,7 +58,9 @@ struct alignas(16) tq_act_head {
 constexpr int TQ_RECORD = TQ_PREFILL_BN * TQ_BLOCK + TQ_PREFILL_BN * 4;
 
 // Byte of a record where element e of token k (in its group) lies. Elements e, e + 1, e + 64, e + 65 (e even, e % 64 < 32)
-// are bytes 0, 2, 1, 3 of one word.
+// are bytes 0, 2, 1, 3 of one word. With lane s = 4p + t of 16 holding elements 32p + 8t .. + 7 packed in lo (h = 0) and hi
+// (h = 1): other = shfl_xor(p < 2 ? hi : lo, 8), x = p < 2 ? lo : other, z = p < 2 ? other : hi, h = p / 2, then
+// byte_perm(x, z, 0x5140) is the word of chunk 4*(p%2) + h and byte_perm(x, z, 0x7362) that of chunk 4*(p%2) + 2 + h, at 4t.
 __host__ __device__ constexpr int tq_record_q(int e, int k) {
     int p = e / 32, t = e % 32 / 8, h = e % 8 / 4, i = e % 4;
     return (4 * (p % 2) + 2 * (i / 2) + h) * 16 * TQ_PREFILL_BN + k * 16 + 4 * t + 2 * (i % 2) + p / 2;
