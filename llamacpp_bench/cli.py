@@ -25,11 +25,25 @@ examples:
     pt2-bench a.gguf --baseline b.gguf --no-perplexity
   the shapes of large models with random weights (speed only), two threads, no repacking:
     pt2-bench --synthetic 1b --types tq2_1,tq1_1,q2_k -t 2 -p 128 -n 32 --no-repack
+  on a GPU, from 1 to 64 sequences at once and with up to 16 384 tokens in the cache:
+    pt2-bench --synthetic 7b --variant cuda --work /dev/shm --batch 1,2,4,8,16,32,64 \\
+        --batch-prompt 16 --batch-gen 64
+    pt2-bench --synthetic 7b --variant cuda --work /dev/shm -p 0 -n 64 --depth 0,4096,16384
   what changed between two runs:
     pt2-bench compare old/results.json new/results.json
+  one report of runs that measured parts of a comparison:
+    pt2-bench report 7b/results.json 65b/results.json --out report
 
 Each round runs llama-bench once per model, so that a drift of the machine hits all alike. The
 output folder gets results.json, results.csv, results.md, the plots and the logs of every call.
+"""
+
+REPORT_EPILOG = """\
+example:
+  pt2-bench report speed/results.json batch/results.json depth/results.json --out report
+
+Runs of one machine and one build whose files (by name and size) are the same model's; a test that
+several runs have keeps the rounds of all of them.
 """
 
 COMPARE_EPILOG = """\
@@ -44,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     if args and args[0] == "compare":
         return run_cli("pt2-bench compare", lambda: run_compare(args[1:]))
+    if args and args[0] == "report":
+        return run_cli("pt2-bench report", lambda: run_report(args[1:]))
     return run_cli("pt2-bench", lambda: run_bench(args))
 
 
@@ -68,6 +84,28 @@ def run_compare(argv: Sequence[str]) -> int:
     return 0
 
 
+def run_report(argv: Sequence[str]) -> int:
+    parser = ArgumentParser(
+        prog="pt2-bench report",
+        description="Tables and plots of one or several results files, as one comparison.",
+        epilog=REPORT_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("results", type=Path, nargs="+", metavar="results.json")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    args = parser.parse_args(argv)
+    from llamacpp_bench.merge import merge
+    from llamacpp_bench.report import print_tables, write_reports
+    from llamacpp_bench.results import load_results
+
+    results = merge([load_results(path) for path in args.results])
+    args.out.mkdir(parents=True, exist_ok=True)
+    results.save(args.out / "results.json")
+    write_reports(results, args.out)
+    print_tables(results)
+    return 0
+
+
 def run_bench(argv: Sequence[str]) -> int:
     args = make_parser().parse_args(argv)
     from llamacpp_bench.pipeline import bench
@@ -86,7 +124,7 @@ def run_bench(argv: Sequence[str]) -> int:
         results = bench(args.models, config)
     if not config.quiet:
         print_tables(results)
-    return 0
+    return 1 if results.failures else 0
 
 
 def to_config(args: argparse.Namespace) -> Config:
@@ -103,6 +141,8 @@ def to_config(args: argparse.Namespace) -> Config:
         pg=parse_pairs(args.pg or [default_pair(args)]),
         depths=parse_numbers(args.depth, "--depth"),
         batches=parse_numbers(args.batch, "--batch") if args.batch else (),
+        batch_prompt=args.batch_prompt,
+        batch_gen=args.batch_gen,
         rounds=args.rounds,
         threads=args.threads,
         gpu_layers=args.gpu_layers,
@@ -113,6 +153,11 @@ def to_config(args: argparse.Namespace) -> Config:
         text=args.text,
         chunks=args.chunks,
         bandwidth=None if args.bandwidth is None else args.bandwidth * 1e9,
+        bandwidth_program=args.bandwidth_program,
+        placement=not args.no_placement,
+        time_limit=args.time_limit,
+        tool_timeout=args.tool_timeout,
+        keep_going=args.keep_going,
         strict=args.strict,
         out=args.out,
         work=args.work,
@@ -238,6 +283,10 @@ def add_speed_options(p: argparse.ArgumentParser) -> None:
         metavar="LIST",
         help="sequences decoded at once, like 1,8,64 (default: not timed)",
     )
+    g.add_argument(
+        "--batch-prompt", type=natural, metavar="N", help="their prompt's length (default: -p)"
+    )
+    g.add_argument("--batch-gen", type=natural, metavar="N", help="tokens of each (default: -n)")
     g.add_argument("-r", "--rounds", type=positive, default=5, metavar="N", help="default: 5")
     g.add_argument("-t", "--threads", type=positive, metavar="N", help="default: all usable cores")
     g.add_argument("--gpu-layers", type=natural, metavar="N", help="default: all on a CUDA build")
@@ -246,7 +295,28 @@ def add_speed_options(p: argparse.ArgumentParser) -> None:
     g.add_argument("--bin", metavar="DIR", help="the programs of this folder instead of a build")
     g.add_argument("--bandwidth", type=float, metavar="GB/s", help="instead of measuring it")
     g.add_argument(
+        "--bandwidth-program",
+        metavar="FILE",
+        help="a program that measures it and ends with a line of JSON: bytes_per_second, method",
+    )
+    g.add_argument("--no-placement", action="store_true", help="do not look where operations run")
+    g.add_argument(
         "--strict", action="store_true", help="an operation on the CPU in a GPU run is an error"
+    )
+    g = p.add_argument_group("when time is short")
+    g.add_argument(
+        "--time-limit",
+        type=positive,
+        metavar="S",
+        help="of each shape: no round begins that would end later (the first one is always run)",
+    )
+    g.add_argument(
+        "--tool-timeout", type=positive, metavar="S", help="stop a program that runs longer"
+    )
+    g.add_argument(
+        "--keep-going",
+        action="store_true",
+        help="leave a model out when a program fails on it (exit status 1 at the end)",
     )
 
 

@@ -7,12 +7,15 @@ speak of, and ctypes releases Python's lock meanwhile. Every page is written fir
 untouched pages would all be the one zero page and sit in cache. The best of several passes counts:
 noise only ever makes memory slower.
 
-On a GPU the same question is put to torch (a sum over a large float32 tensor), when torch sees one.
+On a GPU the same question is put to torch (a sum over a large float32 tensor), when torch sees one,
+or to a program that does nothing but read (benchmarks/h200/stream_read.cu is one; torch's sum
+reached 91% of its rate on an H200, so shares of the sum's rate come out too high).
 """
 
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import re
 import time
@@ -21,6 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from llamacpp_bench.process import run_tool
+from quantize.common import PT2Error
 
 MIN_BUFFER = 1 << 30
 GPU_BUFFER = 4 << 30
@@ -79,6 +85,33 @@ def measure_gpu(passes: int = 10) -> Bandwidth:
     del x
     torch.cuda.empty_cache()
     return Bandwidth(best, method)
+
+
+def measure_by_program(program: str | os.PathLike[str], log: Path) -> Bandwidth:
+    """The rate that a program measures.
+
+    It takes no arguments and its last line on stdout is a JSON object with `bytes_per_second` (a
+    positive number) and `method` (what it did).
+
+    Raises:
+        PT2Error: the program is not there, fails, or prints something else.
+    """
+    path = Path(program)
+    if not (path.is_file() and os.access(path, os.X_OK)):
+        raise PT2Error(f"--bandwidth-program {path}: there is no such program")
+    lines = run_tool([path.resolve()], os.environ, log, timeout=60).stdout.split("\n")
+    last = next((line for line in reversed(lines) if line.strip()), "")
+    try:
+        found = json.loads(last)
+        rate, method = float(found["bytes_per_second"]), str(found["method"])
+    except (ValueError, KeyError, TypeError) as e:
+        raise PT2Error(
+            f"{path.name} ended with {last[:60]!r}, not with a JSON object that has "
+            "bytes_per_second and method"
+        ) from e
+    if not rate > 0:
+        raise PT2Error(f"{path.name} gave {rate} bytes per second")
+    return Bandwidth(rate, method)
 
 
 def last_level_cache() -> int:

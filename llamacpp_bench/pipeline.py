@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from llamacpp_bench import memory
+from llamacpp_bench import memory, speed
 from llamacpp_bench.baselines import (
     FLOAT_TYPES,
     BaselineMaker,
@@ -35,18 +35,8 @@ from llamacpp_bench.perplexity import (
 )
 from llamacpp_bench.progress import Display
 from llamacpp_bench.report import write_reports
-from llamacpp_bench.results import Model, Results, Sample
-from llamacpp_bench.runner import (
-    Load,
-    batched_command,
-    bench_command,
-    interleave,
-    probe_placement,
-    run_batched,
-    run_bench,
-    shown_command,
-    test_name,
-)
+from llamacpp_bench.results import Model, Results
+from llamacpp_bench.runner import Load, shown_command
 from llamacpp_bench.tools import ToolBox, open_toolbox
 from quantize.common import PT2Error, human_bytes, sha256_file
 
@@ -59,7 +49,14 @@ class Config:
 
     `baselines`: what to make or load, the first one is what ratios refer to. `text`: for the
     perplexity (None only with `perplexity` False). `chunks`: 512-token windows of it (None: all).
-    `bandwidth`: bytes per second, instead of measuring it. `work`: where synthetic files go.
+    `bandwidth`: bytes per second, instead of measuring it; `bandwidth_program`: a program that
+    measures it (:func:`llamacpp_bench.memory.measure_by_program`). `work`: where synthetic files
+    go.
+
+    `batch_prompt`, `batch_gen`: lengths in the tests of many sequences (None: those of `prompt` and
+    `gen`). `time_limit`: seconds after which no further round of a group begins; `tool_timeout`:
+    seconds after which one call of a program is stopped; `keep_going`: a model whose program fails
+    is left out of the rest of the run, which then counts as not complete.
     """
 
     baselines: tuple[Wanted, ...] = (Wanted(type="Q2_K"),)
@@ -70,6 +67,8 @@ class Config:
     pg: tuple[tuple[int, int], ...] = ((128, 256),)
     depths: tuple[int, ...] = (0,)
     batches: tuple[int, ...] = ()
+    batch_prompt: int | None = None
+    batch_gen: int | None = None
     rounds: int = MIN_ROUNDS
     threads: int | None = None
     gpu_layers: int | None = None
@@ -80,6 +79,11 @@ class Config:
     text: str | None = None
     chunks: int | None = None
     bandwidth: float | None = None
+    bandwidth_program: str | None = None
+    placement: bool = True
+    time_limit: float | None = None
+    tool_timeout: float | None = None
+    keep_going: bool = False
     strict: bool = False
     out: str | None = None
     work: str | None = None
@@ -88,10 +92,19 @@ class Config:
 
     def load(self) -> Load:
         """What llama-bench is asked to do, the number of threads settled."""
-        threads = self.threads or usable_cores()
-        layers = self.gpu_layers
-        depths, batches = self.depths, self.batches
-        return Load(self.prompt, self.gen, self.pg, depths, threads, layers, self.repack, batches)
+        return Load(
+            prompt=self.prompt,
+            gen=self.gen,
+            pg=self.pg,
+            depths=self.depths,
+            threads=self.threads or usable_cores(),
+            gpu_layers=self.gpu_layers,
+            repack=self.repack,
+            batches=self.batches,
+            batch_prompt=self.prompt if self.batch_prompt is None else self.batch_prompt,
+            batch_gen=self.gen if self.batch_gen is None else self.batch_gen,
+            timeout=self.tool_timeout,
+        )
 
 
 @dataclass
@@ -143,7 +156,7 @@ def bench(models: Sequence[str | Path], config: Config) -> Results:
     for info in given:
         add_model(session, info, info.path.stem, "given")
     add_baselines(session, given)
-    measure_group(session, "")
+    speed.measure_group(session, "")
     if config.perplexity:
         measure_perplexities(session)
     return finish(session)
@@ -151,12 +164,7 @@ def bench(models: Sequence[str | Path], config: Config) -> Results:
 
 def start(config: Config, tools: ToolBox, stem: str) -> Session:
     """Make the output folder, describe the machine and measure its memory bandwidth."""
-    if config.rounds < 1:
-        raise PT2Error(f"-r {config.rounds}: at least one round is needed")
-    if not (config.prompt or config.gen or config.pg):
-        raise PT2Error("-p 0 -n 0 --pg none: nothing is left to time")
-    if config.batches and (not config.gen or 0 in config.batches):
-        raise PT2Error("--batch needs numbers of at least 1, and -n of at least 1")
+    check_load(config)
     for name in needed_tools(config):
         tools.tool(name)
     show = Display(config.quiet)
@@ -178,9 +186,20 @@ def start(config: Config, tools: ToolBox, stem: str) -> Session:
     return session
 
 
+def check_load(config: Config) -> None:
+    """Refuse options that leave nothing to time."""
+    if config.rounds < 1:
+        raise PT2Error(f"-r {config.rounds}: at least one round is needed")
+    load = config.load()
+    if not (load.plain or load.batches):
+        raise PT2Error("-p 0 -n 0 --pg none and no --batch: nothing is left to time")
+    if load.batches and (not load.batch_gen or 0 in load.batches):
+        raise PT2Error("--batch needs numbers of at least 1, and -n or --batch-gen of at least 1")
+
+
 def needed_tools(config: Config) -> list[str]:
     """The programs a run will call, so that a missing one is said before anything is measured."""
-    names = ["llama-bench"]
+    names = ["llama-bench"] if config.load().plain or config.placement else []
     names += ["llama-batched-bench"] if config.batches else []
     names += ["llama-perplexity"] if config.perplexity else []
     made = [w.type for w in config.baselines if w.type and w.type not in FLOAT_TYPES]
@@ -193,7 +212,7 @@ def describe_config(config: Config) -> dict[str, Any]:
     raw = asdict(config)
     raw["threads"] = config.load().threads
     raw["baselines"] = [w.label for w in config.baselines]
-    for key in ("source", "imatrix_text", "bin_dir", "out", "work", "text"):
+    for key in ("source", "imatrix_text", "bin_dir", "bandwidth_program", "out", "work", "text"):
         raw[key] = Path(raw[key]).name if raw[key] else None
     raw["text_sha256"] = sha256_file(config.text) if config.perplexity and config.text else None
     return dict(json.loads(json.dumps(raw)))  # tuples become the lists that a reader will see
@@ -205,7 +224,9 @@ def measure_bandwidth(session: Session) -> dict[str, Any]:
     if config.bandwidth is not None:
         return {"bytes_per_second": config.bandwidth, "method": "given", "note": ""}
     session.show.say("measuring the memory bandwidth")
-    if session.tools.variant == "cuda":
+    if config.bandwidth_program is not None:
+        found = memory.measure_by_program(config.bandwidth_program, session.log("bandwidth"))
+    elif session.tools.variant == "cuda":
         found = memory.measure_gpu()
     else:
         found = memory.measure_cpu(config.load().threads or 1)
@@ -284,64 +305,6 @@ def open_maker(session: Session, given: list[GGUFInfo]) -> BaselineMaker:
     return BaselineMaker(session.tools, source, text, threads, session.show.say)
 
 
-def measure_group(session: Session, group: str) -> None:
-    """Where the models of a group run, then their interleaved rounds; saved after every run."""
-    models = [m for m in session.results.models if m.group == group]
-    load = session.config.load()
-    with session.show.bar("placement", len(models)) as step:
-        for model in models:
-            info = session.infos[model.name]
-            log = session.log("placement", model.name)
-            model.placement, model.buffers = probe_placement(session.tools, info, load, log)
-            step(1, f"placement of {model.name}")
-            check_placement(session, model)
-    order = interleave(len(models), session.config.rounds)
-    with session.show.bar("speed", len(order)) as step:
-        for round_, i in order:
-            model = models[i]
-            step(0, f"speed of {model.name}, round {round_ + 1}/{session.config.rounds}")
-            measure_once(session, model, load, round_)
-            session.save()
-            step(1)
-
-
-def measure_once(session: Session, model: Model, load: Load, round_: int) -> None:
-    """One round of one model: every test once."""
-    path = session.infos[model.name].path
-    session.command(bench_command(session.tools, path, load))
-    log = session.log("bench", model.name, f"round{round_}")
-    entries, done = run_bench(session.tools, path, load, log)
-    model.peak_rss = max(model.peak_rss, done.peak_rss)
-    note_build(session, entries[0])
-    speeds = {test_name(e): float(e["samples_ts"][0]) for e in entries}
-    if load.batches:
-        session.command(batched_command(session.tools, path, load))
-        log = session.log("batched", model.name, f"round{round_}")
-        # its memory is not the model's peak at batch 1, which is what is reported
-        batched, _ = run_batched(session.tools, path, load, log)
-        speeds |= batched
-    for test, speed in speeds.items():
-        session.results.samples.append(Sample(model.name, test, round_, speed))
-
-
-def check_placement(session: Session, model: Model) -> None:
-    """Say which operations of a GPU run landed on the CPU; an error with `strict`."""
-    where = model.placement.elsewhere
-    if not where:
-        return
-    shown = "; ".join(where[:4]) + (f"; and {len(where) - 4} more" if len(where) > 4 else "")
-    text = f"{model.name}: {len(where)} operations ran on the CPU: {shown}"
-    if session.config.strict:
-        raise PT2Error(f"{text} (--strict)")
-    session.warn(text)
-
-
-def note_build(session: Session, entry: dict[str, Any]) -> None:
-    """Keep what llama-bench says of its build and of the devices."""
-    for key in ("build_commit", "build_number", "backends", "cpu_info", "gpu_info"):
-        session.results.build.setdefault(key, entry.get(key))
-
-
 def measure_perplexities(session: Session) -> None:
     """Both protocols for every model."""
     config = session.config
@@ -388,7 +351,7 @@ def finish(session: Session) -> Results:
             f"({human_bytes(memory.last_level_cache())}), which may serve a part of the reads: the "
             "share of the memory bandwidth is an upper bound"
         )
-    session.results.complete = True
+    session.results.complete = not session.results.failures
     session.save()
     write_reports(session.results, session.out)
     return session.results

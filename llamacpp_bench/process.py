@@ -36,6 +36,7 @@ def run_tool(
     env: Mapping[str, str],
     log: Path,
     on_output: Callable[[str], None] | None = None,
+    timeout: float | None = None,
 ) -> Finished:
     """Run `argv` to its end.
 
@@ -43,10 +44,11 @@ def run_tool(
         env: the environment of the child.
         log: where stderr goes; kept whatever happens, replaced if it exists.
         on_output: called with stdout as it comes, in pieces (for progress).
+        timeout: seconds after which the program is killed (None: never).
 
     Raises:
-        PT2Error: the program cannot be started, exits with an error or is killed by a signal. The
-            message has the reason from its log and names the log.
+        PT2Error: the program cannot be started, exits with an error, is killed by a signal or runs
+            past the timeout. The message has the reason from its log and names the log.
     """
     words = [str(a) for a in argv]
     name = Path(words[0]).name
@@ -61,14 +63,26 @@ def run_tool(
         except OSError as e:
             raise PT2Error(f"cannot start {name}: {e.strerror}; run: pt2-llama doctor") from e
         watch = _PeakWatch(child.pid)
+        late = threading.Event()
+
+        def stop() -> None:
+            late.set()
+            child.kill()
+
+        alarm = threading.Timer(timeout or 0, stop)
+        if timeout is not None:
+            alarm.start()
         try:
             stdout = _drain(child, on_output)
             code = child.wait()
         finally:
+            alarm.cancel()
             if child.poll() is None:  # interrupted: do not leave a benchmark running behind
                 child.terminate()
                 child.wait()
             peak = watch.stop()
+    if late.is_set():
+        raise PT2Error(f"{name} was stopped after {timeout:g} s (log: {log})")
     if code != 0:
         raise PT2Error(_failure(name, code, log, stdout))
     return Finished(stdout, time.perf_counter() - started, peak, log)

@@ -60,9 +60,10 @@ class Model:
     """One file of the comparison.
 
     `origin`: how it came to be (given, made by llama-quantize, synthetic). `bpw`: bits of the file
-    over parameters. `decode_bytes`: weights that one decoded token reads; `kv_bytes`: KV cache per
-    token of context. `group`: the shape in synthetic runs, "" otherwise. `peak_rss` in bytes,
-    `buffers` in MiB as llama.cpp reports them.
+    over parameters. `decode_bytes`: weights that one decoded token reads, as the file has them;
+    `device_bytes`: the same as the GPU has them, which is more where a type is kept in a wider form
+    there (0: not known, or no GPU); `kv_bytes`: KV cache per token of context. `group`: the shape
+    in synthetic runs, "" otherwise. `peak_rss` in bytes, `buffers` in MiB as llama.cpp says.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Model:
     types: dict[str, dict[str, int]]
     decode_bytes: int
     kv_bytes: int = 0
+    device_bytes: int = 0
     group: str = ""
     peak_rss: int = 0
     buffers: dict[str, float] = field(default_factory=dict)
@@ -85,7 +87,11 @@ class Model:
 
 @dataclass
 class Results:
-    """Everything of one run of pt2-bench. `complete` is False while it is still going on."""
+    """Everything of one run of pt2-bench.
+
+    `failures`: models that were left out because a program failed on them, and why. `complete` is
+    False while the run is still going on, and after one with failures.
+    """
 
     machine: dict[str, Any]
     build: dict[str, Any]
@@ -96,6 +102,7 @@ class Results:
     bandwidth: dict[str, Any] = field(default_factory=dict)
     commands: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
     complete: bool = False
 
     @property
@@ -111,8 +118,13 @@ class Results:
 
     def values(self, model: str, test: str) -> list[float]:
         """Tokens per second of a model in a test, by round."""
-        found = [s for s in self.samples if s.model == model and s.test == test]
-        return [s.tokens_per_second for s in sorted(found, key=lambda s: s.round)]
+        found = self.by_round(model, test)
+        return [found[r] for r in sorted(found)]
+
+    def by_round(self, model: str, test: str) -> dict[int, float]:
+        """Round -> tokens per second of a model in a test."""
+        wanted = (s for s in self.samples if s.model == model and s.test == test)
+        return {s.round: s.tokens_per_second for s in wanted}
 
     def summary(self, model: str, test: str) -> Summary:
         return summarise(self.values(model, test))
@@ -122,7 +134,9 @@ class Results:
         base = self.baseline.get(model.group)
         if base is None:
             return None
-        return paired_ratio(self.values(model.name, test), self.values(base, test))
+        mine, theirs = self.by_round(model.name, test), self.by_round(base, test)
+        both = sorted(mine.keys() & theirs.keys())
+        return paired_ratio([mine[r] for r in both], [theirs[r] for r in both])
 
     def bandwidth_share(self, model: Model, test: str) -> float | None:
         """Share of the measured memory bandwidth that a pure decode test reaches, else None."""
@@ -144,13 +158,14 @@ _DECODE = re.compile(r"tg(\d+)(?:@d(\d+))?")  # not in batches: those read weigh
 def token_bytes(model: Model, test: str) -> float:
     """Bytes that a decoded token of a pure decode test reads: weights and the mean KV cache.
 
-    0 for tests that are not pure decode.
+    0 for tests that are not pure decode. Weights count as they lie in the memory that
+    they are read from.
     """
     match = _DECODE.fullmatch(test)
     if match is None:
         return 0.0
     depth = int(match[1]) / 2 + int(match[2] or 0)
-    return model.decode_bytes + depth * model.kv_bytes
+    return max(model.decode_bytes, model.device_bytes) + depth * model.kv_bytes
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ class Load:
 
     `prompt`, `gen`: lengths in tokens, 0 leaves the test out; `pg`: pairs (prompt, generated)
     timed together; `depths`: tokens already in the KV cache when the clock starts;
-    `batches`: numbers of sequences decoded at once (by llama-batched-bench).
+    `batches`: numbers of sequences decoded at once (by llama-batched-bench), `batch_gen` tokens
+    each after `batch_prompt`. `timeout`: seconds after which one call is stopped.
     """
 
     prompt: int = 128
@@ -42,6 +43,14 @@ class Load:
     gpu_layers: int | None = None
     repack: bool = True
     batches: tuple[int, ...] = ()
+    batch_prompt: int = 128
+    batch_gen: int = 256
+    timeout: float | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether llama-bench has anything to time."""
+        return bool(self.prompt or self.gen or self.pg)
 
     def arguments(self) -> list[str]:
         """llama-bench's options for this load (no model, one repetition)."""
@@ -95,16 +104,16 @@ def run_bench(
     tools: ToolBox, model: Path, load: Load, log: Path
 ) -> tuple[list[dict[str, Any]], Finished]:
     """One call of llama-bench: its entries, and how the program ended."""
-    done = run_tool(bench_command(tools, model, load), tools.env, log)
+    done = run_tool(bench_command(tools, model, load), tools.env, log, timeout=load.timeout)
     return parse_bench_json(done.stdout, log), done
 
 
 def batched_command(tools: ToolBox, model: Path, load: Load) -> list[str]:
-    """llama-batched-bench: `gen` tokens after `prompt`, for every number of sequences."""
-    prompt = max(1, load.prompt)
+    """llama-batched-bench: decoded tokens after a prompt, for every number of sequences."""
+    prompt, gen = max(1, load.batch_prompt), load.batch_gen
     args = [str(tools.tool("llama-batched-bench")), "-m", str(model), "--output-format", "jsonl"]
-    args += ["-npp", str(prompt), "-ntg", str(load.gen), "-npl", ",".join(map(str, load.batches))]
-    args += ["-c", str(max(load.batches) * (prompt + load.gen))]
+    args += ["-npp", str(prompt), "-ntg", str(gen), "-npl", ",".join(map(str, load.batches))]
+    args += ["-c", str(max(load.batches) * (prompt + gen))]
     args += ["-t", str(load.threads)] if load.threads is not None else []
     args += ["-ngl", str(load.gpu_layers)] if load.gpu_layers is not None else []
     return args if load.repack else [*args, "--no-repack"]
@@ -128,7 +137,7 @@ def run_batched(tools: ToolBox, model: Path, load: Load, log: Path) -> tuple[dic
     """Decode speed per number of sequences, and the peak memory in bytes."""
     argv = batched_command(tools, model, load)
     for _ in range(LOST_LINE_TRIES):
-        done = run_tool(argv, tools.env, log)
+        done = run_tool(argv, tools.env, log, timeout=load.timeout)
         speeds = parse_batched(done.stdout + log.read_text("utf-8", "replace"), load.batches)
         if speeds:
             return speeds, done.peak_rss
@@ -172,9 +181,9 @@ def probe_placement(
         The placement, and the sizes of llama.cpp's buffers in MiB (`CPU model`, `CUDA0 KV`, ...).
     """
     prompt = min(load.prompt, 64) if load.prompt else 8
-    small = Load(prompt, 1, (), (0,), load.threads, load.gpu_layers, load.repack)
+    small = replace(load, prompt=prompt, gen=1, pg=(), depths=(0,))
     argv = [*bench_command(tools, info.path, small), "--no-warmup", "-v"]
-    run_tool(argv, {**tools.env, "GGML_SCHED_DEBUG": "2"}, log)
+    run_tool(argv, {**tools.env, "GGML_SCHED_DEBUG": "2"}, log, timeout=load.timeout)
     text = log.read_text("utf-8", "replace")
     placement = parse_placement(text, info)
     ours = [k for k, ops in placement.ops.items() if k in PT2_LAYOUT_KEYS and on_cpu(ops)]

@@ -7,9 +7,11 @@ itself: it is run dry (`--dry-run`) on a sparse F16 file of the same shape, whic
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +19,14 @@ import numpy as np
 
 from llamacpp_bench.ggml_types import BY_NAME, FILE_TYPES, PT2_LAYOUT_KEYS, PT2_LAYOUTS
 from llamacpp_bench.gguf_info import Tensor, header_bytes, padded
+from llamacpp_bench.machine import usable_cores
 from llamacpp_bench.process import run_tool
 from llamacpp_bench.tools import ToolBox
 from quantize.common import PT2Error, atomic_path, human_bytes
 
 POOL_BLOCKS = 1 << 16
+PIECE_BYTES = 64 << 20  # what one thread writes in one go
+MAX_BUFFERS = 64  # of one write; the system's limit is 1024 or more
 SCALE = 0.02  # what weights of trained models are about
 LABEL = "random weights: speed only"
 
@@ -291,6 +296,47 @@ def check_disk(folder: Path, needed: int) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Piece:
+    """`nbytes` bytes at `offset` of a file: `pool` from its beginning, over and over."""
+
+    offset: int
+    nbytes: int
+    pool: bytes
+
+    def write(self, fd: int) -> int:
+        """Write the piece; returns `nbytes`."""
+        whole, rest = divmod(self.nbytes, len(self.pool))
+        buffers = [memoryview(self.pool)] * whole + [memoryview(self.pool)[:rest]]
+        at, todo = self.offset, self.nbytes
+        while todo:
+            n = os.pwritev(fd, buffers[:MAX_BUFFERS], at)
+            at, todo = at + n, todo - n
+            while n:  # what was written is dropped from the front, maybe a part of a buffer
+                taken = min(n, len(buffers[0]))
+                buffers[0] = buffers[0][taken:]
+                n -= taken
+                if not buffers[0]:
+                    del buffers[0]
+        return self.nbytes
+
+
+def pieces(head: bytes, tensors: Sequence[Tensor], rng: np.random.Generator) -> Iterator[Piece]:
+    """The pieces of a file, none larger than about :data:`PIECE_BYTES`."""
+    yield Piece(0, len(head), head)
+    pools: dict[str, bytes] = {}
+    for t in tensors:
+        if len(t.shape) == 1:
+            pool = norm_values(t.elements)
+        else:
+            if t.type.name not in pools:
+                pools[t.type.name] = random_blocks(t.type.name, POOL_BLOCKS, rng).tobytes()
+            pool = pools[t.type.name]
+        step = max(1, PIECE_BYTES // len(pool)) * len(pool)
+        for at in range(0, t.nbytes, step):
+            yield Piece(len(head) + t.offset + at, min(step, t.nbytes - at), pool)
+
+
 def write_synthetic(
     path: Path,
     shape: Shape,
@@ -298,28 +344,28 @@ def write_synthetic(
     types: dict[str, str],
     seed: int = 0,
     on_bytes: Callable[[int], None] | None = None,
+    writers: int = 16,
 ) -> None:
-    """Write one synthetic GGUF (atomic), streamed; the same arguments give the same bytes.
+    """Write one synthetic GGUF (atomic); the same arguments give the same bytes.
+
+    Args:
+        on_bytes: called with the bytes of each piece that is written.
+        writers: threads that write at once, each into a place of its own. In a file system of
+            memory that is several times as fast as one; more than the cores are no use.
 
     Raises:
         PT2Error: a type without random blocks, or the disk is full.
     """
-    head, tensors, _ = plan_file(shape, kind, types)
+    head, tensors, size = plan_file(shape, kind, types)
     rng = np.random.default_rng(seed)
-    pools: dict[str, bytes] = {}
-    with atomic_path(path) as tmp, tmp.open("wb") as f:
-        f.write(head)
-        for t in tensors:
-            if len(t.shape) == 1:
-                f.write(norm_values(t.elements))
-            else:
-                if t.type.name not in pools:
-                    pools[t.type.name] = random_blocks(t.type.name, POOL_BLOCKS, rng).tobytes()
-                pool = pools[t.type.name]
-                whole, rest = divmod(t.nbytes, len(pool))
-                for _ in range(whole):
-                    f.write(pool)
-                f.write(pool[:rest])
-            f.write(bytes(padded(t.nbytes) - t.nbytes))
-            if on_bytes is not None:
-                on_bytes(t.nbytes)
+    with atomic_path(path) as tmp, tmp.open("r+b") as f:
+        f.truncate(size)  # what lies between the tensors is zero
+        with ThreadPoolExecutor(min(writers, usable_cores())) as pool:
+            jobs = [pool.submit(p.write, f.fileno()) for p in pieces(head, tensors, rng)]
+            try:
+                for job in as_completed(jobs):
+                    if on_bytes is not None:
+                        on_bytes(job.result())
+                    job.result()
+            finally:
+                pool.shutdown(cancel_futures=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from llamacpp_bench import pipeline
+from llamacpp_bench import pipeline, speed
 from llamacpp_bench.gguf_info import read_gguf
 from llamacpp_bench.results import Results
 from llamacpp_bench.synthetic import (
@@ -63,7 +63,7 @@ def measure_shape(
             name = f"{shape.name} {kind}"
             pipeline.add_model(session, read_gguf(path), name, LABEL, shape.name, hashed=False)
         session.results.baseline[shape.name] = f"{shape.name} {reference(types)}"
-        pipeline.measure_group(session, shape.name)
+        speed.measure_group(session, shape.name)
     finally:
         if not session.config.keep:
             for path in set(files.values()) - older:
