@@ -1,0 +1,396 @@
+// Sites of a graph for TQ2_1 and TQ1_1: the matrices that read one tensor, and what makes that tensor.
+//
+//   [ADD] + RMS_NORM + MUL   -> one kernel that ends in quantised activations -> q, k, v in one launch
+//   SWIGLU or GEGLU (split)  -> the same                                      -> down
+//   anything else            -> quantised once                                -> all matrices that read it
+//
+// Nodes are matched when the backend comes to them (ggml_cuda_tq_node), so that whatever upstream fused
+// before is behind us. A matrix that stands later in the graph is computed early only if no node in
+// between touches the memory it writes to. GGML_CUDA_TQ_FUSE=0 leaves every node to itself;
+// GGML_CUDA_TQ_DEBUG=1 prints a line a graph.
+
+#include "tq-backend.cuh"
+
+#include "ggml-impl.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <unordered_map>
+#include <unordered_set>
+#include <vector>
+
+namespace {
+
+constexpr int WINDOW      = 32; // nodes in which the other matrices of a site are looked for
+constexpr int NEXT_WINDOW = 96; // nodes in which the next site is looked for
+
+bool env_is(const char * name, int value) {
+    const char * env = getenv(name);
+    return env != nullptr && atoi(env) == value;
+}
+
+// ---- nodes and memory ------------------------------------------------------------------------------
+
+bool computes(const ggml_tensor * t) {
+    switch (t->op) {
+        case GGML_OP_NONE:
+        case GGML_OP_RESHAPE:
+        case GGML_OP_TRANSPOSE:
+        case GGML_OP_VIEW:
+        case GGML_OP_PERMUTE:
+            return false;
+        default:
+            return !ggml_is_empty(t) && (t->flags & GGML_TENSOR_FLAG_COMPUTE) != 0;
+    }
+}
+
+// The first node after i that computes something, n_nodes if there is none.
+int next_node(const ggml_cgraph * graph, int i) {
+    do {
+        i++;
+    } while (i < graph->n_nodes && !computes(graph->nodes[i]));
+    return i;
+}
+
+bool overlap(const ggml_tensor * a, const ggml_tensor * b) {
+    const char * pa = (const char *) a->data;
+    const char * pb = (const char *) b->data;
+    return pa < pb + ggml_nbytes(b) && pb < pa + ggml_nbytes(a);
+}
+
+// Kernels that keep what they have read until they write may write onto an input of the same rows, but not beside it.
+bool apart_or_same(const ggml_tensor * out, const ggml_tensor * in) {
+    return out->data == in->data ? ggml_are_same_shape(out, in) && ggml_are_same_stride(out, in) : !overlap(out, in);
+}
+
+bool is_f32(const ggml_tensor * t) {
+    return t->type == GGML_TYPE_F32;
+}
+
+// Distance of the rows of t in elements where it is the same for all rows, 0 otherwise.
+int64_t row_distance(const ggml_tensor * t) {
+    const bool regular = t->nb[0] == sizeof(float) && t->nb[1] % sizeof(float) == 0 &&
+        (t->ne[2] == 1 || t->nb[2] == t->ne[1] * t->nb[1]) && (t->ne[3] == 1 || t->nb[3] == t->ne[2] * t->nb[2]);
+    return regular ? (int64_t) (t->nb[1] / sizeof(float)) : 0;
+}
+
+// Whether something but the given number of consumers may want the values of node i.
+bool used_elsewhere(const ggml_cgraph * graph, int i, int consumers) {
+    return !ggml_node_has_n_uses(graph, i, consumers);
+}
+
+// ---- what comes before the matrices ------------------------------------------------------------------
+
+struct norm_match {
+    const ggml_tensor * add = nullptr; // null: the norm reads `a`
+    const ggml_tensor * a   = nullptr;
+    const ggml_tensor * b   = nullptr; // null without add
+    const ggml_tensor * rms = nullptr;
+    const ggml_tensor * w   = nullptr;
+    int  mul   = 0;                    // index of the MUL
+    bool write_sum = false;
+};
+
+bool match_norm(const ggml_cgraph * graph, int i, norm_match & m) {
+    const ggml_tensor * node = graph->nodes[i];
+    int k = i;
+    if (node->op == GGML_OP_ADD) {
+        m.add = node;
+        m.a   = node->src[0];
+        m.b   = node->src[1];
+        k     = next_node(graph, k);
+    }
+    if (k >= graph->n_nodes || graph->nodes[k]->op != GGML_OP_RMS_NORM) {
+        return false;
+    }
+    m.rms = graph->nodes[k];
+    m.mul = next_node(graph, k);
+    if (m.mul >= graph->n_nodes || graph->nodes[m.mul]->op != GGML_OP_MUL || used_elsewhere(graph, k, 1)) {
+        return false;
+    }
+    const ggml_tensor * mul = graph->nodes[m.mul];
+    if (mul->src[0] != m.rms && mul->src[1] != m.rms) {
+        return false;
+    }
+    m.w = mul->src[0] == m.rms ? mul->src[1] : mul->src[0];
+    if (m.add) {
+        if (m.rms->src[0] != m.add) {
+            return false;
+        }
+        m.write_sum = used_elsewhere(graph, i, 1);
+    } else {
+        m.a = m.rms->src[0];
+    }
+
+    for (const ggml_tensor * t : { m.a, m.b, m.add, m.rms, mul }) {
+        if (t && (!is_f32(t) || !ggml_is_contiguous(t) || !ggml_are_same_shape(t, mul))) {
+            return false;
+        }
+    }
+    const int64_t columns = mul->ne[0];
+    return is_f32(m.w) && ggml_is_contiguous(m.w) && m.w->ne[0] == columns && ggml_nelements(m.w) == columns &&
+        columns % TQ_BLOCK == 0 && columns / TQ_BLOCK <= TQ_NORM_MAX_BLOCKS;
+}
+
+// Whether the kernel may write what it has to; `norm`: also the product with the weight.
+bool norm_memory_ok(const ggml_cgraph * graph, const norm_match & m, bool norm) {
+    const ggml_tensor * mul = graph->nodes[m.mul];
+    const ggml_tensor * outs[2] = { m.write_sum ? m.add : nullptr, norm ? mul : nullptr };
+    for (const ggml_tensor * out : outs) {
+        if (out && (!apart_or_same(out, m.a) || (m.b && !apart_or_same(out, m.b)) || overlap(out, m.w))) {
+            return false;
+        }
+    }
+    return !outs[0] || !outs[1] || !overlap(outs[0], outs[1]);
+}
+
+struct glu_match {
+    const ggml_tensor * gate = nullptr;
+    const ggml_tensor * up   = nullptr;
+    int64_t ld_gate = 0;
+    int64_t ld_up   = 0;
+    int     act     = 0; // as tq_quantize_glu's
+};
+
+bool match_glu(const ggml_tensor * node, glu_match & m) {
+    if (node->op != GGML_OP_GLU || !node->src[1] || ggml_get_op_params_i32(node, 1) != 0) {
+        return false;
+    }
+    const ggml_glu_op op = ggml_get_glu_op(node);
+    if (op != GGML_GLU_OP_SWIGLU && op != GGML_GLU_OP_GEGLU) {
+        return false;
+    }
+    m.act     = op == GGML_GLU_OP_GEGLU;
+    m.gate    = node->src[0];
+    m.up      = node->src[1];
+    if (!is_f32(node) || !is_f32(m.gate) || !is_f32(m.up) || !ggml_is_contiguous(node) || !ggml_are_same_shape(m.gate, node) ||
+            !ggml_are_same_shape(m.up, node) || node->ne[0] % TQ_BLOCK != 0) {
+        return false;
+    }
+    m.ld_gate = row_distance(m.gate);
+    m.ld_up   = row_distance(m.up);
+    return m.ld_gate > 0 && m.ld_up > 0;
+}
+
+// ---- the matrices of a site -----------------------------------------------------------------------------
+
+using nodes_t = std::vector<const ggml_tensor *>;
+
+bool contains(const nodes_t & nodes, const ggml_tensor * node) {
+    return std::find(nodes.begin(), nodes.end(), node) != nodes.end();
+}
+
+// Whether node `to` can be computed right after node `from`: nothing in between, but for the members of the same site,
+// touches what it writes or changes what it reads.
+bool can_come_early(const ggml_cgraph * graph, int from, int to, const nodes_t & site) {
+    const ggml_tensor * dst = graph->nodes[to];
+    const ggml_tensor * src = dst->src[1];
+    for (int k = from + 1; k < to; k++) {
+        const ggml_tensor * between = graph->nodes[k];
+        if (!computes(between)) {
+            continue;
+        }
+        if (contains(site, between)) {
+            if (overlap(dst, between)) {
+                return false;
+            }
+            continue;
+        }
+        if (overlap(dst, between) || overlap(src, between)) {
+            return false;
+        }
+        for (const ggml_tensor * s : between->src) {
+            if (s && s->data && overlap(dst, s)) {
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
+// The products that read `src` and can be computed right after node `from`, in the order of the graph.
+nodes_t products_of(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int from, const ggml_tensor * src,
+        const std::unordered_set<const ggml_tensor *> & done) {
+    nodes_t site;
+    const int end = std::min(graph->n_nodes, from + 1 + WINDOW);
+    for (int k = from + 1; k < end; k++) {
+        const ggml_tensor * node = graph->nodes[k];
+        if (node->op == GGML_OP_MUL_MAT && node->src[1] == src && computes(node) && !done.count(node) &&
+                ggml_cuda_tq_is_product(ctx, node) && can_come_early(graph, from, k, site)) {
+            site.push_back(node);
+        }
+    }
+    return site;
+}
+
+// The site that follows: what reads the input of the first product after node i that is not done.
+nodes_t next_site(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i, const std::unordered_set<const ggml_tensor *> & done) {
+    const int end = std::min(graph->n_nodes, i + 1 + NEXT_WINDOW);
+    for (int k = i + 1; k < end; k++) {
+        const ggml_tensor * node = graph->nodes[k];
+        if (node->op == GGML_OP_MUL_MAT && computes(node) && !done.count(node) && ggml_cuda_tq_is_product(ctx, node)) {
+            return products_of(ctx, graph, k - 1, node->src[1], done);
+        }
+    }
+    return {};
+}
+
+// Launches the products of a site, up to TQ_MAX_SEGMENTS at a time, and notes them as done. `i`: the node after which the
+// next site is looked for.
+void launch_products(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i, const nodes_t & site, const tq_act & act) {
+    ggml_cuda_tq_state & state = ggml_cuda_tq_get(ctx);
+    state.done.insert(site.begin(), site.end());
+
+    const size_t n = site.size();
+    for (size_t first = 0; first < n; first += TQ_MAX_SEGMENTS) {
+        const size_t here = std::min<size_t>(TQ_MAX_SEGMENTS, n - first);
+        tq_next next = {};
+        if (act.layout == TQ_ACT_DECODE) { // only these kernels can fetch ahead
+            nodes_t after(site.begin() + first + here, site.end());
+            if (after.empty()) {
+                after = next_site(ctx, graph, i, state.done);
+            }
+            if (!after.empty() && ggml_cuda_tq_tokens(after[0]) <= TQ_DECODE_MAX) {
+                next = ggml_cuda_tq_describe(after.data(), (int) std::min<size_t>(TQ_MAX_SEGMENTS, after.size()));
+            }
+        }
+        ggml_cuda_tq_product(ctx, site.data() + first, (int) here, act, next.segments ? &next : nullptr);
+    }
+}
+
+// ---- sites ------------------------------------------------------------------------------------------------
+
+struct counters {
+    int norm = 0, glu = 0, grouped = 0, single = 0;
+    std::string other; // names of ternary products that are not ours
+};
+
+bool run_norm_site(ggml_backend_cuda_context & ctx, ggml_cgraph * graph, int & i, counters & count) {
+    norm_match m;
+    if (!match_norm(graph, i, m)) {
+        return false;
+    }
+    const ggml_tensor * mul = graph->nodes[m.mul];
+    ggml_cuda_tq_state & state = ggml_cuda_tq_get(ctx);
+    const nodes_t site = products_of(ctx, graph, m.mul, mul, state.done);
+    if (site.empty()) {
+        return false;
+    }
+    const bool write_norm = used_elsewhere(graph, m.mul, (int) site.size());
+    if (!norm_memory_ok(graph, m, write_norm)) {
+        return false;
+    }
+    float eps;
+    memcpy(&eps, m.rms->op_params, sizeof(eps));
+    const tq_act act = ggml_cuda_tq_new_act(ctx, (int) ggml_nrows(mul), (int) (mul->ne[0] / TQ_BLOCK));
+    tq_quantize_norm((const float *) m.a->data, m.b ? (const float *) m.b->data : nullptr, (const float *) m.w->data, eps,
+        m.write_sum ? (float *) m.add->data : nullptr, write_norm ? (float *) mul->data : nullptr, act, ctx.stream());
+    launch_products(ctx, graph, m.mul, site, act);
+    count.norm++;
+    i = m.mul;
+    return true;
+}
+
+bool run_glu_site(ggml_backend_cuda_context & ctx, ggml_cgraph * graph, int i, counters & count) {
+    const ggml_tensor * node = graph->nodes[i];
+    glu_match m;
+    if (!match_glu(node, m)) {
+        return false;
+    }
+    ggml_cuda_tq_state & state = ggml_cuda_tq_get(ctx);
+    const nodes_t site = products_of(ctx, graph, i, node, state.done);
+    if (site.empty()) {
+        return false;
+    }
+    const bool write = used_elsewhere(graph, i, (int) site.size());
+    if (write && (!apart_or_same(node, m.gate) || !apart_or_same(node, m.up))) {
+        return false;
+    }
+    const tq_act act = ggml_cuda_tq_new_act(ctx, (int) ggml_nrows(node), (int) (node->ne[0] / TQ_BLOCK));
+    tq_quantize_glu((const float *) m.gate->data, (const float *) m.up->data, m.ld_gate, m.ld_up, m.act,
+        write ? (float *) node->data : nullptr, act, ctx.stream());
+    launch_products(ctx, graph, i, site, act);
+    count.glu++;
+    return true;
+}
+
+bool run_plain_site(ggml_backend_cuda_context & ctx, ggml_cgraph * graph, int i, counters & count) {
+    const ggml_tensor * node = graph->nodes[i];
+    if (node->op != GGML_OP_MUL_MAT || !ggml_cuda_tq_is_product(ctx, node)) {
+        return false;
+    }
+    const ggml_tensor * src = node->src[1];
+    const nodes_t site = products_of(ctx, graph, i - 1, src, ggml_cuda_tq_get(ctx).done);
+    const tq_act act = ggml_cuda_tq_new_act(ctx, (int) ggml_cuda_tq_tokens(node), (int) (src->ne[0] / TQ_BLOCK));
+    tq_quantize((const float *) src->data, ggml_cuda_tq_ld(node), act, ctx.stream());
+    launch_products(ctx, graph, i, site, act);
+    (site.size() > 1 ? count.grouped : count.single)++;
+    return true;
+}
+
+// ---- what was done with a graph ----------------------------------------------------------------------------
+
+bool is_ternary_product(const ggml_tensor * node) {
+    return (node->op == GGML_OP_MUL_MAT || node->op == GGML_OP_MUL_MAT_ID) && computes(node) &&
+        (node->src[0]->type == GGML_TYPE_TQ2_1 || node->src[0]->type == GGML_TYPE_TQ1_1);
+}
+
+counters & debug_counters(const ggml_cuda_tq_state & state) {
+    static thread_local std::unordered_map<const ggml_cuda_tq_state *, counters> all;
+    return all[&state];
+}
+
+void debug_print(const ggml_cgraph * graph, int i, counters & count, bool ours) {
+    if (!ours && is_ternary_product(graph->nodes[i])) {
+        count.other += std::string(" ") + graph->nodes[i]->src[0]->name;
+    }
+    for (int k = i + 1; k < graph->n_nodes; k++) {
+        if (is_ternary_product(graph->nodes[k])) {
+            return;
+        }
+    }
+    if (is_ternary_product(graph->nodes[i])) { // the last one
+        fprintf(stderr, "tq-fuse: %d nodes; sites after a norm %d, after a gated unit %d, of several matrices %d, of one %d; other ternary products:%s\n",
+            graph->n_nodes, count.norm, count.glu, count.grouped, count.single, count.other.empty() ? " none" : count.other.c_str());
+    }
+}
+
+} // namespace
+
+void ggml_cuda_tq_begin(ggml_backend_cuda_context & ctx, ggml_cgraph * cgraph) {
+    ggml_cuda_tq_state & state = ggml_cuda_tq_get(ctx);
+    state.done.clear();
+    debug_counters(state) = {};
+    GGML_UNUSED(cgraph);
+}
+
+bool ggml_cuda_tq_node(ggml_backend_cuda_context & ctx, ggml_cgraph * cgraph, int & i) {
+    static const bool off   = env_is("GGML_CUDA_TQ_FUSE", 0) || (getenv("GGML_CUDA_DISABLE_FUSION") && !env_is("GGML_CUDA_DISABLE_FUSION", 0));
+    static const bool debug = env_is("GGML_CUDA_TQ_DEBUG", 1);
+
+    const ggml_tensor * node = cgraph->nodes[i];
+    // with several streams at work, what is between two nodes of the graph is not between them in time
+    if (off || !computes(node) || ctx.curr_stream_no != 0 || !ctx.stream_context().concurrent_events.empty()) {
+        return false;
+    }
+    ggml_cuda_tq_state & state = ggml_cuda_tq_get(ctx);
+    counters & count = debug_counters(state);
+    const int at = i;
+    bool ours = state.done.count(node) != 0;
+    if (!ours) {
+        switch (node->op) {
+            case GGML_OP_ADD:
+            case GGML_OP_RMS_NORM: ours = run_norm_site (ctx, cgraph, i, count); break;
+            case GGML_OP_GLU:      ours = run_glu_site  (ctx, cgraph, i, count); break;
+            case GGML_OP_MUL_MAT:  ours = run_plain_site(ctx, cgraph, i, count); break;
+            default: break;
+        }
+    }
+    if (debug) {
+        debug_print(cgraph, at, count, ours);
+    }
+    return ours;
+}
