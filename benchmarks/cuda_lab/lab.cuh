@@ -117,14 +117,15 @@ __global__ void quantize_plain(const float * x, int8_t * q, ActHead * head, int 
 struct Problem {
     int M, K, N, nb, tiles;
     uint8_t * codes; half2 * scales; float * x; int8_t * q; ActHead * head; double *y_true, *y_quant;
-    Problem(int M_, int K_, int N_, int data, uint32_t seed) : M(M_), K(K_), N(N_), nb(K_ / QK), tiles((M_ + 15) / 16) {
+    // x_seed: for matrices that share their input; else it follows from `seed`
+    Problem(int M_, int K_, int N_, int data, uint32_t seed, uint32_t x_seed = 0) : M(M_), K(K_), N(N_), nb(K_ / QK), tiles((M_ + 15) / 16) {
         CK(cudaMalloc(&codes, (size_t) M * K)); CK(cudaMalloc(&scales, (size_t) M * nb * sizeof(half2)));
         CK(cudaMalloc(&x, (size_t) N * K * 4)); CK(cudaMalloc(&q, (size_t) N * K));
         CK(cudaMalloc(&head, (size_t) N * nb * sizeof(ActHead)));
         CK(cudaMalloc(&y_true, (size_t) N * M * 8)); CK(cudaMalloc(&y_quant, (size_t) N * M * 8));
         make_codes<<<1024, 256>>>(codes, (size_t) M * K, seed, data);
         make_scales<<<1024, 256>>>(scales, (size_t) M * nb, seed + 1, data);
-        make_x<<<256, 256>>>(x, (size_t) N * K, seed + 2, data);
+        make_x<<<256, 256>>>(x, (size_t) N * K, x_seed ? x_seed : seed + 2, data);
         quantize_plain<<<dim3(nb, N), 32>>>(x, q, head, K);
         reference<<<dim3(M, N), 128>>>(codes, scales, x, q, head, M, K, y_true, y_quant);
         CK(cudaDeviceSynchronize());

@@ -1,0 +1,402 @@
+// The decode products as the backend has them (overlay/ggml/src/ggml-cuda/tq-decode.cu): are they right,
+// and what does a layer of them cost?
+//
+//   OVERLAY=../../third_party/llama.cpp/overlay/ggml/src/ggml-cuda
+//   nvcc -O3 -std=c++17 -gencode arch=compute_90a,code=sm_90a -I $OVERLAY -o product product.cu
+//   ./product check [small]     against float64; "small" is for compute-sanitizer
+//   ./product bench [quick]     layers of LLaMA's shapes in a CUDA graph, with dependent launch
+#include "tq-decode.cu" // for its policy, which the backend does not show
+#include "layouts.cuh"
+#include <cstring>
+#include <memory>
+
+// ---- activations in the layout of tq-kernels.cuh ------------------------------------------------------
+__global__ void __launch_bounds__(128) quantize_decode(const float * x, int64_t ld, int n, uint8_t * q, tq_act_head * head) {
+    __shared__ float s_max[4], s_sum[4];
+    __shared__ int   s_isum[4];
+    pdl_launch();
+    pdl_wait();
+    int b = blockIdx.x, token = blockIdx.y, cols = gridDim.y, e = threadIdx.x, warp = e >> 5, lane = e & 31;
+    float v = token < n ? x[token * ld + b * QK + e] : 0.0f, amax = fabsf(v), sum = v;
+    for (int o = 16; o; o >>= 1) { amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, o)); sum += __shfl_xor_sync(~0u, sum, o); }
+    if (lane == 0) { s_max[warp] = amax; s_sum[warp] = sum; }
+    __syncthreads();
+    amax = fmaxf(fmaxf(s_max[0], s_max[1]), fmaxf(s_max[2], s_max[3]));
+    int i = __float2int_rn(v * (amax > 0 ? 127.0f / amax : 0.0f)), isum = __reduce_add_sync(~0u, i);
+    if (lane == 0) s_isum[warp] = isum;
+    __syncthreads();
+    q[s8_offset(b, cols, token, e)] = i;
+    if (e == 0)
+        head[b * cols + token] = {amax / 127.0f, s_sum[0] + s_sum[1] + s_sum[2] + s_sum[3], -(s_isum[0] + s_isum[1] + s_isum[2] + s_isum[3]), 0};
+}
+
+template <class T> struct Buffer {
+    T * p;
+    explicit Buffer(size_t n, int fill = 0) { CK(cudaMalloc(&p, n * sizeof(T))); CK(cudaMemset(p, fill, n * sizeof(T))); }
+    ~Buffer() { cudaFree(p); }
+    Buffer(const Buffer &) = delete;
+};
+
+struct Activations {
+    Buffer<uint8_t> q;
+    Buffer<tq_act_head> head;
+    tq_act act;
+    Activations(int n, int nb) : q((size_t) tq_act_cols(n) * nb * QK, 0x55), head((size_t) tq_act_cols(n) * nb, 0x55),
+        act{TQ_ACT_DECODE, n, tq_act_cols(n), nb, q.p, head.p} {}
+    void quantize(const float * x, int64_t ld, cudaStream_t st, bool pdl = true) {
+        launch(pdl, quantize_decode, dim3(act.nb, act.cols), 128, 0, st, x, ld, act.n, q.p, head.p);
+    }
+};
+
+static uint8_t * tiles(const Problem & p) {
+    uint8_t * w;
+    CK(cudaMalloc(&w, (size_t) p.tiles * p.nb * TQ_TILE_BYTES));
+    pack<W_TILE2><<<dim3(p.tiles, p.nb), 32>>>(p.codes, p.scales, w, p.M, p.K);
+    CK(cudaGetLastError());
+    return w;
+}
+
+// ---- check --------------------------------------------------------------------------------------------
+struct Checker {
+    int failures = 0, runs = 0;
+    Buffer<uint64_t> scratch{tq_decode_scratch_bytes() / 8};
+
+    void expect(bool ok, const std::string & what) {
+        runs++;
+        if (ok) return;
+        if (failures++ < 20) printf("FAIL %s\n", what.c_str());
+    }
+    void expect_clear_scratch(const std::string & what) {
+        std::vector<uint64_t> s(tq_decode_scratch_bytes() / 8);
+        CK(cudaMemcpy(s.data(), scratch.p, s.size() * 8, cudaMemcpyDeviceToHost));
+        expect(std::all_of(s.begin(), s.end(), [](uint64_t v) { return v == 0; }), what + ": scratch is not clear");
+    }
+};
+
+// One to three matrices of `rows` rows with the same input, packed, with float64 results.
+struct Group {
+    std::vector<std::unique_ptr<Problem>> parts;
+    std::vector<uint8_t *> w;
+    std::vector<std::vector<double>> truth;
+    int nb;
+    Group(std::vector<int> rows, int nb_, int data) : nb(nb_) {
+        for (size_t i = 0; i < rows.size(); i++) {
+            parts.emplace_back(new Problem(rows[i], nb * QK, 8, data, 1234 + 100 * i + data, 77 + data));
+            w.push_back(tiles(*parts[i]));
+            truth.emplace_back((size_t) 8 * rows[i]);
+            CK(cudaMemcpy(truth[i].data(), parts[i]->y_quant, truth[i].size() * 8, cudaMemcpyDeviceToHost));
+        }
+    }
+    ~Group() { for (auto p : w) cudaFree(p); }
+    std::string name(int n, const char * kernel) const {
+        std::string s = std::string(kernel) + " n=" + std::to_string(n) + " blocks " + std::to_string(nb) + " rows";
+        for (auto & p : parts) s += " " + std::to_string(p->M);
+        return s;
+    }
+};
+
+constexpr int GAP = 3; // rows of poison after each column of y
+
+// Runs a group once with n tokens, in every way that there is, and compares.
+static void check_group(Checker & c, const Group & g, int n, const char * data) {
+    Activations a(n, g.nb);
+    a.quantize(g.parts[0]->x, g.nb * QK, 0);
+    std::vector<std::unique_ptr<Buffer<float>>> y;
+    for (int shape = 0; shape <= STREAM_SHAPES; shape++) { // the last: registers
+        bool registers = shape == STREAM_SHAPES;
+        if (!registers && (g.nb % stream_of(1, shape).unit != 0 || !device().streams)) continue;
+        std::vector<tq_segment> s;
+        tq_next next = {};
+        y.clear();
+        for (size_t i = 0; i < g.parts.size(); i++) {
+            int rows = g.parts[i]->M;
+            y.emplace_back(new Buffer<float>((size_t) n * (rows + GAP), 0xff));
+            s.push_back({g.w[i], y[i]->p, rows + GAP, rows});
+            next.w[i] = g.w[i]; next.rows[i] = rows;
+        }
+        next.segments = g.parts.size(); next.nb = g.nb; next.cols = a.act.cols;
+        decode_policy policy;
+        policy.shape = shape;
+        policy.ahead = (size_t) (n % 3) << 20; // none, a little, more
+        if (registers) run_registers(device(), s.data(), s.size(), a.act, 0);
+        else run_stream(device(), policy, s.data(), s.size(), a.act, c.scratch.p, n % 2 ? &next : nullptr, 0);
+        CK(cudaDeviceSynchronize());
+        std::string name = g.name(n, registers ? "registers" : stream_names[shape]) + ", " + data;
+        for (size_t i = 0; i < g.parts.size(); i++) {
+            int rows = g.parts[i]->M;
+            std::vector<float> h((size_t) n * (rows + GAP));
+            CK(cudaMemcpy(h.data(), y[i]->p, h.size() * 4, cudaMemcpyDeviceToHost));
+            double err = 0, norm = 1e-300;
+            bool unwritten = false, spilled = false;
+            for (double v : g.truth[i]) norm += v * v * n / 8; // of all eight tokens: one alone may cancel
+            for (int t = 0; t < n; t++)
+                for (int r = 0; r < rows + GAP; r++) {
+                    float v = h[(size_t) t * (rows + GAP) + r];
+                    if (r >= rows) { spilled |= v == v; continue; }
+                    unwritten |= v != v;
+                    double d = v - g.truth[i][(size_t) t * rows + r];
+                    err += d * d;
+                }
+            char what[64];
+            snprintf(what, sizeof what, " matrix %zu: error %.1e%s%s", i, std::sqrt(err / norm), unwritten ? " UNWRITTEN" : "", spilled ? " SPILLED" : "");
+            c.expect(!unwritten && !spilled && std::sqrt(err / norm) < 1e-5, name + what);
+        }
+    }
+    c.expect_clear_scratch(g.name(n, "all") + data);
+}
+
+// Products of different grids one after the other in a graph, on the same scratch and activation buffers, activations
+// changing from one to the next: every replay must give the same bits, and the right ones.
+static void check_repeats(Checker & c, int launches, int replays) {
+    if (!device().streams) return;
+    Group groups[2] = {Group({4090, 1000, 37}, 44, RANDOM), Group({500, 33}, 6, RANDOM)};
+    for (int n : {1, 3, 8}) {
+        Activations a(n, 44);
+        std::vector<std::unique_ptr<Buffer<float>>> y;
+        auto call = [&](int i, cudaStream_t st, float * out, int64_t * total) {
+            const Group & g = groups[i % 3 == 2];
+            tq_act act = a.act;
+            act.nb = g.nb;
+            launch(true, quantize_decode, dim3(g.nb, act.cols), 128, 0, st, (const float *) g.parts[0]->x + (i % 4) * QK, (int64_t) g.nb * QK / 2, n, a.q.p, a.head.p);
+            std::vector<tq_segment> s;
+            int64_t at = 0;
+            tq_next next = {};
+            for (size_t k = 0; k < g.parts.size(); k++) {
+                int rows = g.parts[k]->M;
+                s.push_back({g.w[k], out ? out + at : nullptr, rows, rows});
+                at += (int64_t) rows * n;
+                next.w[k] = g.w[k]; next.rows[k] = rows;
+            }
+            next.segments = g.parts.size(); next.nb = g.nb; next.cols = act.cols;
+            if (total) { *total = at; return; }
+            decode_policy policy;
+            policy.ahead = (size_t) (i % 2) << 22;
+            run_stream(device(), policy, s.data(), s.size(), act, c.scratch.p, &next, st);
+        };
+        size_t most = (size_t) (4090 + 1000 + 37) * n;
+        Buffer<float> out(most * launches, 0xff);
+        std::vector<float> first, now(most * launches);
+        // one by one, with everything at rest in between
+        for (int i = 0; i < launches; i++) { call(i, 0, out.p + most * i, nullptr); CK(cudaDeviceSynchronize()); }
+        CK(cudaMemcpy(now.data(), out.p, now.size() * 4, cudaMemcpyDeviceToHost));
+        first = now;
+        cudaStream_t st; cudaGraph_t graph; cudaGraphExec_t exec;
+        CK(cudaStreamCreate(&st));
+        CK(cudaStreamBeginCapture(st, cudaStreamCaptureModeGlobal));
+        for (int i = 0; i < launches; i++) call(i, st, out.p + most * i, nullptr);
+        CK(cudaStreamEndCapture(st, &graph));
+        CK(cudaGraphInstantiate(&exec, graph, 0));
+        for (int r = 0; r < replays; r++) {
+            CK(cudaMemsetAsync(out.p, 0xff, most * launches * 4, st));
+            CK(cudaGraphLaunch(exec, st));
+            CK(cudaGraphLaunch(exec, st));
+            CK(cudaStreamSynchronize(st));
+            CK(cudaMemcpy(now.data(), out.p, now.size() * 4, cudaMemcpyDeviceToHost));
+            c.expect(memcmp(now.data(), first.data(), now.size() * 4) == 0, "graph replay " + std::to_string(r) + ", n=" + std::to_string(n) + ": other bits than one by one");
+        }
+        CK(cudaGraphExecDestroy(exec)); CK(cudaGraphDestroy(graph)); CK(cudaStreamDestroy(st));
+        c.expect_clear_scratch("graph replays");
+    }
+}
+
+// Experts: three of five used by each of four tokens, activations shared by a token's slots or one for each.
+static void check_experts(Checker & c, int rows, int nb) {
+    const int experts = 5, used = 3, tokens = 4;
+    std::vector<std::unique_ptr<Problem>> p;
+    size_t bytes = (size_t) (rows + 15) / 16 * nb * TQ_TILE_BYTES;
+    Buffer<uint8_t> w(bytes * experts);
+    for (int e = 0; e < experts; e++) {
+        p.emplace_back(new Problem(rows, nb * QK, used * tokens, RANDOM, 500 + e, 9));
+        uint8_t * one = tiles(*p[e]);
+        CK(cudaMemcpy(w.p + bytes * e, one, bytes, cudaMemcpyDeviceToDevice));
+        cudaFree(one);
+    }
+    Buffer<uint8_t> q((size_t) used * tokens * nb * QK);
+    Buffer<tq_act_head> head((size_t) used * tokens * nb);
+    for (int i = 0; i < used * tokens; i++)
+        launch(false, quantize_decode, dim3(nb, 1), 128, 0, 0, (const float *) p[0]->x + (size_t) i * nb * QK, (int64_t) nb * QK, 1, q.p + (size_t) i * nb * QK, head.p + (size_t) i * nb);
+    std::vector<int32_t> ids(tokens * 4); // stride 4: one more than used
+    for (size_t i = 0; i < ids.size(); i++) ids[i] = (i * 7 + i / 4) % experts;
+    Buffer<int32_t> d_ids(ids.size());
+    CK(cudaMemcpy(d_ids.p, ids.data(), ids.size() * 4, cudaMemcpyHostToDevice));
+    for (int shared = 0; shared < 2; shared++) {
+        Buffer<float> y((size_t) used * tokens * (rows + GAP), 0xff);
+        tq_decode_experts({w.p, bytes, rows, nb, d_ids.p, 1, 4, used, tokens, q.p, head.p, shared != 0, y.p, rows + GAP, (int64_t) used * (rows + GAP)}, 0);
+        std::vector<float> h((size_t) used * tokens * (rows + GAP));
+        CK(cudaMemcpy(h.data(), y.p, h.size() * 4, cudaMemcpyDeviceToHost));
+        double err = 0, norm = 1e-300;
+        bool spilled = false;
+        std::vector<std::vector<double>> truth(experts, std::vector<double>((size_t) used * tokens * rows));
+        for (int e = 0; e < experts; e++) CK(cudaMemcpy(truth[e].data(), p[e]->y_quant, truth[e].size() * 8, cudaMemcpyDeviceToHost));
+        for (int pair = 0; pair < used * tokens; pair++)
+            for (int r = 0; r < rows + GAP; r++) {
+                int slot = pair % used, token = pair / used;
+                float v = h[(size_t) pair * (rows + GAP) + r];
+                if (r >= rows) { spilled |= v == v; continue; }
+                double t = truth[ids[slot + token * 4]][(size_t) (shared ? token : pair) * rows + r];
+                err += v == v ? (v - t) * (v - t) : 1e300; norm += t * t;
+            }
+        c.expect(!spilled && std::sqrt(err / norm) < 1e-5, "experts, rows " + std::to_string(rows) + " blocks " + std::to_string(nb) + (shared ? " shared" : ""));
+    }
+}
+
+static int check(bool small) {
+    Checker c;
+    auto all = [&](std::vector<int> rows, int nb, int data, std::vector<int> tokens) {
+        Group g(rows, nb, data);
+        for (int n : tokens) check_group(c, g, n, data_name(data));
+    };
+    std::vector<int> some = {1, 3, 8}, every = {1, 2, 3, 4, 5, 6, 7, 8};
+    if (small) {
+        all({100, 16, 33}, 8, RANDOM, some);
+        all({17}, 5, RANDOM, some);
+        all({700}, 2, RANDOM, {2});
+        check_repeats(c, 6, 1);
+        check_experts(c, 37, 12);
+    } else {
+        for (int nb : {1, 2, 3, 5, 7, 32, 43, 172})
+            for (int rows : {1, 15, 16, 17, 100, 4096}) all({rows}, nb, RANDOM, rows * nb > 40000 ? some : every);
+        for (int nb : {1, 2, 5, 32, 86})
+            for (auto rows : std::vector<std::vector<int>>{{16, 16}, {1, 17, 15}, {100, 33}, {4096, 1024, 1024}, {3, 5000, 700}}) all(rows, nb, RANDOM, some);
+        for (int data = 1; data < N_DATA; data++) {
+            all({100, 33}, 12, data, {1, 3, 8});
+            all({5000}, 7, data, {1, 2});
+        }
+        check_repeats(c, 50, 3);
+        for (int nb : {1, 7, 8, 16, 56}) { check_experts(c, 37, nb); check_experts(c, 768, nb); }
+    }
+    printf("check: %d of %d failed\n", c.failures, c.runs);
+    return c.failures != 0;
+}
+
+// ---- bench --------------------------------------------------------------------------------------------
+// Stands for attention and the like: one thread block that takes a while.
+__global__ void spin(int64_t cycles, int * out) {
+    int64_t start = clock64();
+    while (clock64() - start < cycles) {}
+    if (cycles < 0) *out = 1;
+}
+
+struct Model { const char * name; int layers, copies; int hidden, ffn; };
+
+struct Layers {
+    const Model & m;
+    int n;
+    decode_policy policy;
+    int64_t spin_cycles; // between the first product and the second; 0: no kernel
+    uint8_t * w; float * x, * y; int * out;
+    uint64_t * scratch;
+    Activations hidden, ffn;
+    std::vector<std::pair<std::vector<int>, int>> sites; // rows of the matrices, columns
+    Layers(const Model & m_, int n_, const decode_policy & p, int64_t spin_, uint8_t * w_, float * x_, float * y_, int * out_, uint64_t * s) :
+        m(m_), n(n_), policy(p), spin_cycles(spin_), w(w_), x(x_), y(y_), out(out_), scratch(s), hidden(n_, m_.hidden / QK), ffn(n_, m_.ffn / QK),
+        sites{{{m.hidden, m.hidden, m.hidden}, m.hidden}, {{m.hidden}, m.hidden}, {{m.ffn, m.ffn}, m.hidden}, {{m.hidden}, m.ffn}} {}
+    size_t bytes() const {
+        size_t b = 0;
+        for (auto & s : sites) for (int r : s.first) b += (size_t) r / 16 * (s.second / QK) * TQ_TILE_BYTES;
+        return b;
+    }
+    // Site i of all layers: its matrices, one after the other in memory.
+    tq_next site(int i) const {
+        tq_next s = {};
+        size_t at = bytes() * (i / 4 % m.copies);
+        for (int k = 0; k < i % 4; k++) for (int r : sites[k].first) at += (size_t) r / 16 * (sites[k].second / QK) * TQ_TILE_BYTES;
+        for (int r : sites[i % 4].first) {
+            s.w[s.segments] = w + at; s.rows[s.segments++] = r;
+            at += (size_t) r / 16 * (sites[i % 4].second / QK) * TQ_TILE_BYTES;
+        }
+        s.nb = sites[i % 4].second / QK; s.cols = tq_act_cols(n);
+        return s;
+    }
+    void layer(int i, cudaStream_t st) {
+        for (int k = 0; k < 4; k++) {
+            tq_next now = site(4 * i + k), next = site(4 * i + k + 1);
+            tq_segment s[TQ_MAX_SEGMENTS];
+            float * to = y;
+            for (int j = 0; j < now.segments; j++) { s[j] = {now.w[j], to, now.rows[j], now.rows[j]}; to += (size_t) now.rows[j] * n; }
+            Activations & a = k == 3 ? ffn : hidden;
+            if (k == 1 && spin_cycles) spin<<<1, 32, 0, st>>>(spin_cycles, out);
+            a.quantize(x, sites[k].second, st);
+            run_stream(device(), policy, s, now.segments, a.act, scratch, &next, st);
+        }
+    }
+};
+
+// Each product of a 65B layer by itself, many times in a row: what a launch costs without the others, and (the same weights
+// again and again, as far as they fit into L2) what the multiprocessors could do.
+static void bench_sites(Layers & l, double rate) {
+    printf("%-16s %2s %-10s %6s %10s %10s %10s %6s\n", "product alone", "n", "shape", "next", "quantised", "us", "same w", "share");
+    for (int k = 0; k < 4; k++)
+        for (int shape : {W8U4S2, W12U2S4, W8U2S3})
+            for (int next_mb : {0, 16}) {
+                l.policy.shape = shape; l.policy.next_ahead = (size_t) next_mb << 20;
+                auto run = [&](bool quantise, bool same) {
+                    return time_graph(l.m.copies * 4, [&](int i, cudaStream_t st) {
+                        tq_next now = l.site(same ? k : 4 * i + k), next = l.site(same ? k : 4 * (i + 1) + k);
+                        tq_segment s[TQ_MAX_SEGMENTS];
+                        float * to = l.y;
+                        for (int j = 0; j < now.segments; j++) { s[j] = {now.w[j], to, now.rows[j], now.rows[j]}; to += (size_t) now.rows[j] * l.n; }
+                        Activations & a = k == 3 ? l.ffn : l.hidden;
+                        if (quantise) a.quantize(l.x, l.sites[k].second, st);
+                        run_stream(device(), l.policy, s, now.segments, a.act, l.scratch, &next, st);
+                    }, 7);
+                };
+                double bytes = 0, us = run(false, false);
+                for (int r : l.sites[k].first) bytes += (double) r * l.sites[k].second / QK * 36;
+                printf("%dx %6dx%-6d  %2d %-10s %6d %10.2f %10.2f %10.2f %6.2f\n", (int) l.sites[k].first.size(), l.sites[k].first[0], l.sites[k].second,
+                       l.n, stream_names[shape], next_mb, run(true, false), us, run(false, true), bytes / us / 1e3 / rate);
+            }
+}
+
+static void bench(bool quick) {
+    const std::vector<Model> models = {{"7B", 32, 12, 4096, 11008}, {"13B", 40, 8, 5120, 13824}, {"30B", 60, 5, 6656, 17920}, {"65B", 80, 4, 8192, 22016}};
+    const size_t pool = (size_t) 1 << 30;
+    Buffer<uint8_t> w(pool + (1 << 20));
+    Buffer<float> x(8 * 22016), y(8 * 2 * 22016);
+    Buffer<int> out(1);
+    Buffer<uint64_t> scratch(tq_decode_scratch_bytes() / 8);
+    make_codes<<<4096, 256>>>(w.p, pool, 3, RANDOM); // speed does not depend on the values
+    make_x<<<64, 256>>>(x.p, 8 * 22016, 1, RANDOM);
+    auto streaming = [&] {
+        return pool / 1e3 / time_graph(1, [&](int, cudaStream_t st) { launch(false, stream_read, 132 * 4, 512, 0, st, (uint4 *) w.p, pool / 16, out.p); });
+    };
+    int khz;
+    CK(cudaDeviceGetAttribute(&khz, cudaDevAttrClockRate, 0));
+    double rate = streaming();
+    printf("streaming read of 1 GiB: %.0f GB/s, clock %d MHz\n", rate, khz / 1000);
+    for (int n : {1, 4, 8}) { // times without the quantisation let L2 keep the activations: a lower bound
+        Layers l(models[3], n, decode_policy{}, 0, w.p, x.p, y.p, out.p, scratch.p);
+        bench_sites(l, rate);
+    }
+    printf("gap: microseconds of a kernel between the first product and the second, in the layer's time\n");
+    printf("%-4s %2s %-10s %6s %6s %4s %9s %7s %6s\n", "", "n", "shape", "ahead", "next", "gap", "us/layer", "GB/s", "share");
+    std::vector<std::pair<int, int>> leads = {{0, 0}, {0, 8}, {0, 16}, {0, 24}, {0, 32}, {8, 8}, {16, 16}, {24, 24}, {8, 16}, {4, 16}};
+    for (auto & m : models)
+        for (int n : {1, 2, 4, 8}) {
+            for (int shape = 0; shape < STREAM_SHAPES; shape++)
+                for (auto & lead : leads)
+                    for (int gap : {0, 10}) {
+                        if (m.hidden / QK % stream_of(1, shape).unit) continue;
+                        if (shape == W8U1S4 && lead.second) continue;
+                        if (n > 1 && n < 8 && (lead.second % 16 || gap)) continue;
+                        if (quick && lead.second % 16) continue;
+                        decode_policy p;
+                        p.shape = shape; p.ahead = (size_t) lead.first << 20; p.next_ahead = (size_t) lead.second << 20;
+                        Layers l(m, n, p, (int64_t) gap * khz / 1000, w.p, x.p, y.p, out.p, scratch.p);
+                        double us = time_graph(m.copies * 2, [&](int i, cudaStream_t st) { l.layer(i, st); }, 7);
+                        printf("%-4s %2d %-10s %6d %6d %4d %9.1f %7.0f %6.2f\n", m.name, n, stream_names[shape], lead.first, lead.second, gap, us,
+                               l.bytes() / us / 1e3, l.bytes() / us / 1e3 / rate);
+                    }
+        }
+    printf("streaming read again: %.0f GB/s\n", streaming());
+}
+
+int main(int argc, char ** argv) {
+    std::string command = argc > 1 ? argv[1] : "check", how = argc > 2 ? argv[2] : "";
+    cudaDeviceProp prop;
+    CK(cudaGetDeviceProperties(&prop, 0));
+    printf("%s, %d multiprocessors, L2 %d MB\n", prop.name, prop.multiProcessorCount, prop.l2CacheSize >> 20);
+    if (command == "check") return check(how == "small");
+    bench(how == "quick");
+    return 0;
+}
