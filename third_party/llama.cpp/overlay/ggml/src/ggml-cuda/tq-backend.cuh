@@ -15,7 +15,7 @@
 
 // tq-fuse.cu is there: whole sites of a graph (norm, quantisation, q/k/v; gate and up with the activation) at once.
 #ifndef GGML_CUDA_TQ_FUSE
-#define GGML_CUDA_TQ_FUSE 0
+#define GGML_CUDA_TQ_FUSE 1
 #endif
 
 // ---- which tensors ------------------------------------------------------------------------------------
@@ -41,18 +41,20 @@ void ggml_cuda_tq_memset(int device, ggml_tensor * tensor, uint8_t value, size_t
 // These are queued on the context's stream.
 void ggml_cuda_tq_set_tensor_async(ggml_backend_cuda_context & ctx, ggml_tensor * tensor, const void * data, const ggml_cuda_tq_pieces & p);
 void ggml_cuda_tq_get_tensor_async(ggml_backend_cuda_context & ctx, const ggml_tensor * tensor, void * data, const ggml_cuda_tq_pieces & p);
-// Bytes that a copy of a tensor from device to device takes, of any type; 0: the host must do it (the forms differ).
-size_t ggml_cuda_tq_copy_size(int src_device, const ggml_tensor * src, int dst_device, const ggml_tensor * dst);
+// `size`: bytes that a copy of a tensor of any type takes from device to device. False: it must take the file's form on its
+// way, because the devices' forms differ or one of the two is a part of a tensor in tile form.
+bool ggml_cuda_tq_copy_size(int src_device, const ggml_tensor * src, int dst_device, const ggml_tensor * dst, size_t & size);
 
 // ---- operators ------------------------------------------------------------------------------------------
 // Where tile form restricts what this backend can do; true for all else.
 bool ggml_cuda_tq_supports_op(int device, const ggml_tensor * op);
-// src0 of all of these is in tile form. False: dequantise (ggml_cuda_tq_f16) and take upstream's way.
+// Products by a tensor in tile form. False, and nothing is done: dequantise (ggml_cuda_tq_f16) and take upstream's way.
 bool ggml_cuda_tq_mul_mat(ggml_backend_cuda_context & ctx, const ggml_tensor * src0, const ggml_tensor * src1, ggml_tensor * dst);
 bool ggml_cuda_tq_mul_mat_id(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
+// What ggml_cuda_tq_mul_mat_id will say.
 bool ggml_cuda_tq_can_mul_mat_id(const ggml_tensor * dst);
-void ggml_cuda_tq_get_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
-void ggml_cuda_tq_cpy(ggml_backend_cuda_context & ctx, const ggml_tensor * src, ggml_tensor * dst);
+// GET_ROWS, CPY, CONT and DUP from or to tile form. False: the node is none of these, and nothing is done.
+bool ggml_cuda_tq_compute_forward(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 
 // The header of an F16 tensor of the same shape, contiguous, without data.
 ggml_tensor ggml_cuda_tq_f16_like(const ggml_tensor * tensor);
@@ -88,8 +90,7 @@ void ggml_cuda_tq_free(ggml_backend_cuda_context * ctx);
 tq_act ggml_cuda_tq_new_act(ggml_backend_cuda_context & ctx, int n, int nb);
 
 // Whether ggml_cuda_tq_product can compute this node: MUL_MAT by one matrix in tile form whose first row is a multiple
-// of 16, src1 in F32 with rows (all of its dimensions taken together) at one distance, addresses and distances multiples
-// of 16 bytes, dst contiguous.
+// of 16, src1 and dst in F32 with rows (all of their dimensions taken together) at one distance.
 bool ggml_cuda_tq_is_product(ggml_backend_cuda_context & ctx, const ggml_tensor * node);
 // Tokens, row distance (elements) of src1 of such a node.
 int64_t ggml_cuda_tq_tokens(const ggml_tensor * node);

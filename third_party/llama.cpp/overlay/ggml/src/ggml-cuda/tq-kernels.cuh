@@ -45,7 +45,6 @@ struct alignas(16) tq_act_head {
 //   q:    [block][half 0..1][token][t 0..3] 16 bytes; element e of the block, with plane p = e / 32 and
 //         i = e % 32, is in half p / 2, t = i / 8, byte 8*(p % 2) + i % 8
 //   head: [block][token]
-// (CHANGED 08:57, k4 please note: order of q and d in a record, no TQ_MAGIC, sums as tf32 pairs; smaller record.)
 // Prefill layout, tokens in groups of TQ_PREFILL_BN (missing tokens are zero). Token k of its group, k = 0..127:
 //   records [group][block] of TQ_RECORD bytes: q as wgmma wants it (core matrices of 8 tokens x 16 bytes), then d.
 //     Element e = 32p + 8t + 4h + i of the block (p, t, i = 0..3, h = 0..1) is byte
@@ -146,9 +145,24 @@ void tq_decode_experts(const tq_experts & e, cudaStream_t stream);
 // `sms`: multiprocessors. tq_prefill chooses between the two; returns what it chose.
 const char * tq_prefill(const tq_segment * segments, int n_segments, const tq_act & act, int cc, int sms, cudaStream_t stream);
 
-// tq-tile.cu: between the file's bytes and tile form. `offset` and `bytes` are in the file's bytes of the whole tensor
-// (any alignment, so that uploads in pieces work); one1: TQ1_1 (30-byte blocks) rather than TQ2_1 (36).
-struct tq_shape { bool one1; int64_t columns, rows, matrices; }; // rows of one matrix
+// ---- tile form ----------------------------------------------------------------------------------
+// tq-tile.cu. `offset`s and strides are in the file's bytes of the whole tensor (any alignment, so that uploads in
+// pieces work). The rows that pad a matrix are not written, and may hold anything.
+struct tq_shape { bool one1; int64_t columns, rows, matrices; }; // one1: TQ1_1 (30-byte blocks), not TQ2_1 (36); rows of one matrix
+// `count` pieces of `bytes`, `stride` apart in the tensor, without gaps in the buffer they are moved to or from.
+struct tq_pieces { size_t offset, bytes, count, stride; };
 size_t tq_tile_tensor_bytes(const tq_shape & s);
-void tq_to_tiles(const tq_shape & s, const uint8_t * file, size_t offset, size_t bytes, uint8_t * tiles, cudaStream_t stream);
-void tq_from_tiles(const tq_shape & s, const uint8_t * tiles, size_t offset, size_t bytes, uint8_t * file, cudaStream_t stream);
+// Pieces must not overlap. A byte that no TQ1_1 block may hold (FORMAT.md) can come back another.
+void tq_to_tiles(const tq_shape & s, const uint8_t * file, const tq_pieces & p, uint8_t * tiles, cudaStream_t stream);
+void tq_from_tiles(const tq_shape & s, const uint8_t * tiles, const tq_pieces & p, uint8_t * file, cudaStream_t stream);
+
+enum tq_float { TQ_F32, TQ_F16, TQ_BF16 };
+// Rows (a, b, c), a < n[0], b < n[1], c < n[2], of `columns` (a multiple of 128) weights from byte
+// offset + row*stride[0] + b*stride[1] + c*stride[2], where row is a, or ids[a*ids_stride[0] + b*ids_stride[1] + c*ids_stride[2]].
+// They go to y + a*y_stride[0] + b*y_stride[1] + c*y_stride[2], strides of y and of ids in elements.
+struct tq_rows {
+    int64_t columns, n[3], offset, stride[3];
+    const int32_t * ids; // may be null
+    int64_t ids_stride[3], y_stride[3];
+};
+void tq_dequantize(const tq_shape & s, const uint8_t * tiles, const tq_rows & rows, void * y, tq_float type, cudaStream_t stream);
