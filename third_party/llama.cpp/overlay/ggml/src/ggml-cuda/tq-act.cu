@@ -1,7 +1,7 @@
 // Activations on their way into a product: the residual sum, the norm and the gate where the graph has
 // them, and the rounding to int8 in the layouts of tq-kernels.cuh, in one kernel.
 //
-// Sixteen threads share a block of 128 columns of one token, columns 4s .. 4s + 3 and 64 + 4s .. 67 + 4s for
+// A group of sixteen threads shares a block of 128 columns of one token, columns 4s .. 4s + 3 and 64 + 4s .. 67 + 4s for
 // thread s: the block's largest magnitude and its sums are four shuffles away, and each thread has two whole
 // words of both layouts. A warp holds two blocks of a token for the decode layout, and one block of two
 // neighbouring tokens for the prefill layout, whose 16-byte pieces then fill whole sectors.
@@ -196,14 +196,15 @@ template <bool GELU> struct glu_source {
     }
 };
 
-// Decode: grid (blocks / FEW_UNITS, columns of the layout). Prefill: grid (blocks, tokens / MANY_UNITS).
+// Thread blocks of `units` groups. Decode: grid (blocks / units, columns of the layout). Prefill: grid (blocks, tokens / units).
 template <bool PREFILL, typename Source>
 __global__ void __launch_bounds__(MANY_UNITS * LANES) quantize_kernel(Source source, tq_act out) {
     let_next_start();
     const int unit  = threadIdx.x / LANES;
     const int s     = threadIdx.x % LANES;
-    const int block = PREFILL ? blockIdx.x : blockIdx.x * FEW_UNITS + unit;
-    const int token = PREFILL ? blockIdx.y * MANY_UNITS + unit : blockIdx.y;
+    const int units = blockDim.x / LANES;
+    const int block = PREFILL ? blockIdx.x : blockIdx.x * units + unit;
+    const int token = PREFILL ? blockIdx.y * units + unit : blockIdx.y;
     const bool write = block < out.nb;
 
     wait_for_inputs();
@@ -372,12 +373,17 @@ bool aligned16(const void * p, int64_t ld = 0) {
 }
 
 template <typename Source>
-void launch_quantize(const Source & source, const tq_act & out, cudaStream_t stream) {
+void launch_quantize(const Source & source, const tq_act & out, cudaStream_t stream, int units) {
     if (out.layout == TQ_ACT_PREFILL) {
-        launch(quantize_kernel<true, Source>, dim3(out.nb, out.cols / MANY_UNITS), MANY_UNITS * LANES, 1, stream, source, out);
+        launch(quantize_kernel<true, Source>, dim3(out.nb, out.cols / units), units * LANES, 1, stream, source, out);
     } else {
-        launch(quantize_kernel<false, Source>, dim3((out.nb + FEW_UNITS - 1) / FEW_UNITS, out.cols), FEW_UNITS * LANES, 1, stream, source, out);
+        launch(quantize_kernel<false, Source>, dim3((out.nb + units - 1) / units, out.cols), units * LANES, 1, stream, source, out);
     }
+}
+
+template <typename Source>
+void launch_quantize(const Source & source, const tq_act & out, cudaStream_t stream) {
+    launch_quantize(source, out, stream, out.layout == TQ_ACT_PREFILL ? MANY_UNITS : FEW_UNITS);
 }
 
 // How a row is shared out: `ranks` thread blocks of `slots` groups (pairs of groups for prefill), which take `repeat` blocks each.
