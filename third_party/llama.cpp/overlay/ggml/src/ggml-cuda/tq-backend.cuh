@@ -27,6 +27,24 @@ bool ggml_cuda_tq_tiles(int device, const ggml_tensor * tensor);
 // Bytes to allocate for a tensor in tile form.
 size_t ggml_cuda_tq_alloc_size(const ggml_tensor * tensor);
 
+// The tensor that memory was allocated for.
+static inline const ggml_tensor * tq_root(const ggml_tensor * t) {
+    while (t->view_src != nullptr) {
+        t = t->view_src;
+    }
+    return t;
+}
+static inline tq_shape tq_shape_of(const ggml_tensor * root) {
+    return { root->type == GGML_TYPE_TQ1_1, root->ne[0], root->ne[1], root->ne[2]*root->ne[3] };
+}
+static inline uint8_t * tq_tiles(const ggml_tensor * t) {
+    return (uint8_t *) tq_root(t)->data;
+}
+// Where a tensor begins in its root, in the file's bytes.
+static inline int64_t tq_offset(const ggml_tensor * t) {
+    return (const char *) t->data - (const char *) tq_root(t)->data;
+}
+
 // ---- to and from the host -------------------------------------------------------------------------------
 // `count` pieces of `size` bytes: in the tensor from `offset`, `stride_tensor` bytes apart, in `data` `stride_data` apart.
 struct ggml_cuda_tq_pieces {
