@@ -33,6 +33,16 @@ class Config:
         compensate: spread each block's error over the columns that are still to come.
         reround: rounds of re-rounding T inside the block with error feedback, each followed by AGA
             (0: T stays as ITF left it, as in the paper).
+        rounds: of improving whole rows once all blocks are done: alpha and mu of all blocks of a
+            row by one solve, then coordinate descent on T (0: none).
+        sweeps: of the coordinate descent in each of these rounds, at most.
+        asymmetry: share (0 to 1) of the inputs' error, left by what was quantised before, that the
+            linears are to make up for: their target then lies that far towards the least-squares
+            match of the full-precision model's outputs (as GPTAQ).
+        stream: the same for the residual stream's error, made up for by the linears that write to
+            it (o_proj and down_proj).
+        sequential: take the Hessians of a block's sites one after the other, each with the block's
+            linears before it already quantised.
         damping: share of the Hessian's mean diagonal that is added to the diagonal.
         calibration: text file, folder, data set name, or ``file.safetensors:tensor`` of token ids.
         samples, seqlen: calibration windows and tokens in each.
@@ -52,6 +62,11 @@ class Config:
     aga: bool = True
     compensate: bool = True
     reround: int = 1
+    rounds: int = 0
+    sweeps: int = 4
+    asymmetry: float = 0.0
+    stream: float = 0.0
+    sequential: bool = False
     damping: float = 0.01
     calibration: str = "wikitext2"
     samples: int = 128
@@ -72,13 +87,16 @@ class Config:
         _one_of("block_size", self.block_size, BLOCK_SIZES)
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("device", self.device, DEVICES)
-        least = {"itf_steps": 1, "reround": 0, "samples": 1, "seqlen": 2, "order_samples": 1,
-                 "threads": 0, "seed": 0, "batch_size": 1}  # fmt: skip
+        least = {"itf_steps": 1, "reround": 0, "rounds": 0, "sweeps": 1, "samples": 1, "seqlen": 2,
+                 "order_samples": 1, "threads": 0, "seed": 0, "batch_size": 1}  # fmt: skip
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise PT2Error(f"setting {name} must be at least {low}, not {getattr(self, name)}")
         if not 0 < self.damping <= 10:
             raise PT2Error(f"setting damping must be above 0 and at most 10, not {self.damping}")
+        for name in ("asymmetry", "stream"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise PT2Error(f"setting {name} must lie in 0 to 1, not {getattr(self, name)}")
         if self.skip is not None:
             try:
                 re.compile(self.skip)

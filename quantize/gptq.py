@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quantize import reorder
+from quantize import descent, reorder
 from quantize.common import PT2Error
 from quantize.ternary import (
     CPU_ROWS,
@@ -46,6 +46,8 @@ class Method:
     compensate: bool = True
     reround: int = 1
     damping: float = 0.01
+    rounds: int = 0
+    sweeps: int = 4
 
 
 class Ternary(NamedTuple):
@@ -108,15 +110,21 @@ def quantize_matrix(
     *,
     perm: Tensor | None = None,
     ssr: bool = False,
+    target: Tensor | None = None,
     log: Callable[[str], None] = lambda message: None,
 ) -> tuple[Ternary, Errors]:
     """Ternarise one matrix, or several with the same input stacked by rows.
+
+    First block by block with compensation; then, with ``method.rounds``, whole rows at once
+    (:mod:`quantize.descent`).
 
     Args:
         w: float32 ``[rows, cols]``; cols a multiple of the block size. Not changed.
         hessian: float64 ``[cols, cols]``, the mean of x x^T over the calibration tokens.
         perm: int64 ``[cols]``, the order of the columns (None: as they are).
         ssr: choose every block's columns on the way (eq. 16) instead.
+        target: float32 ``[rows, cols]``, what to come close to instead of ``w`` (None: ``w``).
+            Errors are those against ``w`` in any case.
         log: told, in one line, of dead columns and of more damping.
 
     Returns:
@@ -127,13 +135,12 @@ def quantize_matrix(
     """
     if not bool(w.isfinite().all()):
         raise PT2Error("NaN or Inf in the weights")
-    original, hessian = _mend_dead_columns(w, hessian, log)
     cols, k = w.shape[1], method.block_size
     perm = torch.arange(cols, device=w.device) if perm is None else perm.to(w.device)
-    w = original[:, perm]
-    hinv = None
-    if method.compensate or method.reround:
-        hinv = damped_inverse(hessian, method.damping, log)[perm[:, None], perm]
+    original, aim, hessian = _mend_dead_columns(w, w if target is None else target, hessian, log)
+    w = aim[:, perm]
+    damped, inverse = damp(hessian, method.damping, log)
+    hinv = inverse[perm[:, None], perm] if method.compensate or method.reround else None
     codes = torch.empty_like(w, dtype=torch.int8)
     grids: list[Grid] = []
     errors = Errors()
@@ -155,6 +162,13 @@ def quantize_matrix(
                 w[:, start + k :].addmm_(block - grid.dequantize(t), spread.float(), alpha=-1)
     alpha, mu = (torch.stack(v, dim=1) for v in zip(*grids))  # noqa: B905
     result = Ternary(codes, alpha, mu, perm)
+    if method.rounds:
+        errors.add("blockwise", original, result.dequantize(), hessian.float())
+        h = damped[perm[:, None], perm].float()
+        grid, t = descent.refine_rows(
+            aim[:, perm], codes.float(), Grid(alpha, mu), h, method.rounds, method.sweeps
+        )
+        result = Ternary(t.to(torch.int8), grid.alpha, grid.mu, perm)
     errors.add("final", original, result.dequantize(), hessian.float())
     return result, errors
 
@@ -268,10 +282,10 @@ def eliminate(hinv: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return spread, rest
 
 
-def damped_inverse(
+def damp(
     hessian: Tensor, damping: float, log: Callable[[str], None] = lambda message: None
-) -> Tensor:
-    """The inverse of ``hessian + damping * mean(diagonal) * identity``, float64 ``[n, n]``.
+) -> tuple[Tensor, Tensor]:
+    """``hessian + damping * mean(diagonal) * identity`` and its inverse, float64 ``[n, n]``.
 
     A matrix that is then not positive definite gets ten times the damping, at most three times
     over; ``log`` is told each time.
@@ -287,7 +301,7 @@ def damped_inverse(
         if int(info) == 0:
             inverse = torch.cholesky_inverse(lower)
             if bool(inverse.isfinite().all()):
-                return inverse
+                return damped, inverse
         if attempt + 1 < DAMPING_TRIES:
             log(
                 f"the Hessian with {damping * 10**attempt:g} damping is not positive definite; "
@@ -300,8 +314,8 @@ def damped_inverse(
 
 
 def _mend_dead_columns(
-    w: Tensor, hessian: Tensor, log: Callable[[str], None]
-) -> tuple[Tensor, Tensor]:
+    w: Tensor, target: Tensor, hessian: Tensor, log: Callable[[str], None]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs that were never other than 0: their diagonal becomes 1, their weights 0."""
     diagonal = hessian.diagonal()
     if not bool(diagonal.isfinite().all()):
@@ -309,11 +323,11 @@ def _mend_dead_columns(
     dead = diagonal <= 0
     count = int(dead.sum())
     if count == 0:
-        return w, hessian
+        return w, target, hessian
     log(f"{count} of {w.shape[1]} inputs are always 0; their weights are taken as 0")
     hessian = hessian.clone()
     hessian.diagonal().masked_fill_(dead, 1.0)
-    return w.masked_fill(dead, 0.0), hessian
+    return w.masked_fill(dead, 0.0), target.masked_fill(dead, 0.0), hessian
 
 
 def _block_of(hinv: Tensor | None, k: int) -> Tensor | None:

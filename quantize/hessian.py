@@ -50,6 +50,25 @@ class InputMoments:
         return mean
 
 
+class CrossMoments:
+    """The sum of d x^T over tokens, float64 ``[rows, cols]``: how d goes along with x."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._sum: Tensor | None = None
+
+    def add(self, d: Tensor, x: Tensor) -> None:
+        """Add tokens: ``d`` ``[..., rows]`` beside ``x`` ``[..., cols]``."""
+        d, x = (v.detach().reshape(-1, v.shape[-1]).float() for v in (d, x))
+        product = (d.T @ x).double()
+        self.count += x.shape[0]
+        self._sum = product if self._sum is None else self._sum.add_(product)
+
+    def mean(self) -> Tensor | None:
+        """The mean of d x^T; None if nothing was added."""
+        return None if self._sum is None else self._sum / self.count
+
+
 def mean_square(w: Tensor, hessian: Tensor) -> float:
     """The mean over tokens of ``|W x|^2``: the scale of E_x."""
     return float(((w @ hessian.to(w.dtype)) * w).sum(dtype=torch.float64))

@@ -29,10 +29,13 @@ class Site:
             ``heads`` (reads the attention heads' outputs: an order within each head folds into
             v_proj's rows), or ``free`` (an order folds into the rows of the linears before it).
         linears: names below the block, e.g. ``self_attn.q_proj``.
+        stream: the norm whose input is the residual stream that the linears' output is added to;
+            None where it is added to none.
     """
 
     role: str
     linears: tuple[str, ...]
+    stream: str | None = None
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,9 @@ class Adapter:
 
 LLAMA_SITES = (
     Site("residual", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-    Site("heads", ("self_attn.o_proj",)),
+    Site("heads", ("self_attn.o_proj",), "input_layernorm"),
     Site("residual", ("mlp.gate_proj", "mlp.up_proj")),
-    Site("free", ("mlp.down_proj",)),
+    Site("free", ("mlp.down_proj",), "post_attention_layernorm"),
 )
 ADAPTERS = {
     "LlamaForCausalLM": Adapter("llama.modeling_llama", "Llama", LLAMA_SITES),
@@ -130,6 +133,13 @@ class StreamedModel:
             _set_parameter(layer, name, value.to(self.device, self.dtype))
         return layer.eval()
 
+    def replace_weights(self, layer: nn.Module, index: int, replace: Mapping[str, Tensor]) -> None:
+        """Give linears of a loaded block other weights (module name -> ``[out, in]``)."""
+        prefix = f"model.layers.{index}."
+        for module, value in replace.items():
+            name = f"{module.removeprefix(prefix)}.weight"
+            _set_parameter(layer, name, value.to(self.device, self.dtype))
+
     @torch.no_grad()
     def forward_block(self, layer: nn.Module, hidden: Tensor, index: int) -> Tensor:
         """One decoder block on ``[n, len, hidden]``, every window from position 0, causal."""
@@ -150,17 +160,31 @@ class StreamedModel:
         index: int,
         take: Callable[[int, Tensor], None],
         *,
+        take_stream: Callable[[int, Tensor], None] | None = None,
+        last: int | None = None,
         to_the_end: bool = False,
     ) -> Tensor | None:
         """Run a block only as far as needed to see the inputs of its sites.
 
         Args:
             take: called with (index into ``adapter.sites``, input ``[n, len, in]``).
+            take_stream: called, for sites that write to the residual stream, with (index, the
+                stream ``[n, len, hidden]`` before they do).
+            last: index of the last site that is wanted (None: all).
             to_the_end: run the whole block and return its output.
         """
         handles = []
-        last = len(self.adapter.sites) - 1
+        last = len(self.adapter.sites) - 1 if last is None else last
         for number, site in enumerate(self.adapter.sites):
+            if take_stream is not None and site.stream is not None:
+
+                def stream_hook(
+                    _: nn.Module, args: tuple[Tensor, ...], number: int = number
+                ) -> None:
+                    take_stream(number, args[0])
+
+                norm = layer.get_submodule(site.stream)
+                handles.append(norm.register_forward_pre_hook(stream_hook))
 
             def hook(_: nn.Module, args: tuple[Tensor, ...], number: int = number) -> None:
                 take(number, args[0])

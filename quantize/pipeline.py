@@ -41,8 +41,8 @@ from quantize.calibration import load_calibration
 from quantize.checkpoint import Checkpoint
 from quantize.common import PT2Error, read_json, write_json
 from quantize.config import Config
-from quantize.gptq import Method, Ternary, quantize_matrix
-from quantize.hessian import InputMoments, mean_square
+from quantize.gptq import Method, Ternary, damp, quantize_matrix
+from quantize.hessian import CrossMoments, InputMoments, mean_square
 from quantize.hf_model import Site, StreamedModel, check_linears
 from quantize.progress import Reporter
 
@@ -137,6 +137,49 @@ def ternarize(
     )
 
 
+class SiteMoments:
+    """What is gathered of a site's inputs x over the calibration tokens.
+
+    Attributes:
+        inputs: x x^T.
+        shift: (x in the full-precision model - x) x^T.
+        stream: (the residual stream in the full-precision model - the stream) x^T.
+    """
+
+    def __init__(self) -> None:
+        self.inputs = InputMoments()
+        self.shift = CrossMoments()
+        self.stream = CrossMoments()
+
+    def add(
+        self, x: Tensor, x_full: Tensor, stream: Tensor | None, stream_full: Tensor | None,
+        shift: bool, streams: bool,
+    ) -> None:  # fmt: skip
+        """Add a batch, ``[n, len, ...]`` each; ``shift`` and ``streams`` say what is wanted."""
+        self.inputs.add(x)
+        if shift:
+            self.shift.add(x_full.float() - x.float(), x)
+        if streams and stream is not None and stream_full is not None:
+            self.stream.add(stream_full.float() - stream.float(), x)
+
+
+class _Seen:
+    """Inputs and streams of the wanted sites in one batch."""
+
+    def __init__(self, wanted: list[int]) -> None:
+        self.wanted = wanted
+        self.inputs: dict[int, Tensor] = {}
+        self.streams: dict[int, Tensor] = {}
+
+    def input(self, number: int, x: Tensor) -> None:
+        if number in self.wanted:
+            self.inputs[number] = x
+
+    def stream(self, number: int, x: Tensor) -> None:
+        if number in self.wanted:
+            self.streams[number] = x
+
+
 class _Run:
     """One run over all blocks."""
 
@@ -151,7 +194,7 @@ class _Run:
         self.run = run
         self.method = Method(
             config.block_size, config.itf, config.itf_steps, config.aga, config.compensate,
-            config.reround, config.damping,
+            config.reround, config.damping, config.rounds, config.sweeps,
         )  # fmt: skip
 
     def blocks(self, tokens: Tensor) -> None:
@@ -166,28 +209,39 @@ class _Run:
         self.residual_perm = self._residual_perm(tokens)
         batches = -(-tokens.shape[0] // self.config.batch_size)
         hidden = self.model.embed(tokens)
+        # The same activations in the full-precision model, where a target asks for them.
+        asymmetric = self.config.asymmetry or self.config.stream
+        self.reference = hidden.clone() if asymmetric else None
         # Steps: one per batch and pass; the matrices of a block count as much as one pass.
-        self.reporter.start("ternarising", 3 * batches * self.model.n_blocks)
+        passes = len(self.model.adapter.sites) if self.config.sequential else 1
+        passes += 2 if self.reference is None else 3
+        self.reporter.start("ternarising", passes * batches * self.model.n_blocks)
         for index in range(self.model.n_blocks):
             if index < done:
                 self._replay(hidden, index)
             else:
                 self._quantize(hidden, index, batches)
+            if self.reference is not None and index < self.model.n_blocks - 1:
+                self._propagate(self.reference, index, None)
         self.reporter.done()
         self._save_run()
         self.writer.finish()
 
     def _quantize(self, hidden: Tensor, index: int, batches: int) -> None:
         seconds: dict[str, float] = {}
-        with _timed(seconds, "hessians"):
-            moments = self._moments(hidden, index)
         matrices: dict[str, Ternary] = {}
         records: dict[str, dict[str, Any]] = {}
-        with _timed(seconds, "matrices"):
-            sites = list(zip(self.model.adapter.sites, moments, strict=True))
-            for site, moment in sites:
-                self._quantize_site(index, site, moment, matrices, records)
-                self.reporter.step(_figures(index, self.model.n_blocks, records), batches / 4)
+        sites = range(len(self.model.adapter.sites))
+        for group in [[n] for n in sites] if self.config.sequential else [list(sites)]:
+            with _timed(seconds, "hessians"):
+                weights = {name: m.dequantize() for name, m in matrices.items()}
+                moments = self._moments(hidden, index, group, weights)
+            with _timed(seconds, "matrices"):
+                for number in group:
+                    site = self.model.adapter.sites[number]
+                    self._quantize_site(index, site, moments.pop(number), matrices, records)
+                    text = _figures(index, self.model.n_blocks, records)
+                    self.reporter.step(text, batches / len(sites))
         last = index == self.model.n_blocks - 1
         with _timed(seconds, "propagation"):
             weights = {name: m.dequantize() for name, m in matrices.items()}
@@ -202,7 +256,7 @@ class _Run:
         self._save_run()
 
     def _quantize_site(
-        self, index: int, site: Site, moment: InputMoments, matrices: dict[str, Ternary],
+        self, index: int, site: Site, moments: SiteMoments, matrices: dict[str, Ternary],
         records: dict[str, dict[str, Any]],
     ) -> None:  # fmt: skip
         """Quantise the linears of one site, stacked by rows where they share one order."""
@@ -211,7 +265,7 @@ class _Run:
         names = [n for n in names if n not in kept]
         if not names:
             return
-        hessian = moment.mean(f"input of {names[0]}")
+        hessian = moments.inputs.mean(f"input of {names[0]}")
         label, perm = self._order(site, hessian.diagonal(), names[0])
         ssr = label == "ssr"
         for group in [[n] for n in names] if ssr else [names]:
@@ -222,8 +276,9 @@ class _Run:
                 self.reporter.warn(f"{name}: {message}")
 
             try:
+                target = self._target(stacked, hessian, moments)
                 result, errors = quantize_matrix(
-                    stacked, hessian, self.method, perm=perm, ssr=ssr, log=log
+                    stacked, hessian, self.method, perm=perm, ssr=ssr, target=target, log=log
                 )
             except PT2Error as e:
                 raise PT2Error(f"{group[0]}: {e}") from e
@@ -253,14 +308,57 @@ class _Run:
             return "within-head", reorder.within_heads(energy, model.head_dim, model.queries_per_kv)
         return "residual", self.residual_perm
 
-    def _moments(self, hidden: Tensor, index: int) -> list[InputMoments]:
-        """Sums of x x^T at every site of a block, over all calibration tokens."""
-        layer = self.model.load_block(index)
-        moments = [InputMoments() for _ in self.model.adapter.sites]
-        for batch in hidden.split(self.config.batch_size):
-            self.model.capture_inputs(layer, batch, index, lambda number, x: moments[number].add(x))
-            self.reporter.step(f"block {index + 1}/{self.model.n_blocks}")
+    def _moments(
+        self, hidden: Tensor, index: int, wanted: list[int], weights: dict[str, Tensor]
+    ) -> dict[int, SiteMoments]:
+        """Moments of the inputs of some of a block's sites, over all calibration tokens.
+
+        Args:
+            wanted: the sites' numbers.
+            weights: of the block's linears that are quantised already.
+        """
+        model, last = self.model, max(wanted)
+        layer = model.load_block(index)
+        original = model.load_block(index) if self.reference is not None else layer
+        model.replace_weights(layer, index, weights)
+        moments = {number: SiteMoments() for number in wanted}
+        references = hidden if self.reference is None else self.reference
+        batch_size = self.config.batch_size
+        for batch, reference in zip(
+            hidden.split(batch_size), references.split(batch_size), strict=True
+        ):
+            seen = _Seen(wanted)
+            model.capture_inputs(
+                layer, batch, index, seen.input, take_stream=seen.stream, last=last
+            )
+            full = seen
+            if self.reference is not None:
+                full = _Seen(wanted)
+                model.capture_inputs(
+                    original, reference, index, full.input, take_stream=full.stream, last=last
+                )
+            for number in wanted:
+                moments[number].add(
+                    seen.inputs[number], full.inputs[number],
+                    seen.streams.get(number), full.streams.get(number),
+                    self.config.asymmetry > 0, self.config.stream > 0,
+                )  # fmt: skip
+            self.reporter.step(f"block {index + 1}/{model.n_blocks}")
         return moments
+
+    def _target(self, weight: Tensor, hessian: Tensor, moments: SiteMoments) -> Tensor | None:
+        """What the quantised weights are to come close to; None: the weights themselves."""
+        shift = torch.zeros_like(weight, dtype=torch.float64)
+        inputs, stream = moments.shift.mean(), moments.stream.mean()
+        if inputs is None and stream is None:
+            return None
+        if inputs is not None:
+            shift += self.config.asymmetry * (weight.double() @ inputs)
+        if stream is not None:
+            shift += self.config.stream * stream
+        damped, _ = damp(hessian, self.method.damping)
+        move = torch.cholesky_solve(shift.T, torch.linalg.cholesky(damped)).T
+        return weight + move.float()
 
     def _propagate(self, hidden: Tensor, index: int, weights: dict[str, Tensor] | None) -> None:
         """Replace the activations by the block's outputs, in place."""

@@ -15,7 +15,8 @@ from quantize.common import PT2Error, atomic_path
 TITLES = {"E_w": "weight error $E_w$ (share of $|W|^2$)",
           "E_x": "output error $E_x$ (share of $|Wx|^2$)"}  # fmt: skip
 SCALES = {"E_w": "norm_w", "E_x": "norm_x"}
-ORDER = ("init", "itf", "aga", "reround", "final")  # as they follow in time; JSON sorts by name
+# As they follow in time; JSON sorts by name.
+ORDER = ("init", "itf", "aga", "reround", "blockwise", "final")
 
 
 def write_report(artifact: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:

@@ -11,7 +11,7 @@ from test_ternary import moments, weights
 
 from quantize import gptq, reorder
 from quantize.common import PT2Error
-from quantize.gptq import Errors, Method, damped_inverse, eliminate, quantize_matrix
+from quantize.gptq import Errors, Method, damp, eliminate, quantize_matrix
 from quantize.ternary import Grid, iterative_ternary_fitting, output_error, ternary_init
 
 SEEDS = st.integers(0, 2**31 - 1)
@@ -63,7 +63,7 @@ def test_rerounding_is_obs_column_by_column(sub_block, monkeypatch):
     monkeypatch.setattr(gptq, "CPU_ROWS", 7)
     w, h = problem(4, rows=20, cols=48)
     grid, _ = iterative_ternary_fitting(w, ternary_init(w)[1])
-    hinv = damped_inverse(h, 0.01)
+    hinv = damp(h, 0.01)[1]
     feedback, order = gptq.feedback_weights(hinv, h.float())
     got = gptq.reround(w, grid, feedback, order)
     want = naive_reround(w, grid, hinv, order)
@@ -93,7 +93,7 @@ def test_stage_errors_are_sums_over_the_blocks():
     w, h = problem(2, rows=4, cols=64)
     method = Method(64, reround=1)
     errors = Errors()
-    grid, t = gptq.ternarize_block(w, h.float(), method, damped_inverse(h, 0.01), errors)
+    grid, t = gptq.ternarize_block(w, h.float(), method, damp(h, 0.01)[1], errors)
     assert list(errors.output) == ["init", "itf", "aga", "reround"]
     assert errors.output["reround"].sum().item() == pytest.approx(
         output_error(w, grid.dequantize(t), h.float()), rel=1e-4
@@ -170,7 +170,7 @@ def test_a_hessian_that_is_not_positive_definite_gets_more_damping():
     assert bool(result.dequantize().isfinite().all())
     values[0] = -1000 * h.diagonal().mean()
     with pytest.raises(PT2Error, match="not positive definite"):
-        damped_inverse(vectors @ torch.diag(values) @ vectors.T, 0.01)
+        damp(vectors @ torch.diag(values) @ vectors.T, 0.01)
 
 
 def test_rank_one_inputs_are_survived():
@@ -232,6 +232,6 @@ def test_random_order_depends_on_seed_and_name_only():
 
 def test_grid_with_alpha_zero_rounds_to_zero():
     w, h = problem(12, rows=3, cols=16)
-    feedback, order = gptq.feedback_weights(damped_inverse(h, 0.01), h.float())
+    feedback, order = gptq.feedback_weights(damp(h, 0.01)[1], h.float())
     t = gptq.reround(w, Grid(torch.zeros(3), torch.zeros(3)), feedback, order)
     assert not t.any()

@@ -1,0 +1,167 @@
+"""Whole rows at once: the joint grid and coordinate descent, against brute force and themselves."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_ternary import moments, weights
+
+from quantize import descent
+from quantize.common import PT2Error
+from quantize.gptq import Method, quantize_matrix
+from quantize.ternary import Grid, fit_grid, iterative_ternary_fitting, store_grid, ternary_init
+
+SEEDS = st.integers(0, 2**31 - 1)
+
+
+def problem(seed: int, rows: int = 8, cols: int = 64, k: int = 16):
+    """Weights, T and a grid per block as a blockwise pass without activations leaves them, H."""
+    w = weights(seed, rows, cols)
+    h = moments(seed, cols, tokens=4 * cols).float()
+    h.diagonal().add_(0.01 * h.diagonal().mean())
+    codes, grids = [], []
+    for block in w.split(k, dim=1):
+        grid, t = iterative_ternary_fitting(block, ternary_init(block)[1])
+        grids.append(store_grid(Grid(grid.alpha.abs(), grid.mu)))
+        codes.append(t * grid.alpha.sign()[:, None])
+    alpha, mu = (torch.stack(v, dim=1) for v in zip(*grids, strict=True))
+    return w, torch.cat(codes, dim=1), Grid(alpha, mu), h
+
+
+def naive_descend(w, t, grid, h, sweeps):
+    """Every column tries all three values, the whole objective computed for each, in float64."""
+    k = w.shape[1] // grid.alpha.shape[1]
+    t = t.double().clone()
+    alpha, mu = (x.double().repeat_interleave(k, dim=1) for x in grid)
+    for _ in range(sweeps):
+        for j in range(w.shape[1]):
+            values = []
+            for candidate in (-1, 0, 1):
+                t[:, j] = candidate
+                e = w.double() - alpha * t - mu
+                values.append(((e @ h.double()) * e).sum(dim=1))
+            t[:, j] = torch.stack(values).argmin(dim=0).double() - 1
+    return t.float()
+
+
+@pytest.mark.parametrize("sub_block", [1, 5, 32])
+def test_descent_is_the_best_of_three_values_column_by_column(sub_block, monkeypatch):
+    monkeypatch.setattr(descent, "SUB_BLOCK", sub_block)
+    w, t, grid, h = problem(1)
+    for sweeps in (1, 3):
+        got = descent.descend(w, t, grid, h, sweeps)
+        want = naive_descend(w, t, grid, h, sweeps)
+        assert (got != want).float().mean() < 0.005  # a tie may fall either way in float32
+        assert not torch.equal(got, t)
+
+
+@given(SEEDS)
+@settings(max_examples=25, deadline=None)
+def test_neither_step_raises_the_objective_of_any_row(seed):
+    w, t, grid, h = problem(seed)
+    last = descent.objective(w, t, grid, h)
+    start = last.clone()
+    for _ in range(3):
+        grid, t = descent.joint_grid(w, t, grid, h)
+        now = descent.objective(w, t, grid, h)
+        assert bool((now <= last * (1 + 1e-5)).all())
+        assert bool((grid.alpha >= 0).all()) and set(t.unique().tolist()) <= {-1.0, 0.0, 1.0}
+        assert torch.equal(grid.alpha, grid.alpha.half().float())
+        assert torch.equal(grid.mu, grid.mu.half().float())
+        last = now
+        t = descent.descend(w, t, grid, h, 1)
+        now = descent.objective(w, t, grid, h)
+        assert bool((now <= last * (1 + 1e-5)).all())
+        last = now
+    assert last.sum() < start.sum()
+
+
+@given(SEEDS)
+@settings(max_examples=15, deadline=None)
+def test_the_joint_grid_is_the_least_squares_solution(seed):
+    w, t, grid, h = problem(seed, rows=3, cols=48)
+    new, turned = descent.joint_grid(w, t, grid, h)
+    root = torch.linalg.cholesky(h.double()).numpy()  # |e root|^2 = e h e^T
+    for row in range(3):
+        basis = np.zeros((6, 48))
+        for b in range(3):
+            basis[b, 16 * b : 16 * b + 16] = t[row, 16 * b : 16 * b + 16]
+            basis[3 + b, 16 * b : 16 * b + 16] = 1
+        target = w[row].double().numpy() @ root
+        solution, *_ = np.linalg.lstsq((basis @ root).T, target, rcond=None)
+        least = float(np.square(solution @ basis @ root - target).sum())
+        got = float(descent.objective(w, turned, new, h)[row])
+        # float16's rounding of alpha and mu is all that is left between the two
+        assert least * (1 - 1e-6) <= got <= least * 1.001 + 1e-9
+
+
+def test_with_one_block_and_white_inputs_the_joint_grid_is_the_fitted_one():
+    w, t, _, _ = problem(3, cols=32, k=32)
+    start = Grid(torch.full((8, 1), 0.5), torch.zeros(8, 1))
+    got, _ = descent.joint_grid(w, t, start, torch.eye(32))
+    want = fit_grid(w, t)
+    assert torch.allclose(got.alpha[:, 0], want.alpha, rtol=1e-3)
+    assert torch.allclose(got.mu[:, 0], want.mu, rtol=1e-3, atol=1e-4)
+
+
+def test_coordinate_descent_ends_where_no_single_change_helps():
+    w, t, grid, h = problem(5, rows=4, cols=32)
+    t = descent.descend(w, t, grid, h, 50)
+    best = descent.objective(w, t, grid, h)
+    for j, value in itertools.product(range(32), (-1.0, 0.0, 1.0)):
+        other = t.clone()
+        other[:, j] = value
+        assert bool((descent.objective(w, other, grid, h) >= best * (1 - 1e-5)).all())
+
+
+def test_blocks_that_say_nothing_of_alpha_keep_a_sound_grid():
+    """T all zero, T all one, a row of zeros: singular systems must change nothing for the worse."""
+    w, t, grid, h = problem(6)
+    t[0, :16] = 0
+    t[1, 16:32] = 1
+    w[2] = 0
+    t[2] = 0
+    before = descent.objective(w, t, grid, h)
+    new, turned = descent.joint_grid(w, t, grid, h)
+    assert bool(new.alpha.isfinite().all()) and bool(new.mu.isfinite().all())
+    assert bool((descent.objective(w, turned, new, h) <= before * (1 + 1e-5)).all())
+    zero = Grid(torch.zeros_like(grid.alpha), grid.mu)
+    assert torch.equal(descent.descend(w, t, zero, h, 2), t)
+
+
+def test_rows_do_not_depend_on_each_other(monkeypatch):
+    w, t, grid, h = problem(7, rows=20)
+    whole_grid, whole_t = descent.refine_rows(w, t, grid, h, 2, 3)
+    monkeypatch.setattr(descent, "CPU_ROWS", 7)
+    monkeypatch.setattr(descent, "SOLVE_NUMBERS", 300)
+    parts_grid, parts_t = descent.refine_rows(w, t, grid, h, 2, 3)
+    assert (whole_t != parts_t).float().mean() < 0.01
+    a = descent.objective(w, whole_t, whole_grid, h).sum()
+    b = descent.objective(w, parts_t, parts_grid, h).sum()
+    assert b == pytest.approx(float(a), rel=0.01)
+
+
+def test_a_grid_that_float16_cannot_hold_is_refused():
+    w, t, grid, h = problem(8)
+    with pytest.raises(PT2Error, match="float16"):
+        descent.joint_grid(w * 1e8, t, grid, h)
+
+
+def test_rounds_lower_the_error_of_the_whole_matrix_and_a_target_is_followed():
+    w, h = weights(9, 32, 128), moments(9, 128, tokens=512).double()
+    _, plain = quantize_matrix(w, h, Method(32))
+    result, errors = quantize_matrix(w, h, Method(32, rounds=2))
+    sums = errors.rows_of(0, 32)["E_x"]
+    assert sums["blockwise"] == pytest.approx(plain.rows_of(0, 32)["E_x"]["final"], rel=1e-6)
+    assert sums["final"] < 0.97 * sums["blockwise"]
+    assert torch.equal(result.t * (result.alpha == 0).repeat_interleave(32, 1), result.t * 0)
+    target = w + 0.02 * torch.randn(w.shape, generator=torch.Generator().manual_seed(0))
+    moved, _ = quantize_matrix(w, h, Method(32, rounds=2), target=target)
+    near, far = (((moved.dequantize() - x) @ h.float() * (moved.dequantize() - x)).sum()
+                 for x in (target, w))  # fmt: skip
+    assert near < far
