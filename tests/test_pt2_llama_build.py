@@ -576,9 +576,21 @@ def test_smoke_test_compares_with_f16_and_runs_the_gpu() -> None:
 # -- CUDA ----------------------------------------------------------------------------------------
 
 
-def test_cuda_architectures() -> None:
-    assert toolchain.cuda_architectures("90") == "90"
-    assert toolchain.cuda_architectures("86,90a-real") == "86;90a-real"
+@pytest.mark.parametrize(
+    ("wanted", "given"),
+    [
+        ("90", "90a"),  # wgmma is in 90a only
+        ("86,90a-real", "86;90a-real"),
+        ("90-real,90-virtual,100", "90a-real;90-virtual;100"),
+        ("80;90;120", "80;90a;120"),
+        ("89", "89"),
+    ],
+)
+def test_cuda_architectures(wanted: str, given: str) -> None:
+    assert toolchain.cuda_architectures(wanted) == given
+
+
+def test_an_unknown_cuda_architecture_is_refused() -> None:
     with pytest.raises(PT2Error, match="expected numbers such as 90"):
         toolchain.cuda_architectures("hopper")
 
@@ -591,7 +603,7 @@ def test_cuda_architecture_comes_from_the_gpu(
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
     assert toolchain.gpus() == [("NVIDIA H200", "90"), ("NVIDIA A10", "86")]
-    assert toolchain.cuda_architectures(None) == "86;90"
+    assert toolchain.cuda_architectures(None) == "86;90a"
     smi.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'; exit 9\n")
     with pytest.raises(PT2Error, match=r"no GPU is visible .*--cuda-arch 90"):
         toolchain.cuda_architectures(None)
@@ -628,7 +640,7 @@ def test_cublas_of_the_toolkit_then_of_python(
         (package / name).touch()
     monkeypatch.setattr(toolchain, "_python_cublas_folders", lambda: [package])
     found = toolchain.find_cublas(bare)
-    flags = compile.cuda_flags("90", bare, found, driver=False)
+    flags = compile.cuda_flags("90a", bare, found, driver=False)
     assert "-DGGML_CUDA_NO_VMM=ON" in flags
     assert f"-DCUDA_cublas_LIBRARY={package}/lib/libcublas.so.13" in flags
     assert f"-DCMAKE_CUDA_FLAGS=-I{package}/include" in flags

@@ -70,7 +70,12 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--force", action="store_true", help="from nothing, even if it is there")
     parser.add_argument("--no-tests", action="store_true", help="leave out the test programs")
-    parser.add_argument("--cuda-arch", metavar="N[,N]", help="such as 90 (default: visible GPUs)")
+    parser.add_argument(
+        "--cuda-arch",
+        metavar="N[,N]",
+        help="such as 90 (default: visible GPUs; 90 becomes 90a, which has the tensor-core "
+        "instructions of H100 and H200)",
+    )
     parser.add_argument(
         "--cmake-arg", action="append", default=[], metavar="ARG", help="such as -DGGML_BLAS=ON"
     )

@@ -68,7 +68,7 @@ def cuda_flags(architectures: str, nvcc: str, cublas: Cublas, driver: bool) -> l
     """CMake options of a CUDA build.
 
     Args:
-        architectures: value of CMAKE_CUDA_ARCHITECTURES, such as ``90`` or ``86;90``.
+        architectures: value of CMAKE_CUDA_ARCHITECTURES, such as ``90a`` or ``86;90a``.
         cublas: from :func:`toolchain.find_cublas`.
         driver: whether there is a libcuda.so to link with; only the virtual memory pool needs it.
     """

@@ -154,19 +154,26 @@ def gpus() -> list[tuple[str, str]]:
 def cuda_architectures(wanted: str | None) -> str:
     """The value of CMAKE_CUDA_ARCHITECTURES: what is wanted, else the visible GPUs' own.
 
+    90 and 90-real become 90a and 90a-real, for only these have Hopper's tensor-core instructions
+    (wgmma). Such code runs on compute capability 9.0 alone; 90-virtual is left as it is.
+
     Raises:
         PT2Error: nothing is wanted and no GPU is visible.
     """
     if wanted:
         if not re.fullmatch(r"\d+[a-z]?(-real|-virtual)?([;,]\d+[a-z]?(-real|-virtual)?)*", wanted):
             raise PT2Error(f"--cuda-arch {wanted!r}: expected numbers such as 90 or 86,90")
-        return wanted.replace(",", ";")
+        return _with_hopper_features(wanted.replace(",", ";"))
     if not (found := sorted({capability for _, capability in gpus()})):
         raise PT2Error(
             "no GPU is visible (nvidia-smi), so say what to build for: --cuda-arch 90 for H100 and "
             "H200, 89 for Ada, 86 for RTX 30, 80 for A100"
         )
-    return ";".join(found)
+    return _with_hopper_features(";".join(found))
+
+
+def _with_hopper_features(architectures: str) -> str:
+    return re.sub(r"\b90(?=-real|;|$)", "90a", architectures)
 
 
 def find_cublas(nvcc: str) -> Cublas:
