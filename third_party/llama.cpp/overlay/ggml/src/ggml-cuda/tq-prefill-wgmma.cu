@@ -1,0 +1,579 @@
+// Products with more than 8 tokens on sm_90a: wgmma with the weights unpacked into registers (A) and the activations
+// in shared memory as tq-act.cu left them (B). KERNELS.md says what bounds it.
+//
+// A thread block has 64 rows for each of its consumer warpgroups and N tokens; a producer brings stages of one block of
+// 128 columns by bulk copies. A consumer has the product of the next block in flight while it scales the last one's.
+// Parts of K go to the members of a thread-block cluster, which add their sums through distributed shared memory in the
+// order of their ranks, so that results repeat to the bit.
+
+#include "tq-prefill.cuh"
+
+#if defined(GGML_CUDA_TQ_SM90A)
+
+#include <climits>
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define TQ_WGMMA_CODE
+#endif
+
+namespace {
+
+// Shape of a thread block.
+template <int WGS, int N, int STAGES, int MIN_BLOCKS>
+struct shape {
+    static constexpr int consumers   = WGS;
+    static constexpr int tokens      = N;
+    static constexpr int rows        = WGS * 64;
+    static constexpr int stages      = STAGES;
+    static constexpr int min_blocks  = MIN_BLOCKS;
+    static constexpr int tiles       = WGS * 4; // of 16 rows
+    // Only wide shapes need more registers than an even share; setmaxnreg moves them, by warpgroups.
+    static constexpr bool move_regs  = N == 128;
+    static constexpr int threads     = WGS * 128 + (move_regs ? 128 : 32);
+    static constexpr int weights     = tiles * TQ_TILE_BYTES;
+    static constexpr int q           = N * TQ_BLOCK;
+    static constexpr int stage       = weights + q + N * 4;
+    static constexpr int sums        = N * 64; // of eight blocks
+    static constexpr bool both       = WGS == 2 || N < 128; // registers for two sets of integer sums
+
+    // What a member of a cluster gets from the others: 16 bytes for each of their threads and 8 tokens.
+    static int part_bytes(int split) { return tq_ceil(N / 8, split) * (split - 1) * WGS * 128 * 16; }
+    static int shared_bytes(int split) { return STAGES * stage + 2 * sums + part_bytes(split); }
+};
+
+#if defined(TQ_WGMMA_CODE)
+
+// ---- instructions ------------------------------------------------------------------------------------
+__device__ __forceinline__ uint32_t shared_address(const void * p) {
+    return (uint32_t) __cvta_generic_to_shared(p);
+}
+__device__ __forceinline__ void barrier_init(uint64_t * b, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(count) : "memory");
+}
+__device__ __forceinline__ void barrier_expect(uint64_t * b, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(uint64_t * b) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(b)) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(uint64_t * b, int parity) {
+    asm volatile("{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@!p bra again;\n}"
+                 ::"r"(shared_address(b)), "r"(parity) : "memory");
+}
+__device__ __forceinline__ void bulk_copy(void * dst, const void * src, int bytes, uint64_t * b) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"(shared_address(dst)), "l"(src), "r"(bytes), "r"(shared_address(b)) : "memory");
+}
+__device__ __forceinline__ void cluster_arrive() {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// The address of this thread block's p in the shared memory of another member.
+__device__ __forceinline__ uint32_t cluster_map(const void * p, int rank) {
+    uint32_t r;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(shared_address(p)), "r"(rank));
+    return r;
+}
+__device__ __forceinline__ void cluster_store(uint32_t address, const float (&v)[4]) {
+    asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};"
+                 ::"r"(address), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]) : "memory");
+}
+template <int REGS> __device__ __forceinline__ void more_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGS));
+}
+template <int REGS> __device__ __forceinline__ void fewer_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGS));
+}
+__device__ __forceinline__ void wgmma_fence() {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void wgmma_commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+template <int N> __device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+// Neither reads nor writes of these registers move across.
+template <class T, int N> __device__ __forceinline__ void hold(T (&c)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        asm volatile("" : "+r"(c[i])::"memory");
+    }
+}
+
+// B of N tokens x 32 columns: core matrices of 8 tokens x 16 bytes, 128 bytes apart along the tokens.
+template <int N> __device__ __forceinline__ uint64_t b_descriptor(const void * p) {
+    constexpr uint64_t along_k = N * 16, along_n = 128;
+    return (uint64_t) ((shared_address(p) >> 4) & 0x3fff) | (along_k >> 4) << 16 | (along_n >> 4) << 32;
+}
+
+#define TQ_C4(i)  "+r"(c[i]), "+r"(c[i + 1]), "+r"(c[i + 2]), "+r"(c[i + 3])
+#define TQ_C8(i)  TQ_C4(i), TQ_C4(i + 4)
+#define TQ_C16(i) TQ_C8(i), TQ_C8(i + 8)
+#define TQ_C32(i) TQ_C16(i), TQ_C16(i + 16)
+#define TQ_WGMMA(width, regs, a0, a1, a2, a3, desc, sum, ...)                                                      \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " sum ", 0;\n"                                                  \
+                 "wgmma.mma_async.sync.aligned.m64n" width "k32.s32.s8.s8 {" regs "}, {" a0 "," a1 "," a2 "," a3   \
+                 "}, " desc ", p;\n}"                                                                              \
+                 : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(SUM))
+#define TQ_R8   "%0,%1,%2,%3,%4,%5,%6,%7"
+#define TQ_R16  TQ_R8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define TQ_R32  TQ_R16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define TQ_R64  TQ_R32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55," \
+                "%56,%57,%58,%59,%60,%61,%62,%63"
+
+// c (+)= 64 rows x N tokens x 32 columns; SUM 0: c is only written.
+template <int SUM> __device__ __forceinline__ void wgmma(int (&c)[8], const uint32_t * a, uint64_t b) {
+    TQ_WGMMA("16", TQ_R8, "%8", "%9", "%10", "%11", "%12", "%13", TQ_C8(0));
+}
+template <int SUM> __device__ __forceinline__ void wgmma(int (&c)[16], const uint32_t * a, uint64_t b) {
+    TQ_WGMMA("32", TQ_R16, "%16", "%17", "%18", "%19", "%20", "%21", TQ_C16(0));
+}
+template <int SUM> __device__ __forceinline__ void wgmma(int (&c)[32], const uint32_t * a, uint64_t b) {
+    TQ_WGMMA("64", TQ_R32, "%32", "%33", "%34", "%35", "%36", "%37", TQ_C32(0));
+}
+template <int SUM> __device__ __forceinline__ void wgmma(int (&c)[64], const uint32_t * a, uint64_t b) {
+    TQ_WGMMA("128", TQ_R64, "%64", "%65", "%66", "%67", "%68", "%69", TQ_C32(0), TQ_C32(32));
+}
+
+// ---- the producer --------------------------------------------------------------------------------------
+struct barriers {
+    uint64_t * full;       // [stages]
+    uint64_t * empty;      // [stages]
+    uint64_t * full_sums;  // [2]
+    uint64_t * empty_sums; // [2]
+};
+
+// One warp: stages of blocks lo .. hi - 1, then the sums of each eight blocks in a ring of two.
+template <class S>
+__device__ __forceinline__ void produce(const tq_prefill_args & args, const uint8_t * weights, int tiles, int group, int lo,
+                                        int hi, uint8_t * shared, const barriers & bar) {
+    const int lane = threadIdx.x & 31, count = hi - lo;
+    const uint8_t * records = args.records + ((size_t) group * args.nb + lo) * TQ_RECORD;
+    const uint8_t * sums    = args.sums + (size_t) group * tq_ceil(args.nb, 8) * (TQ_PREFILL_BN * 64);
+    weights += (size_t) lo * TQ_TILE_BYTES;
+
+    auto copy_weights = [&](int i) {
+        const int slot = i % S::stages;
+        if (lane == 0) {
+            barrier_expect(bar.full + slot, tiles * TQ_TILE_BYTES + S::q + S::tokens * 4);
+        }
+        __syncwarp();
+        if (lane < tiles) {
+            bulk_copy(shared + slot * S::stage + lane * TQ_TILE_BYTES,
+                      weights + ((size_t) lane * args.nb + i) * TQ_TILE_BYTES, TQ_TILE_BYTES, bar.full + slot);
+        }
+    };
+    auto copy_activations = [&](int i) {
+        const int slot = i % S::stages;
+        uint8_t * dst = shared + slot * S::stage + S::weights;
+        const uint8_t * src = records + (size_t) i * TQ_RECORD;
+        if (S::tokens == TQ_PREFILL_BN) {
+            if (lane == 0) {
+                bulk_copy(dst, src, TQ_RECORD, bar.full + slot);
+            }
+        } else if (lane < 8) {
+            bulk_copy(dst + lane * (S::tokens * 16), src + lane * (TQ_PREFILL_BN * 16), S::tokens * 16, bar.full + slot);
+        } else if (lane == 8) {
+            bulk_copy(dst + S::q, src + TQ_PREFILL_BN * TQ_BLOCK, S::tokens * 4, bar.full + slot);
+        }
+        const int block = lo + i;
+        if (lane == 0 && (i == 0 || block % 8 == 0)) {
+            const int turn = block / 8 - lo / 8;
+            if (turn >= 2) {
+                barrier_wait(bar.empty_sums + turn % 2, (turn / 2 - 1) & 1);
+            }
+            barrier_expect(bar.full_sums + turn % 2, S::sums);
+            bulk_copy(shared + S::stages * S::stage + turn % 2 * S::sums, sums + (size_t) (block / 8) * (TQ_PREFILL_BN * 64),
+                      S::sums, bar.full_sums + turn % 2);
+        }
+    };
+    const int first = min(count, S::stages);
+    for (int i = 0; i < first; i++) {
+        copy_weights(i);
+    }
+    asm volatile("griddepcontrol.wait;" ::: "memory"); // weights do not depend on the kernel before, activations do
+    for (int i = 0; i < first; i++) {
+        copy_activations(i);
+    }
+    for (int i = first; i < count; i++) {
+        barrier_wait(bar.empty + i % S::stages, (i / S::stages - 1) & 1);
+        copy_weights(i);
+        copy_activations(i);
+    }
+}
+
+// ---- a consumer ----------------------------------------------------------------------------------------
+// A place in a ring.
+template <int SIZE> struct ring {
+    int slot = 0, phase = 0;
+    __device__ __forceinline__ void next() {
+        if (++slot == SIZE) {
+            slot = 0;
+            phase ^= 1;
+        }
+    }
+};
+
+// The integer sums of a block, and what will be done with them.
+template <int N> struct flight {
+    int   c[N / 2];
+    uint2 scales;
+};
+
+template <class S> struct consumer {
+    static constexpr int N = S::tokens, NJ = N / 8;
+
+    const uint8_t * shared;
+    barriers        bar;
+    int             block, hi, nb, warp, lane; // block: the next to be scaled
+    ring<S::stages> begun, done;
+    ring<2>         sums;
+    float           acc[NJ][4];
+    uint32_t        a[16]; // the codes of the block in flight
+    tq_prefill_mu   mu;
+
+    // Starts the product of the next block; none is in flight.
+    __device__ __forceinline__ void start(flight<N> & f) {
+        const uint8_t * stage = shared + begun.slot * S::stage;
+        barrier_wait(bar.full + begun.slot, begun.phase);
+        const uint8_t * tile = stage + warp * TQ_TILE_BYTES;
+        const uint4 w = *reinterpret_cast<const uint4 *>(tile + lane * 16);
+        f.scales = *reinterpret_cast<const uint2 *>(tile + TQ_TILE_SCALES + (lane >> 2) * 8);
+        tq_prefill_codes(a, w);
+        const uint64_t b = b_descriptor<N>(stage + S::weights);
+        hold(a);
+        hold(f.c);
+        wgmma_fence();
+        wgmma<0>(f.c, a, b);
+        wgmma<1>(f.c, a + 4, b + 2 * N);
+        wgmma<1>(f.c, a + 8, b + 4 * N);
+        wgmma<1>(f.c, a + 12, b + 6 * N);
+        wgmma_commit();
+        begun.next();
+    }
+
+    // acc += alpha * d * the sums of a block, which have come.
+    __device__ __forceinline__ void finish(flight<N> & f) {
+        const float * d = reinterpret_cast<const float *>(shared + done.slot * S::stage + S::weights + S::q) + (lane & 3) * 4;
+        const float alpha[2] = {__low2float(*reinterpret_cast<const half2 *>(&f.scales.x)),
+                                __low2float(*reinterpret_cast<const half2 *>(&f.scales.y))};
+        mu.take(f.scales, block, lane & 3);
+#pragma unroll
+        for (int j = 0; j < NJ; j += 2) {
+            const float4 v = *reinterpret_cast<const float4 *>(d + j * 8);
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                acc[j][2 * r]         += (alpha[r] * v.x) * (float) f.c[4 * j + 2 * r];
+                acc[j][2 * r + 1]     += (alpha[r] * v.y) * (float) f.c[4 * j + 2 * r + 1];
+                acc[j + 1][2 * r]     += (alpha[r] * v.z) * (float) f.c[4 * j + 4 + 2 * r];
+                acc[j + 1][2 * r + 1] += (alpha[r] * v.w) * (float) f.c[4 * j + 5 + 2 * r];
+            }
+        }
+        __syncwarp();
+        if (lane == 0) {
+            barrier_arrive(bar.empty + done.slot);
+        }
+        done.next();
+        block++;
+        if (block % 8 == 0 || block == hi) {
+            barrier_wait(bar.full_sums + sums.slot, sums.phase);
+            mu.add(acc, shared + S::stages * S::stage + sums.slot * S::sums, lane, nb - (block - 1) / 8 * 8);
+            mu.clear();
+            __syncwarp();
+            if (lane == 0) {
+                barrier_arrive(bar.empty_sums + sums.slot);
+            }
+            sums.next();
+        }
+    }
+
+    __device__ __forceinline__ void run() {
+#pragma unroll
+        for (int j = 0; j < NJ; j++) {
+            acc[j][0] = acc[j][1] = acc[j][2] = acc[j][3] = 0.0f;
+        }
+        mu.clear();
+        if constexpr (S::both) {
+            // One block is scaled while the next is multiplied.
+            flight<N> f0, f1;
+            start(f0);
+            while (true) {
+                arrived(f0);
+                if (block + 1 < hi) {
+                    start(f1);
+                }
+                finish(f0);
+                if (block == hi) {
+                    break;
+                }
+                arrived(f1);
+                if (block + 1 < hi) {
+                    start(f0);
+                }
+                finish(f1);
+                if (block == hi) {
+                    break;
+                }
+            }
+        } else {
+            flight<N> f;
+            while (block < hi) {
+                start(f);
+                arrived(f);
+                finish(f);
+            }
+        }
+    }
+
+    // Waits for the product in flight.
+    __device__ __forceinline__ void arrived(flight<N> & f) {
+        wgmma_wait<0>();
+        hold(f.c);
+        hold(a); // the product read them until now
+    }
+
+    // Parts of K: token columns j belong to member j * split / NJ, which gets what the others have of them.
+    __device__ __forceinline__ void share(float4 * parts, int split, int rank) const {
+        const int thread = warp * 32 + lane;
+#pragma unroll
+        for (int j = 0; j < NJ; j++) {
+            const int owner = j * split / NJ;
+            if (owner != rank) {
+                const int slot = rank - (rank > owner), at = j - tq_ceil(owner * NJ, split), width = tq_ceil(NJ, split);
+                cluster_store(cluster_map(parts + (slot * width + at) * (S::consumers * 128) + thread, owner), acc[j]);
+            }
+        }
+    }
+    __device__ __forceinline__ void collect(const float4 * parts, int split, int rank) {
+        const int thread = warp * 32 + lane, width = tq_ceil(NJ, split);
+#pragma unroll
+        for (int j = 0; j < NJ; j++) {
+            if (j * split / NJ == rank) {
+                const int at = j - tq_ceil(rank * NJ, split);
+#pragma unroll 1
+                for (int slot = 0; slot < split - 1; slot++) {
+                    const float4 v = parts[(slot * width + at) * (S::consumers * 128) + thread];
+                    acc[j][0] += v.x;
+                    acc[j][1] += v.y;
+                    acc[j][2] += v.z;
+                    acc[j][3] += v.w;
+                }
+            }
+        }
+    }
+
+    // Every store of a warp fills four sectors of 8 rows.
+    __device__ __forceinline__ void store(const tq_segment & seg, int row0, int token0, int n, int split, int rank) const {
+        const int row = row0 + warp * 16 + (lane >> 2), token = token0 + 2 * (lane & 3);
+        float * y = seg.y + (int64_t) token * seg.ld + row;
+        const bool lower = row < seg.rows, upper = row + 8 < seg.rows;
+#pragma unroll
+        for (int j = 0; j < NJ; j++) {
+            if (split > 1 && j * split / NJ != rank) {
+                continue;
+            }
+#pragma unroll
+            for (int k = 0; k < 2; k++) {
+                if (token + 8 * j + k < n) {
+                    float * p = y + (8 * j + k) * seg.ld;
+                    if (lower) { p[0] = acc[j][k]; }
+                    if (upper) { p[8] = acc[j][2 + k]; }
+                }
+            }
+        }
+    }
+};
+
+#endif // TQ_WGMMA_CODE
+
+// grid: (part of K, group of tokens, tile of rows), the first fastest; clusters of `split`.
+template <class S>
+__global__ void __launch_bounds__(S::threads, S::min_blocks) prefill_wgmma(const __grid_constant__ tq_prefill_args args) {
+#if defined(TQ_WGMMA_CODE)
+    extern __shared__ __align__(128) uint8_t shared[];
+    __shared__ uint64_t storage[2 * S::stages + 4];
+    const barriers bar = {storage, storage + S::stages, storage + 2 * S::stages, storage + 2 * S::stages + 2};
+    const int split = args.split, rank = blockIdx.x % split, rest = blockIdx.x / split;
+    const int group = args.group0 + rest % args.groups;
+    int tile = rest / args.groups;
+    const tq_segment & seg = tq_prefill_find(args, tile);
+    const int lo = (int) ((int64_t) args.nb * rank / split), hi = (int) ((int64_t) args.nb * (rank + 1) / split);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < S::stages; i++) {
+            barrier_init(bar.full + i, 1);
+            barrier_init(bar.empty + i, S::tiles);
+        }
+        for (int i = 0; i < 2; i++) {
+            barrier_init(bar.full_sums + i, 1);
+            barrier_init(bar.empty_sums + i, S::tiles);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+    asm volatile("griddepcontrol.launch_dependents;");
+    if (split > 1) {
+        cluster_arrive(); // by the time anybody writes to another's shared memory, all have begun
+    }
+    float4 * parts = reinterpret_cast<float4 *>(shared + S::stages * S::stage + 2 * S::sums);
+    if (warp >= S::tiles) {
+        if constexpr (S::move_regs) {
+            fewer_registers<S::consumers == 2 ? 24 : 32>();
+        }
+        if (warp == S::tiles) {
+            const int row_tiles = tq_ceil(seg.rows, TQ_TILE_ROWS);
+            const uint8_t * w = seg.w + (size_t) tile * S::tiles * args.nb * TQ_TILE_BYTES;
+            produce<S>(args, w, min(S::tiles, row_tiles - tile * S::tiles), group, lo, hi, shared, bar);
+        }
+        __syncwarp();
+        if (split > 1) {
+            cluster_wait();
+            cluster_arrive();
+            cluster_wait();
+        }
+        return;
+    }
+    if constexpr (S::move_regs) {
+        more_registers<S::consumers == 2 ? 240 : 160>();
+    }
+    consumer<S> c;
+    c.shared = shared;
+    c.bar    = bar;
+    c.block  = lo;
+    c.hi     = hi;
+    c.nb     = args.nb;
+    c.warp   = warp;
+    c.lane   = lane;
+    c.run();
+    if (split > 1) {
+        cluster_wait();
+        c.share(parts, split, rank);
+        cluster_arrive();
+        cluster_wait();
+        c.collect(parts, split, rank);
+    }
+    c.store(seg, tile * S::rows, group * TQ_PREFILL_BN, args.n, split, rank);
+#endif
+}
+
+template <class S>
+void launch(const tq_segment * segments, int n_segments, const tq_act & act, int group0, int groups, int split,
+            cudaStream_t stream) {
+    static bool ready[64]; // of each device
+    int device;
+    tq_prefill_check(cudaGetDevice(&device), "cudaGetDevice");
+    if (device >= 64 || !ready[device]) {
+        tq_prefill_check(cudaFuncSetAttribute(prefill_wgmma<S>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                              S::shared_bytes(2) > S::shared_bytes(4) ? S::shared_bytes(2) : S::shared_bytes(4)),
+                         "shared memory");
+        if (device < 64) {
+            ready[device] = true;
+        }
+    }
+    const tq_prefill_args args = tq_prefill_describe(segments, n_segments, act, S::rows, group0, groups, split);
+    cudaLaunchConfig_t config = {};
+    config.gridDim          = dim3(args.tile_end[TQ_MAX_SEGMENTS - 1] * groups * split);
+    config.blockDim         = dim3(S::threads);
+    config.dynamicSmemBytes = S::shared_bytes(split);
+    config.stream           = stream;
+    cudaLaunchAttribute attribute[2];
+    attribute[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute[0].val.programmaticStreamSerializationAllowed = 1;
+    attribute[1].id = cudaLaunchAttributeClusterDimension;
+    attribute[1].val.clusterDim = {(unsigned) split, 1, 1};
+    config.attrs    = attribute;
+    config.numAttrs = split > 1 ? 2 : 1;
+    tq_prefill_check(cudaLaunchKernelEx(&config, prefill_wgmma<S>, args), "launch");
+}
+
+// ---- choice ----------------------------------------------------------------------------------------------
+struct variant {
+    int rows, tokens;
+    int slots; // thread blocks of a multiprocessor
+    int step, fixed; // estimated clocks of a block of 128 columns; of beginning and end
+    void (*run)(const tq_segment *, int, const tq_act &, int, int, int, cudaStream_t);
+};
+
+template <class S> constexpr variant make_variant(int step, int fixed) {
+    return {S::rows, S::tokens, S::min_blocks, step, fixed, launch<S>};
+}
+
+const variant VARIANTS[] = {
+    make_variant<shape<2, 128, 6, 1>>(800, 4000),
+    make_variant<shape<3, 128, 6, 1>>(1150, 4000),
+    make_variant<shape<2, 64, 8, 1>>(480, 3500),
+    make_variant<shape<2, 32, 10, 2>>(500, 3500),
+    make_variant<shape<2, 16, 12, 2>>(400, 3500),
+};
+
+// The time that a launch is thought to take, in clocks.
+int64_t estimate(const variant & v, const tq_segment * segments, int n_segments, int nb, int groups, int split, int sms) {
+    const int64_t blocks = (int64_t) tq_prefill_tiles(segments, n_segments, v.rows) * groups * split;
+    const int64_t slots  = (int64_t) (split > 2 ? sms / split * split : sms) * v.slots;
+    return (blocks + slots - 1) / slots * ((int64_t) tq_ceil(nb, split) * v.step + v.fixed + (split > 1 ? 2000 : 0));
+}
+
+void launch_groups(const tq_segment * segments, int n_segments, const tq_act & act, int group0, int groups, int tokens, int sms,
+                   const tq_prefill_plan * plan, cudaStream_t stream) {
+    const variant * best = nullptr;
+    int best_split = 1;
+    int64_t best_time = INT64_MAX;
+    for (const variant & v : VARIANTS) {
+        if (plan ? v.rows != plan->rows || v.tokens != plan->tokens : v.tokens != tokens) {
+            continue;
+        }
+        for (int split = 1; split <= 4 && split <= act.nb; split *= 2) {
+            if (plan && split != plan->split) {
+                continue;
+            }
+            const int64_t time = estimate(v, segments, n_segments, act.nb, groups, split, sms);
+            if (time < best_time) {
+                best = &v;
+                best_split = split;
+                best_time = time;
+            }
+        }
+    }
+    if (!best) {
+        fprintf(stderr, "tq_prefill: no such plan\n");
+        abort();
+    }
+    best->run(segments, n_segments, act, group0, groups, best_split, stream);
+}
+
+} // namespace
+
+bool tq_prefill_wgmma_built() {
+    return true;
+}
+
+void tq_prefill_wgmma(const tq_segment * segments, int n_segments, const tq_act & act, int sms, const tq_prefill_plan * plan,
+                      cudaStream_t stream) {
+    // A last group of few tokens gets a launch of its own with a narrower kernel.
+    const int rest  = act.n % TQ_PREFILL_BN;
+    const int width = tq_prefill_width(rest);
+    const int whole = plan ? tq_ceil(act.n, TQ_PREFILL_BN) : act.n / TQ_PREFILL_BN + (rest && width == TQ_PREFILL_BN);
+    if (whole) {
+        launch_groups(segments, n_segments, act, 0, whole, TQ_PREFILL_BN, sms, plan, stream);
+    }
+    if (!plan && rest && width < TQ_PREFILL_BN) {
+        launch_groups(segments, n_segments, act, act.n / TQ_PREFILL_BN, 1, width, sms, nullptr, stream);
+    }
+}
+
+#else
+
+bool tq_prefill_wgmma_built() {
+    return false;
+}
+
+void tq_prefill_wgmma(const tq_segment *, int, const tq_act &, int, const tq_prefill_plan *, cudaStream_t) {
+    fprintf(stderr, "tq_prefill: built without sm_90a\n");
+    abort();
+}
+
+#endif // GGML_CUDA_TQ_SM90A
