@@ -120,12 +120,16 @@ void ggml_cuda_tq_product(ggml_backend_cuda_context & ctx, const ggml_tensor * c
 tq_next ggml_cuda_tq_describe(const ggml_tensor * const * nodes, int n_nodes);
 
 #if GGML_CUDA_TQ_FUSE
-// tq-fuse.cu. Before the first node of a graph (its order is final by then).
+// tq-fuse.cu. When the graph's order may still be changed: products of one input follow each other, so that memory is given
+// out for that order.
+void ggml_cuda_tq_optimize(ggml_backend_cuda_context & ctx, ggml_cgraph * cgraph);
+// Before the first node of a graph (its order is final by then).
 void ggml_cuda_tq_begin(ggml_backend_cuda_context & ctx, ggml_cgraph * cgraph);
-// Before node i is looked at in any other way. True: node i was computed, now or with an earlier one; i is moved to the last
-// node consumed.
+// Before node i is looked at in any other way; not called for graphs that run on several streams. True: node i was computed,
+// now or with an earlier one; i is moved to the last node consumed.
 bool ggml_cuda_tq_node(ggml_backend_cuda_context & ctx, ggml_cgraph * cgraph, int & i);
 #else
+static inline void ggml_cuda_tq_optimize(ggml_backend_cuda_context &, ggml_cgraph *) {}
 static inline void ggml_cuda_tq_begin(ggml_backend_cuda_context &, ggml_cgraph *) {}
 static inline bool ggml_cuda_tq_node(ggml_backend_cuda_context &, ggml_cgraph *, int &) { return false; }
 #endif
