@@ -4,6 +4,7 @@
 //   SWIGLU or GEGLU (split)  -> the same                                      -> down
 //   anything else            -> quantised once                                -> all matrices that read it
 //
+// Before memory is given out, the matrices of a site are moved next to each other (ggml_cuda_tq_optimize).
 // Nodes are matched when the backend comes to them (ggml_cuda_tq_node), so that whatever upstream fused
 // before is behind us. A matrix that stands later in the graph is computed early only if no node in
 // between touches the memory it writes to. GGML_CUDA_TQ_FUSE=0 leaves every node to itself;
@@ -238,6 +239,16 @@ nodes_t next_site(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, in
     return {};
 }
 
+// Whether a tool may look at the inputs of these products: with an evaluation callback, a graph ends with the node asked for.
+bool may_be_looked_at(const ggml_cgraph * graph, const nodes_t & site) {
+    for (int i = graph->n_nodes - 1; i >= 0; i--) {
+        if (computes(graph->nodes[i])) {
+            return contains(site, graph->nodes[i]);
+        }
+    }
+    return false;
+}
+
 // Launches the products of a site, up to TQ_MAX_SEGMENTS at a time, and notes them as done. `i`: the node after which the
 // next site is looked for.
 void launch_products(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i, const nodes_t & site, const tq_act & act) {
@@ -279,7 +290,7 @@ bool run_norm_site(ggml_backend_cuda_context & ctx, ggml_cgraph * graph, int & i
     if (site.empty()) {
         return false;
     }
-    const bool write_norm = used_elsewhere(graph, m.mul, (int) site.size());
+    const bool write_norm = used_elsewhere(graph, m.mul, (int) site.size()) || may_be_looked_at(graph, site);
     if (!norm_memory_ok(graph, m, write_norm)) {
         return false;
     }
@@ -305,7 +316,7 @@ bool run_glu_site(ggml_backend_cuda_context & ctx, ggml_cgraph * graph, int i, c
     if (site.empty()) {
         return false;
     }
-    const bool write = used_elsewhere(graph, i, (int) site.size());
+    const bool write = used_elsewhere(graph, i, (int) site.size()) || may_be_looked_at(graph, site);
     if (write && (!apart_or_same(node, m.gate) || !apart_or_same(node, m.up))) {
         return false;
     }
@@ -358,7 +369,46 @@ void debug_print(const ggml_cgraph * graph, int i, counters & count, bool ours) 
     }
 }
 
+bool switched_off() {
+    static const bool off = env_is("GGML_CUDA_TQ_FUSE", 0) || (getenv("GGML_CUDA_DISABLE_FUSION") && !env_is("GGML_CUDA_DISABLE_FUSION", 0));
+    return off;
+}
+
+const ggml_tensor * root_of(const ggml_tensor * t) {
+    while (t->view_src) {
+        t = t->view_src;
+    }
+    return t;
+}
+
 } // namespace
+
+void ggml_cuda_tq_optimize(ggml_backend_cuda_context & ctx, ggml_cgraph * cgraph) {
+    if (switched_off()) {
+        return;
+    }
+    const auto movable = [&](const ggml_tensor * t) {
+        return t->op == GGML_OP_MUL_MAT && t->src[0]->op == GGML_OP_NONE && ggml_cuda_tq_form(ctx.device, t->src[0]);
+    };
+    for (int i = 0; i < cgraph->n_nodes; i++) {
+        if (!movable(cgraph->nodes[i])) {
+            continue;
+        }
+        const ggml_tensor * src = cgraph->nodes[i]->src[1];
+        int last = i; // of the site's products that follow each other
+        const int end = std::min(cgraph->n_nodes, i + 1 + WINDOW);
+        for (int k = i + 1; k < end; k++) {
+            ggml_tensor * node = cgraph->nodes[k];
+            if (movable(node) && node->src[1] == src) {
+                std::rotate(cgraph->nodes + last + 1, cgraph->nodes + k, cgraph->nodes + k + 1);
+                last++;
+            } else if (root_of(node) == root_of(src) && computes(node)) {
+                break; // changes what the others would read
+            }
+        }
+        i = last;
+    }
+}
 
 void ggml_cuda_tq_begin(ggml_backend_cuda_context & ctx, ggml_cgraph * cgraph) {
     ggml_cuda_tq_state & state = ggml_cuda_tq_get(ctx);
@@ -368,12 +418,11 @@ void ggml_cuda_tq_begin(ggml_backend_cuda_context & ctx, ggml_cgraph * cgraph) {
 }
 
 bool ggml_cuda_tq_node(ggml_backend_cuda_context & ctx, ggml_cgraph * cgraph, int & i) {
-    static const bool off   = env_is("GGML_CUDA_TQ_FUSE", 0) || (getenv("GGML_CUDA_DISABLE_FUSION") && !env_is("GGML_CUDA_DISABLE_FUSION", 0));
     static const bool debug = env_is("GGML_CUDA_TQ_DEBUG", 1);
 
     const ggml_tensor * node = cgraph->nodes[i];
     // with several streams at work, what is between two nodes of the graph is not between them in time
-    if (off || !computes(node) || ctx.curr_stream_no != 0 || !ctx.stream_context().concurrent_events.empty()) {
+    if (switched_off() || !computes(node) || ctx.curr_stream_no != 0 || !ctx.stream_context().concurrent_events.empty()) {
         return false;
     }
     ggml_cuda_tq_state & state = ggml_cuda_tq_get(ctx);
