@@ -26,9 +26,11 @@ from quantize.common import PT2Error, atomic_path, read_json, sha256_file, write
 from quantize.safetensors_file import read_header
 
 FORMAT = "pt2-artifact"
-FORMAT_VERSION = 1
+# 2 says that there are replaced tensors, which a reader of version 1 would leave out in silence.
+FORMAT_VERSION, REPLACING_VERSION = 1, 2
 MANIFEST = "manifest.json"
 GLOBAL = "global.safetensors"
+REPLACED = "replaced.safetensors"
 RUN = "run.json"
 RESIDUAL_PERM = "residual.perm"
 PARTS = {"ternary": np.uint8, "alpha": np.float16, "mu": np.float16, "perm": np.int32}
@@ -190,6 +192,23 @@ class Artifact:
         """How many decoder blocks are in the artifact."""
         return sum(1 for name in self.manifest["files"] if name.startswith("block-"))
 
+    def replaced(self) -> dict[str, Array]:
+        """Tensors that take the place of the source model's (refined norms, say), float32.
+
+        Returns:
+            the tensor's name in the source model -> values; empty where there are none.
+        """
+        if REPLACED not in self.manifest["files"]:
+            return {}
+        tensors = self._tensors(REPLACED)
+        known = self.manifest["model"].get("tensors", {})
+        for name, value in tensors.items():
+            if value.dtype != np.float32 or known.get(name) != list(value.shape):
+                raise PT2Error(f"{self.path / REPLACED}: {name} does not fit the source model")
+            if not np.isfinite(value).all():
+                raise PT2Error(f"{self.path / REPLACED}: {name} has NaN or Inf in it")
+        return tensors
+
     def block(self, index: int) -> dict[str, TernaryMatrix]:
         """The ternary linears of decoder block ``index`` by module name.
 
@@ -240,8 +259,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise PT2Error(f"{file} is not the manifest of an artifact (format is not {FORMAT!r})")
     version = value.get("format_version")
-    if version != FORMAT_VERSION:
-        raise PT2Error(f"{file} has format version {version}; this program reads {FORMAT_VERSION}")
+    if version not in (FORMAT_VERSION, REPLACING_VERSION):
+        raise PT2Error(
+            f"{file} has format version {version}; this program reads {FORMAT_VERSION} and "
+            f"{REPLACING_VERSION}"
+        )
     kinds = {"complete": bool, "files": dict, "kept": dict, "matrices": dict, "model": dict,
              "settings": dict, "versions": dict, "calibration": dict}  # fmt: skip
     for key, kind in kinds.items():
@@ -325,6 +347,12 @@ class ArtifactWriter:
         self.manifest["matrices"].update(records)
         self._save()
 
+    def write_replaced(self, tensors: dict[str, Array]) -> None:
+        """Write tensors that take the place of the source model's, by its names, float32."""
+        self.manifest["format_version"] = REPLACING_VERSION
+        self._write(REPLACED, {k: v.astype(np.float32) for k, v in tensors.items()})
+        self._save()
+
     def record(self, key: str, name: str, value: Any) -> None:
         """Set ``manifest[key][name]`` (saved with the next block)."""
         self.manifest.setdefault(key, {})[name] = value
@@ -352,7 +380,7 @@ def remove_leftovers(path: Path, *, everything: bool = False) -> None:
 
     Only names that this module writes are touched.
     """
-    ours = r"(manifest\.json|run\.json|global\.safetensors|block-\d{5}\.safetensors)"
+    ours = r"(manifest\.json|run\.json|(global|replaced|block-\d{5})\.safetensors)"
     patterns = [rf"\.{ours}\..*\.tmp"] + ([ours] if everything else [])
     # The manifest goes first: without it the rest is no artifact, should we be killed half way.
     for file in sorted(path.iterdir(), key=lambda f: f.name != MANIFEST):

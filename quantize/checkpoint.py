@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class Checkpoint:
         raw_config: ``config.json`` as it stands.
         shards: file names, sorted.
         tensors: tensor name -> what its header says.
+        replaced: tensors that are used instead of the checkpoint's (an artifact's refined norms).
     """
 
     path: Path
@@ -37,6 +38,7 @@ class Checkpoint:
     shards: list[str]
     tensors: dict[str, TensorInfo]
     _home: dict[str, str]
+    replaced: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def open(cls, model_dir: str | Path) -> Checkpoint:
@@ -96,6 +98,8 @@ class Checkpoint:
             raise PT2Error(
                 f"{where} has shape {list(info.shape)}, but config.json asks for {list(shape)}"
             )
+        if name in self.replaced:
+            return self.replaced[name]
         try:
             with safe_open(self.path / self._home[name], framework="pt") as f:
                 value = f.get_tensor(name)

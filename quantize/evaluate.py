@@ -136,6 +136,7 @@ def _artifact_for(checkpoint: Checkpoint, path: Path) -> Artifact:
     digest, _ = checkpoint.fingerprint()
     if artifact.manifest["model"].get("fingerprint") != digest:
         raise PT2Error(f"{path} was not made from the model in {checkpoint.path}")
+    checkpoint.replaced = {k: torch.from_numpy(v) for k, v in artifact.replaced().items()}
     return artifact
 
 

@@ -1,0 +1,480 @@
+"""Refine an artifact by gradients: end-to-end KL distillation from the full-precision model.
+
+    pt2-refine MODEL-pt2 -o MODEL-refined --text calib.txt --device cuda
+    pt2-refine MODEL-pt2 -o MODEL-refined --text calib.txt --codes frozen --steps 300
+    pt2-refine MODEL-pt2 -o MODEL-refined --resume ...        take up a run that was stopped
+
+The artifact's model (the student) and the source model (the teacher) read the same text; alpha, mu
+and the norms, and with --codes ste or soft the ternary codes themselves, move so that the student's
+next-token distribution comes close to the teacher's. The result is an artifact again: same format,
+same size, same speed. The text's last windows are not trained on but watched, and what is written
+is the state that was best on them.
+"""
+
+from __future__ import annotations
+
+import quantize.waiting  # noqa: F401  before torch is loaded
+
+# isort: split
+
+import math
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quantize.artifact import (
+    MANIFEST,
+    RUN,
+    Artifact,
+    ArtifactWriter,
+    TernaryMatrix,
+    pack_ternary,
+    read_manifest,
+    sha256_array,
+)
+from quantize.calibration import encode, load_tokenizer, read_text, read_tokens
+from quantize.checkpoint import Checkpoint, torch_dtype
+from quantize.common import PT2Error, human_bytes, read_json, sha256_file, write_json
+from quantize.distill import Held, Windows, held_out, kl_divergence
+from quantize.hf_model import StreamedModel
+from quantize.latent import round_codes
+from quantize.pipeline import arithmetic, pick_device, versions
+from quantize.progress import Reporter
+from quantize.refine_config import RefineConfig
+from quantize.refine_state import load_state, remove_state, save_state
+from quantize.student import (
+    Network,
+    ScaledNorm,
+    TernaryLinear,
+    build_student,
+    build_teacher,
+    ternary_maker,
+    trainable,
+)
+
+CHARACTERS_PER_TOKEN = 8  # of a data set's text that is read per token wanted; plenty
+
+
+@dataclass
+class Refined:
+    """What a run made.
+
+    Attributes:
+        path: the refined artifact.
+        before, after: on the held-out windows.
+        history: one record per look: step, tokens, kl (training), and the held-out figures.
+        seconds: of this run; tokens_per_second: of its steps, looks left out.
+        peak_bytes: most GPU memory that was allocated (0 on a CPU).
+        changed: share of the ternary codes that are no longer what they were.
+    """
+
+    path: Path
+    before: Held
+    after: Held
+    history: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+    tokens_per_second: float = 0.0
+    peak_bytes: int = 0
+    changed: float = 0.0
+
+
+def refine(
+    artifact_dir: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    config: RefineConfig,
+    *,
+    model_dir: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+) -> Refined:
+    """Refine an artifact into a new one.
+
+    Args:
+        artifact_dir: a complete artifact.
+        out_dir: the refined artifact's folder; made if missing.
+        model_dir: the source model; None takes the folder that the artifact was made from.
+        resume: go on from the last state of a run that was stopped.
+        overwrite: replace an artifact that is already there.
+
+    Raises:
+        PT2Error: anything the user can mend; one line that names what and where.
+    """
+    began = time.monotonic()
+    reporter = reporter or Reporter()
+    source, out = Artifact.open(artifact_dir), Path(out_dir)
+    _check_output(source, out, resume, overwrite)
+    model = _source_model(source, model_dir)
+    device = pick_device(config.device)
+    checkpoint = Checkpoint.open(model)
+    digest, _ = checkpoint.fingerprint()
+    if source.manifest["model"].get("fingerprint") != digest:
+        raise PT2Error(f"{source.path} was not made from the model in {model}; give --model")
+    with arithmetic(config.threads), torch.enable_grad():
+        streamed = StreamedModel(checkpoint, device, config.dtype)  # refuses what is not supported
+        tokens = text_tokens(config, checkpoint.path, streamed.config.vocab_size)
+        identity = {
+            "settings": {**config.identity(), "device": device},
+            "source": sha256_file(source.path / MANIFEST),
+            "tokens_sha256": sha256_array(tokens.to(torch.int32).numpy()),
+            "versions": versions(),
+        }
+        run = Run(config, device, tokens, reporter)
+        run.build(streamed.config, checkpoint, source)
+        if resume:
+            run.restore(out, identity)
+        out.mkdir(parents=True, exist_ok=True)
+        run.train(lambda: save_state(out, identity, run.state()))
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
+    _write(out, source, run, identity)
+    result = Refined(
+        out, run.before, run.best, run.history, time.monotonic() - began, run.speed(), peak,
+        _changed(source, run.snapshot),
+    )  # fmt: skip
+    write_json(out / RUN, _run_record(source, model, result))
+    remove_state(out)
+    return result
+
+
+class Run:
+    """Teacher, student and optimisers of one refinement."""
+
+    def __init__(
+        self, config: RefineConfig, device: str, tokens: Tensor, reporter: Reporter
+    ) -> None:
+        self.config, self.device, self.reporter = config, device, reporter
+        held = config.held_out * config.seqlen
+        if tokens.shape[0] < held + 2 * config.seqlen:
+            raise PT2Error(
+                f"the text has {tokens.shape[0]} tokens; {config.held_out} held-out windows of "
+                f"{config.seqlen} and two to train on need {held + 2 * config.seqlen}: give more "
+                "--text, or a smaller --held-out or --seqlen"
+            )
+        self.watched = tokens[-held:].view(config.held_out, config.seqlen).to(device)
+        self.windows = Windows(tokens[:-held], config.seqlen, config.batch_size, config.seed)
+        self.step, self.looks_without_gain = 0, 0
+        self.seconds, self.trained = 0.0, 0
+        self.history: list[dict[str, Any]] = []
+        self.snapshot: dict[str, Tensor] = {}
+        self.before: Held
+        self.best: Held
+
+    def build(self, model_config: Any, checkpoint: Checkpoint, source: Artifact) -> None:
+        """Load the teacher and make the student from an artifact's matrices."""
+        config = self.config
+        self.reporter.start("loading the models", 2)
+        self.teacher = build_teacher(
+            model_config, checkpoint.read, self.device, torch_dtype(config.dtype)
+        )
+        self.reporter.step()
+        self.attach(
+            model_config,
+            (
+                (name, ternary_maker(*_tensors(m), moving=config.codes != "frozen",
+                                     per_weight=config.per_weight))
+                for index in range(source.n_blocks)
+                for name, m in source.block(index).items()
+            ),
+        )  # fmt: skip
+        self.replace(source.replaced())
+        self.reporter.done()
+
+    def attach(self, model_config: Any, matrices: Any) -> None:
+        """Make the student and its optimiser; ``matrices`` as :func:`build_student` takes them."""
+        config = self.config
+        self.student = build_student(
+            model_config, self.teacher, matrices, norms=config.norms,
+            embeddings=config.embeddings, checkpointing=config.checkpointing,
+        )  # fmt: skip
+        grids, tables, self.latents = trainable(self.student)
+        groups = [{"params": grids, "lr": config.lr}]
+        if tables:
+            groups.append({"params": tables, "lr": config.lr_tables})
+        self.rates = [float(g["lr"]) for g in groups]  # type: ignore[arg-type]
+        self.adam = torch.optim.Adam(groups, betas=(0.9, 0.98), eps=1e-15, foreach=True)
+
+    def replace(self, tensors: dict[str, Any]) -> None:
+        """Start from an artifact's own norms, embeddings and head, where it has any."""
+        for name, norm in self.student.modules(ScaledNorm):
+            if f"{name}.weight" in tensors:
+                norm.weight_0 = torch.from_numpy(tensors[f"{name}.weight"]).to(self.device)
+        for name, table in self._tables().items():
+            if name in tensors:
+                table.weight_0 = torch.from_numpy(tensors[name]).to(self.device)
+
+    def train(self, save: Any) -> None:
+        """All steps that are left; ``save()`` is called every ``save_every`` of them."""
+        config = self.config
+        if self.step == 0:
+            self.best = self.before = self._look()
+            self._keep(float("nan"))
+        self.reporter.start("refining", config.steps - self.step)
+        recent: list[Tensor] = []
+        while self.step < config.steps:
+            began = time.monotonic()
+            recent.append(self.one_step())
+            if self.step % config.eval_every and self.step < config.steps:
+                self._clock(began)
+                self.reporter.step(f"{self.speed():.0f} tokens/s")
+                continue
+            loss = float(torch.stack(recent).mean())
+            recent = []
+            self._clock(began)
+            if not math.isfinite(loss):
+                raise PT2Error(f"the loss is {loss} at step {self.step}: use a smaller --lr")
+            if self._judge(self._look(), loss):
+                break
+            self.reporter.step(f"KL {loss:.4f}  {self.speed():.0f} tokens/s")
+            if self.step % config.save_every < config.eval_every and self.step < config.steps:
+                save()
+        self.reporter.done()
+
+    def one_step(self) -> Tensor:
+        """One optimiser step; returns the mean KL divergence of its tokens, on the device."""
+        config = self.config
+        factor = schedule(self.step, config.steps, config.warmup)
+        self._soften()
+        batch = self.windows.step(self.step).to(self.device)
+        total = torch.zeros((), device=self.device)
+        for part in batch.split(config.micro_batch):
+            with torch.no_grad():
+                theirs = self.teacher.states(part).flatten(0, 1)
+            ours = self.student.states(part).flatten(0, 1)
+            loss = kl_divergence(ours, theirs, self.student.head_weight(),
+                                 self.teacher.head_weight())  # fmt: skip
+            loss = loss * (part.shape[0] / batch.shape[0])
+            loss.backward()
+            total += loss.detach()
+        for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        self.adam.step()
+        self.adam.zero_grad(set_to_none=True)
+        self.step += 1
+        for latent in self.latents:
+            latent.step(config.lr_codes * factor, self.step)
+        self.trained += batch.numel()
+        return total
+
+    def speed(self) -> float:
+        """Tokens a second of the steps of this run."""
+        return self.trained / self.seconds if self.seconds else 0.0
+
+    def state(self) -> dict[str, Any]:
+        """Everything that :meth:`restore` needs: {"tensors": ..., "record": ...}."""
+        tensors = {f"snapshot.{k}": v for k, v in self.snapshot.items()}
+        for i, parameter in enumerate(self._parameters()):
+            tensors[f"parameter.{i}"] = parameter.detach()
+            for key in ("exp_avg", "exp_avg_sq"):
+                tensors[f"{key}.{i}"] = self.adam.state[parameter][key]
+        for i, latent in enumerate(self.latents):
+            tensors |= {f"latent.{i}.{k}": getattr(latent, k) for k in ("z", "mean", "square")}
+        record = {
+            "step": self.step, "looks_without_gain": self.looks_without_gain,
+            "history": self.history, "before": vars(self.before), "best": vars(self.best),
+        }  # fmt: skip
+        return {"tensors": tensors, "record": record}
+
+    def restore(self, out: Path, identity: dict[str, Any]) -> None:
+        """Go on from the last state in ``out``.
+
+        Raises:
+            PT2Error: there is none, or it is of another run.
+        """
+        tensors, record = load_state(out, identity)
+        for i, parameter in enumerate(self._parameters()):
+            with torch.no_grad():
+                parameter.copy_(tensors[f"parameter.{i}"])
+            self.adam.state[parameter] = {
+                "step": torch.tensor(float(record["step"])),
+                **{k: tensors[f"{k}.{i}"].to(self.device) for k in ("exp_avg", "exp_avg_sq")},
+            }
+        for i, latent in enumerate(self.latents):
+            for key in ("z", "mean", "square"):
+                getattr(latent, key).copy_(tensors[f"latent.{i}.{key}"])
+        marks = {k: v for k, v in tensors.items() if k.startswith("snapshot.")}
+        self.snapshot = {k.removeprefix("snapshot."): v for k, v in marks.items()}
+        self.step, self.history = record["step"], record["history"]
+        self.looks_without_gain = record["looks_without_gain"]
+        self.before, self.best = Held(**record["before"]), Held(**record["best"])
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.adam.param_groups for p in group["params"]]
+
+    def _tables(self) -> dict[str, Any]:
+        tables = {"model.embed_tokens.weight": self.student.embeddings}
+        if self.student.head is not self.student.embeddings:
+            tables["lm_head.weight"] = self.student.head
+        return tables
+
+    def _soften(self) -> None:
+        if self.config.codes == "soft":
+            tau = self.config.tau * 0.1 ** (self.step / self.config.steps)
+            for latent in self.latents:
+                latent.tau = tau
+
+    def _look(self) -> Held:
+        for latent in self.latents:  # what is stored is hard, so what is judged is
+            latent.tau = 0.0
+        return held_out(self.student, self.teacher, self.watched, self.config.micro_batch)
+
+    def _judge(self, held: Held, loss: float) -> bool:
+        """Note a look; True when the run should end."""
+        if not held.kl < self.best.kl:
+            self.looks_without_gain += 1
+            self._note(held, loss)
+        else:
+            self.best, self.looks_without_gain = held, 0
+            self._keep(loss)
+        return bool(self.config.patience) and self.looks_without_gain >= self.config.patience
+
+    def _keep(self, loss: float) -> None:
+        self.snapshot = snapshot(self.student)
+        for name, table in self._tables().items():
+            if table.d is not None:
+                self.snapshot[name] = table(torch.float32).detach().cpu()
+        self._note(self.best, loss)
+
+    def _note(self, held: Held, loss: float) -> None:
+        tokens = self.step * self.config.batch_size * self.config.seqlen
+        kl = None if math.isnan(loss) else loss
+        self.history.append({"step": self.step, "tokens": tokens, "kl": kl, "held_out": vars(held)})
+        self.reporter.note(
+            f"step {self.step}  {tokens / 1e6:.2f} M tokens  held-out KL {held.kl:.4f}  perplexity "
+            f"{held.perplexity:.3f} ({held.ratio:.4f} of full precision)  same top "
+            f"{held.same_top:.3f}"
+            + (f"  train KL {loss:.4f}" if kl is not None else "")
+            + (f"  {self.speed():.0f} tokens/s" if self.seconds else "")
+        )
+
+    def _clock(self, began: float) -> None:
+        self.seconds += time.monotonic() - began
+
+
+def schedule(step: int, steps: int, warmup: float) -> float:
+    """Factor of the step size: a linear rise over ``warmup`` of the steps, then a cosine to 0."""
+    rise = max(1, round(warmup * steps))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+@torch.no_grad()
+def snapshot(student: Network) -> dict[str, Tensor]:
+    """What is stored of a student: ``M.ternary``, ``M.alpha``, ``M.mu``, and trained norms.
+
+    As in the artifact, on the CPU: packed uint8, float16, float16; norms float32 by their names in
+    the checkpoint. Rows of negative alpha change the sign of alpha and T.
+    """
+    result: dict[str, Tensor] = {}
+    for name, layer in student.modules(TernaryLinear):
+        alpha, mu = layer.grid()
+        z = layer.latent.z if layer.latent is not None else layer.codes()
+        codes = round_codes(z).view(*alpha.shape, -1)
+        codes = (codes * torch.where(alpha < 0, -1.0, 1.0)[..., None]).to(torch.int8)
+        packed = pack_ternary(codes.view(z.shape).cpu().numpy())
+        result[f"{name}.ternary"] = torch.from_numpy(packed)
+        result[f"{name}.alpha"] = alpha.abs().half().cpu()
+        result[f"{name}.mu"] = mu.half().cpu()
+    for name, norm in student.modules(ScaledNorm):
+        if norm.c.requires_grad:
+            result[f"{name}.weight"] = norm.weight().cpu()
+    return result
+
+
+def text_tokens(config: RefineConfig, model: Path, vocab: int) -> Tensor:
+    """The training text as one stream of token ids, int64 ``[n]``.
+
+    Raises:
+        PT2Error: no such text, no tokenizer, or ids outside of the vocabulary.
+    """
+    stem, mark, tensor = config.text.partition(".safetensors")
+    if mark and (not tensor or tensor.startswith(":")):
+        ids = read_tokens(Path(stem + mark), tensor[1:]).flatten()
+    else:
+        wanted = (config.steps * config.batch_size + config.held_out + 2) * config.seqlen
+        text, _ = read_text(config.text, wanted * CHARACTERS_PER_TOKEN)
+        ids = torch.tensor(encode(load_tokenizer(model), text), dtype=torch.int64)
+    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= vocab):
+        raise PT2Error(f"{config.text} has token ids outside of the model's vocabulary of {vocab}")
+    return ids
+
+
+def _tensors(m: TernaryMatrix) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (torch.from_numpy(m.codes()), torch.from_numpy(m.alpha), torch.from_numpy(m.mu),
+            torch.from_numpy(m.perm).long())  # fmt: skip
+
+
+def _check_output(source: Artifact, out: Path, resume: bool, overwrite: bool) -> None:
+    if resume and overwrite:
+        raise PT2Error("--resume and --overwrite exclude each other")
+    if out.resolve() == source.path.resolve():
+        raise PT2Error(f"{out} is the artifact to be refined: name another folder with -o")
+    if out.exists() and not out.is_dir():
+        raise PT2Error(f"{out} is a file; name a folder for the artifact")
+    if (out / MANIFEST).exists() and not overwrite:
+        state = "a complete" if read_manifest(out)["complete"] else "an unfinished"
+        raise PT2Error(f"{out} holds {state} artifact already: use --overwrite")
+
+
+def _source_model(source: Artifact, model_dir: str | os.PathLike[str] | None) -> Path:
+    if model_dir is not None:
+        return Path(model_dir)
+    file = source.path / RUN
+    record = read_json(file) if file.is_file() else {}
+    folder = record.get("model_dir") if isinstance(record, dict) else None
+    if not isinstance(folder, str) or not Path(folder).is_dir():
+        raise PT2Error(f"{source.path} does not say where its model is now: give --model DIR")
+    return Path(folder)
+
+
+def _write(out: Path, source: Artifact, run: Run, identity: dict[str, Any]) -> None:
+    """The source artifact with the snapshot's values in it."""
+    keep = ("model", "versions", "calibration", "kept")
+    manifest = {k: source.manifest[k] for k in keep}
+    manifest["settings"] = {**source.manifest["settings"], "refine": identity["settings"]}
+    manifest["refinement"] = {
+        **{k: identity[k] for k in ("source", "tokens_sha256", "versions")},
+        "before": vars(run.before), "after": vars(run.best),
+    }  # fmt: skip
+    writer = ArtifactWriter.create(out, manifest)
+    writer.write_global(source.residual_perm)
+    used: set[str] = set()
+    for index in range(source.n_blocks):
+        matrices = []
+        for name, m in source.block(index).items():
+            parts = {p: run.snapshot[f"{name}.{p}"].numpy() for p in ("ternary", "alpha", "mu")}
+            used |= {f"{name}.{p}" for p in parts}
+            matrices.append(TernaryMatrix(name, **parts, perm=m.perm))
+        records = {m.name: source.matrices[m.name] for m in matrices}
+        writer.write_block(index, matrices, records)
+    others = {k: v.numpy() for k, v in run.snapshot.items() if k not in used}
+    replaced = {**source.replaced(), **others}
+    if replaced:
+        writer.write_replaced(replaced)
+    writer.finish()
+
+
+def _changed(source: Artifact, stored: dict[str, Tensor]) -> float:
+    """Share of the codes that differ from the source's."""
+    different = total = 0
+    for index in range(source.n_blocks):
+        for name, m in source.block(index).items():
+            bits = m.ternary ^ stored[f"{name}.ternary"].numpy()
+            different += sum(int(np.count_nonzero(bits >> s & 3)) for s in (0, 2, 4, 6))
+            total += m.rows * m.cols
+    return different / total
+
+
+def _run_record(source: Artifact, model: Path, result: Refined) -> dict[str, Any]:
+    return {
+        "model_dir": str(model.resolve()), "refined_from": str(source.path.resolve()),
+        "history": result.history, "seconds": round(result.seconds, 1),
+        "tokens_per_second": round(result.tokens_per_second, 1),
+        "peak_memory": human_bytes(result.peak_bytes), "codes_changed": result.changed,
+    }  # fmt: skip

@@ -1,0 +1,126 @@
+"""The command pt2-refine."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+from quantize.common import ArgumentParser, human_bytes, human_seconds, run_cli
+from quantize.config import DEVICES, DTYPES
+from quantize.refine_config import CODES, RefineConfig
+
+DEFAULTS = RefineConfig()
+EPILOG = """\
+examples:
+  pt2-refine qwen3-4b-pt2 --text calib.txt --device cuda         into ./qwen3-4b-pt2-refined
+  pt2-refine qwen3-4b-pt2 --text c4 --seqlen 2048 --batch-size 8 --micro-batch 1
+  pt2-refine qwen3-4b-pt2 --text calib.txt --codes frozen        alpha, mu and norms only
+  pt2-refine qwen3-4b-pt2 --text calib.txt --resume              take up a run that was stopped
+
+what moves:
+  alpha, mu and the norms always (--no-norms leaves the norms), by Adam with steps relative to their
+  size. The codes T with --codes ste (straight-through) or soft (a staircase that hardens). With
+  --embeddings the embeddings and the head as well; they are then stored with the artifact.
+
+memory on the GPU, bytes per ternary weight: 2 (the teacher) and, with T frozen, 1 (the codes);
+with T moving 8 (latents float32, their gradient and first moment bfloat16). Activations of one
+--micro-batch come on top, small with --checkpointing. 7B: about 25 GB frozen, 75 GB moving.
+
+next: pt2-export model.gguf --from OUT
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The entry point; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    return run_cli("pt2-refine", lambda: _run(args))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options; their defaults are RefineConfig's."""
+    parser = ArgumentParser(
+        prog="pt2-refine",
+        description="Refine an artifact of pt2-quantize by distillation from its source model.",
+        epilog=EPILOG,
+    )
+    parser.add_argument("artifact", help="folder that pt2-quantize wrote")
+    parser.add_argument("-o", "--out", help="folder of the result (default: ./ARTIFACT-refined)")
+    parser.add_argument("--model", help="the source model (default: where the artifact says)")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--resume", action="store_true", help="take up a run that was stopped")
+    mode.add_argument("--overwrite", action="store_true", help="replace what OUT holds")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress, no summary")
+    text = parser.add_argument_group("text")
+    _option(text, "text", "text file, folder, data set, or FILE.safetensors:TENSOR")
+    _option(text, "seqlen", "tokens in a window")
+    _option(text, "held_out", "windows that are watched, not trained on")
+    _option(text, "seed", "of the windows' order")
+    steps = parser.add_argument_group("steps")
+    _option(steps, "codes", "whether and how T moves", choices=CODES)
+    _option(steps, "steps", "optimiser steps")
+    _option(steps, "batch_size", "windows per step")
+    _option(steps, "lr", "of alpha, mu and norms, relative to their size")
+    _option(steps, "lr_codes", "of the codes' latents, in units of alpha")
+    _option(steps, "lr_tables", "of embeddings and head, relative to their RMS")
+    _option(steps, "warmup", "share of the steps in which the step size rises")
+    _option(steps, "tau", "width of the soft staircase at the start")
+    for name, what in (("norms", "train the norms"), ("embeddings", "train embeddings and head"),
+                       ("per_weight", "second moment per weight")):  # fmt: skip
+        _switch(steps, name, what)
+    _option(steps, "eval_every", "steps between two looks at the held-out windows")
+    _option(steps, "patience", "looks without a new best before the run stops; 0: never")
+    machine = parser.add_argument_group("machine")
+    _option(machine, "micro_batch", "windows that go through the models at a time")
+    _switch(machine, "checkpointing", "less memory, a third more time")
+    _option(machine, "save_every", "steps between two states for --resume")
+    _option(machine, "device", "", choices=DEVICES)
+    _option(machine, "dtype", "of the forward pass", choices=DTYPES)
+    _option(machine, "threads", "CPU threads; 0: as torch chooses")
+    return parser
+
+
+def _option(group: argparse._ArgumentGroup, name: str, text: str, **more: object) -> None:
+    default = getattr(DEFAULTS, name)
+    group.add_argument(
+        "--" + name.replace("_", "-"), type=type(default), default=default,
+        help=f"{text} ({default})".strip(), **more,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def _switch(group: argparse._ArgumentGroup, name: str, text: str) -> None:
+    default = getattr(DEFAULTS, name)
+    group.add_argument(
+        "--" + name.replace("_", "-"), action=argparse.BooleanOptionalAction, default=default,
+        help=f"{text} ({'yes' if default else 'no'})",
+    )  # fmt: skip
+
+
+def _run(args: argparse.Namespace) -> int:
+    config = RefineConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(DEFAULTS)})
+    out = Path(args.out) if args.out else Path(f"{Path(args.artifact).resolve().name}-refined")
+
+    from quantize.progress import Reporter, RichReporter
+    from quantize.refine import refine
+
+    result = refine(
+        args.artifact, out, config, model_dir=args.model, resume=args.resume,
+        overwrite=args.overwrite, reporter=Reporter() if args.quiet else RichReporter(),
+    )  # fmt: skip
+    if not args.quiet:
+        a, b = result.before, result.after
+        print(
+            f"held-out  KL {a.kl:.4f} -> {b.kl:.4f}, perplexity {a.perplexity:.3f} -> "
+            f"{b.perplexity:.3f} (full precision {b.teacher_perplexity:.3f}), same top token "
+            f"{a.same_top:.1%} -> {b.same_top:.1%}\n"
+            f"codes     {result.changed:.2%} changed\n"
+            f"time      {human_seconds(result.seconds)}, {result.tokens_per_second:.0f} tokens/s"
+            + (f", {human_bytes(result.peak_bytes)} of GPU memory" if result.peak_bytes else "")
+            + f"\nnext      pt2-export model.gguf --from {result.path}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""Settings of the refinement, and the memory that they ask for."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from quantize.common import PT2Error
+
+CODES = ("frozen", "ste", "soft")
+
+
+@dataclass(frozen=True)
+class RefineConfig:
+    """Settings of one refinement.
+
+    Attributes:
+        codes: ``frozen`` leaves T as it is; ``ste`` moves it by straight-through gradients;
+            ``soft`` by a smooth staircase that hardens during the run.
+        steps: optimiser steps.
+        batch_size: windows per step; micro_batch: windows that go through the models at a time.
+        seqlen: tokens in a window.
+        lr: step size of alpha, mu and norms, relative to their size; lr_codes: of the latents, in
+            units of alpha; lr_tables: of embeddings and head, relative to their RMS.
+        norms, embeddings: whether norms, and embeddings and head, are trained too.
+        warmup: share of the steps in which the step size rises; it then falls as a cosine to 0.
+        tau: width of the soft staircase at the start; it falls to a tenth.
+        per_weight: keep Adam's second moment for every weight's latent, not for every block.
+        text: what to train on: text file, folder, data set name, or ``file.safetensors:tensor``.
+        held_out: windows of the text's end that are not trained on, but watched.
+        eval_every: steps between two looks at them.
+        patience: stop after so many looks without a new best (0: never).
+        save_every: steps between two states on the disk, from which --resume goes on.
+        seed: of the windows' order.
+        checkpointing: keep only each decoder block's input for the backward pass.
+        device, dtype: of the forward pass. Latents and steps are float32.
+        threads: CPU threads (0: as torch chooses).
+    """
+
+    codes: str = "ste"
+    steps: int = 1000
+    batch_size: int = 32
+    micro_batch: int = 8
+    seqlen: int = 512
+    lr: float = 5e-3
+    lr_codes: float = 5e-3
+    lr_tables: float = 2e-3
+    norms: bool = True
+    embeddings: bool = False
+    warmup: float = 0.05
+    tau: float = 0.3
+    per_weight: bool = False
+    text: str = "wikitext2"
+    held_out: int = 32
+    eval_every: int = 50
+    patience: int = 0
+    save_every: int = 200
+    seed: int = 0
+    checkpointing: bool = True
+    device: str = "auto"
+    dtype: str = "bfloat16"
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        if self.codes not in CODES:
+            raise PT2Error(f"setting codes must be one of {', '.join(CODES)}, not {self.codes!r}")
+        least = {"steps": 1, "batch_size": 1, "micro_batch": 1, "seqlen": 2, "held_out": 1,
+                 "eval_every": 1, "patience": 0, "save_every": 1, "seed": 0,
+                 "threads": 0}  # fmt: skip
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise PT2Error(f"setting {name} must be at least {low}, not {getattr(self, name)}")
+        for name in ("lr", "lr_codes", "lr_tables", "tau"):
+            if not 0 < getattr(self, name) <= 1:
+                raise PT2Error(f"setting {name} must be above 0 and at most 1")
+        if not 0 <= self.warmup < 1:
+            raise PT2Error("setting warmup must be at least 0 and below 1")
+
+    def identity(self) -> dict[str, Any]:
+        """What decides about the result; a resumed run must have the same."""
+        values = dataclasses.asdict(self)
+        for name in ("text", "save_every", "threads"):  # the text is known by its tokens' checksum
+            values.pop(name)
+        return values

@@ -1,0 +1,137 @@
+"""Text that a model writes itself, to refine its ternary form on where there is little other text.
+
+    python -m quantize.selftext MODEL -o own.safetensors --tokens 4000000 --device cuda
+    python -m quantize.selftext MODEL -o own.safetensors --prompts calib.txt --prompt-tokens 32
+    pt2-refine MODEL-pt2 --text own.safetensors:train
+
+Every row is sampled at temperature 1 from the model's own next-token distribution, after BOS or
+after the first tokens of a window of --prompts. To the distillation such text is as good as new
+text of the model's own training: what the student should imitate is the distribution itself.
+(Liu et al., LLM-QAT, 2023, train on a model's own text in the same spirit.)
+"""
+
+from __future__ import annotations
+
+import quantize.waiting  # noqa: F401  before torch is loaded
+
+# isort: split
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional
+
+from quantize.checkpoint import Checkpoint, torch_dtype
+from quantize.common import ArgumentParser, PT2Error, atomic_path, run_cli
+from quantize.config import DEVICES, DTYPES
+from quantize.hf_model import StreamedModel
+from quantize.pipeline import arithmetic, pick_device
+from quantize.progress import Reporter, RichReporter
+from quantize.refine_config import RefineConfig
+from quantize.student import Network, build_teacher
+
+
+@torch.no_grad()
+def write_text(
+    model: Network, prompts: Tensor, length: int, seed: int, reporter: Reporter | None = None
+) -> Tensor:
+    """Continue prompts by sampling at temperature 1.
+
+    Args:
+        prompts: int64 ``[n, p]`` on the model's device, p at least 1.
+        length: tokens per row in the end, prompt and all.
+
+    Returns:
+        int64 ``[n, length]``
+    """
+    reporter = reporter or Reporter()
+    generator = torch.Generator(prompts.device).manual_seed(seed)
+    rows, cache, now = [prompts], None, prompts
+    table, head = model.embeddings(model.dtype), model.head_weight()
+    model.body.eval()
+    for _ in range(length - prompts.shape[1]):
+        x = functional.embedding(now, table)
+        out = model.body(inputs_embeds=x, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        chances = torch.softmax((out.last_hidden_state[:, -1] @ head.T).float(), dim=-1)
+        now = torch.multinomial(chances, 1, generator=generator)
+        rows.append(now)
+        reporter.step()
+    return torch.cat(rows, dim=1)
+
+
+def prompt_windows(ids: Tensor, count: int, width: int, seed: int) -> Tensor:
+    """``count`` windows of ``width`` tokens at random places of a stream ``[n]``."""
+    if ids.shape[0] < width:
+        raise PT2Error(f"the prompts' text has {ids.shape[0]} tokens, fewer than {width}")
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(ids.shape[0] - width + 1, (count, 1), generator=generator)
+    return ids[starts + torch.arange(width)]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command ``python -m quantize.selftext``."""
+    parser = ArgumentParser(
+        prog="python -m quantize.selftext", description=__doc__.split("\n\n")[0],
+        epilog="examples:\n" + "\n\n".join(__doc__.split("\n\n")[1:]),
+    )  # fmt: skip
+    parser.add_argument("model", help="folder of the Hugging Face model")
+    parser.add_argument("-o", "--out", type=Path, required=True, help="a .safetensors file")
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="how many (1000000)")
+    parser.add_argument("--length", type=int, default=512, help="tokens in a row (512)")
+    parser.add_argument("--batch", type=int, default=64, help="rows written at a time (64)")
+    parser.add_argument("--prompts", help="text to take beginnings from (default: BOS alone)")
+    parser.add_argument("--prompt-tokens", type=int, default=32, help="of each beginning (32)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=DEVICES, default="auto")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    args = parser.parse_args(argv)
+
+    def body() -> int:
+        if min(args.tokens, args.batch, args.prompt_tokens) < 1 or args.length < 2:
+            raise PT2Error("--tokens, --batch and --prompt-tokens must be at least 1, --length 2")
+        if args.prompts and args.prompt_tokens >= args.length:
+            raise PT2Error("--prompt-tokens must be below --length")
+        ids = _generate(args, RichReporter())
+        with atomic_path(args.out) as tmp:
+            save_file({"train": ids}, tmp)
+        print(f"{ids.numel()} tokens in {args.out}; use them with --text {args.out}:train")
+        return 0
+
+    return run_cli("quantize.selftext", body)
+
+
+def _generate(args: object, reporter: Reporter) -> Tensor:
+    from quantize.refine import text_tokens
+
+    a = vars(args)
+    checkpoint = Checkpoint.open(a["model"])
+    device, dtype = pick_device(a["device"]), a["dtype"]
+    config = StreamedModel(checkpoint, device, dtype).config
+    count = -(-a["tokens"] // a["length"])
+    if a["prompts"]:
+        text = RefineConfig(text=a["prompts"], steps=1)
+        stream = text_tokens(text, checkpoint.path, config.vocab_size)
+        prompts = prompt_windows(stream, count, a["prompt_tokens"], a["seed"])
+    elif isinstance(config.bos_token_id, int):
+        prompts = torch.full((count, 1), config.bos_token_id)
+    else:
+        raise PT2Error(f"{checkpoint.path} has no BOS token to begin with: give --prompts TEXT")
+    parts = []
+    with arithmetic(0):
+        model = build_teacher(config, checkpoint.read, device, torch_dtype(dtype))
+        batches = prompts.split(a["batch"])
+        reporter.start("writing", len(batches) * (a["length"] - prompts.shape[1]))
+        for number, batch in enumerate(batches):
+            seed = a["seed"] * 1_000_003 + number
+            rows = write_text(model, batch.to(device), a["length"], seed, reporter)
+            parts.append(rows.to("cpu", torch.int32))
+        reporter.done()
+    return torch.cat(parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
