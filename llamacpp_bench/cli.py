@@ -41,6 +41,8 @@ output folder gets results.json, results.csv, results.md, the plots and the logs
 REPORT_EPILOG = """\
 example:
   pt2-bench report speed/results.json batch/results.json depth/results.json --out report
+  pt2-bench report out/*/results.json --out benchmarks/h200/report \\
+      --published benchmarks/h200/published.yaml --fill benchmarks/h200/README.md
 
 Runs of one machine and one build whose files (by name and size) are the same model's; a test that
 several runs have keeps the rounds of all of them.
@@ -93,15 +95,34 @@ def run_report(argv: Sequence[str]) -> int:
     )
     parser.add_argument("results", type=Path, nargs="+", metavar="results.json")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--published",
+        metavar="FILE.yaml",
+        help="others' speeds over a 2-bit baseline, shown beside these in speedup.png",
+    )
+    parser.add_argument(
+        "--fill",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE.md",
+        help="put the tables into a Markdown file, between <!-- pt2-bench: speed --> (or ratios, "
+        "batch, depth, conditions, commands) and <!-- end -->; may be repeated",
+    )
     args = parser.parse_args(argv)
+    from llamacpp_bench.fill import fill_file
     from llamacpp_bench.merge import merge
     from llamacpp_bench.report import print_tables, write_reports
     from llamacpp_bench.results import load_results
+    from llamacpp_bench.speedup import load_published
 
+    published = load_published(args.published) if args.published else None
     results = merge([load_results(path) for path in args.results])
     args.out.mkdir(parents=True, exist_ok=True)
     results.save(args.out / "results.json")
-    write_reports(results, args.out)
+    write_reports(results, args.out, published)
+    for path in args.fill:
+        fill_file(path, results, published)
     print_tables(results)
     return 0
 
@@ -154,13 +175,14 @@ def to_config(args: argparse.Namespace) -> Config:
         chunks=args.chunks,
         bandwidth=None if args.bandwidth is None else args.bandwidth * 1e9,
         bandwidth_program=args.bandwidth_program,
-        placement=not args.no_placement,
+        placement=args.placement,
         time_limit=args.time_limit,
         tool_timeout=args.tool_timeout,
         keep_going=args.keep_going,
         strict=args.strict,
         out=args.out,
         work=args.work,
+        report=not args.no_report,
         keep=args.keep,
         quiet=args.quiet,
     )
@@ -236,6 +258,11 @@ def make_parser() -> argparse.ArgumentParser:
     g.add_argument("--keep", action="store_true", help="do not delete them afterwards")
     g = p.add_argument_group("output")
     g.add_argument("--out", metavar="DIR", help="default: bench-<model>-<time> here")
+    g.add_argument(
+        "--no-report",
+        action="store_true",
+        help="only results.json (pt2-bench report makes the rest)",
+    )
     g.add_argument("--quiet", action="store_true", help="no progress and no tables")
     return p
 
@@ -299,7 +326,13 @@ def add_speed_options(p: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a program that measures it and ends with a line of JSON: bytes_per_second, method",
     )
-    g.add_argument("--no-placement", action="store_true", help="do not look where operations run")
+    g.add_argument(
+        "--placement",
+        choices=("all", "ternary", "none"),
+        default="all",
+        help="of which files to look up where the operations run, at the cost of one more loading "
+        "each (default: %(default)s)",
+    )
     g.add_argument(
         "--strict", action="store_true", help="an operation on the CPU in a GPU run is an error"
     )

@@ -56,7 +56,9 @@ class Config:
     `batch_prompt`, `batch_gen`: lengths in the tests of many sequences (None: those of `prompt` and
     `gen`). `time_limit`: seconds after which no further round of a group begins; `tool_timeout`:
     seconds after which one call of a program is stopped; `keep_going`: a model whose program fails
-    is left out of the rest of the run, which then counts as not complete.
+    is left out of the rest of the run, which then counts as not complete. `placement`: whether to
+    look up where the operations of "all" files, of "ternary" ones or of "none" run. `report`: write
+    tables and plots beside results.json.
     """
 
     baselines: tuple[Wanted, ...] = (Wanted(type="Q2_K"),)
@@ -80,13 +82,14 @@ class Config:
     chunks: int | None = None
     bandwidth: float | None = None
     bandwidth_program: str | None = None
-    placement: bool = True
+    placement: str = "all"
     time_limit: float | None = None
     tool_timeout: float | None = None
     keep_going: bool = False
     strict: bool = False
     out: str | None = None
     work: str | None = None
+    report: bool = True
     keep: bool = False
     quiet: bool = False
 
@@ -199,7 +202,7 @@ def check_load(config: Config) -> None:
 
 def needed_tools(config: Config) -> list[str]:
     """The programs a run will call, so that a missing one is said before anything is measured."""
-    names = ["llama-bench"] if config.load().plain or config.placement else []
+    names = ["llama-bench"] if config.load().plain or config.placement != "none" else []
     names += ["llama-batched-bench"] if config.batches else []
     names += ["llama-perplexity"] if config.perplexity else []
     made = [w.type for w in config.baselines if w.type and w.type not in FLOAT_TYPES]
@@ -353,7 +356,8 @@ def finish(session: Session) -> Results:
         )
     session.results.complete = not session.results.failures
     session.save()
-    write_reports(session.results, session.out)
+    if session.config.report:
+        write_reports(session.results, session.out)
     return session.results
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 
@@ -18,6 +18,9 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from llamacpp_bench.report import caption, figure, perplexity_of, plain_tests, protocols
 from llamacpp_bench.results import Model, Results
 from quantize.common import atomic_path
+
+if TYPE_CHECKING:
+    from llamacpp_bench.speedup import Published
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#B8A800", "#000000")
 BASE_COLOUR = "#8A8A8A"
@@ -35,8 +38,10 @@ MARKERS = "os^DvP*X"
 ERRORS: dict[str, Any] = {"capsize": 2, "error_kw": {"elinewidth": 1.0, "ecolor": "#333333"}}
 
 
-def write_plots(results: Results, out: Path) -> list[Path]:
-    """Write speed.png, and depth.png, batch.png and size-perplexity.png if these were measured.
+def write_plots(results: Results, out: Path, published: Published | None = None) -> list[Path]:
+    """Write speed.png, and the other plots of what was measured.
+
+    These are speedup.png (several shapes with ratios), depth.png, batch.png, size-perplexity.png.
 
     Returns:
         The files written.
@@ -45,8 +50,13 @@ def write_plots(results: Results, out: Path) -> list[Path]:
     with matplotlib.rc_context(rc=STYLE):  # type: ignore[arg-type]  # its keys are literals
         if plain_tests(results):
             written.append(_save(speed_figure(results), out / "speed.png"))
+            if published is not None or len(results.groups()) > 1:
+                from llamacpp_bench.speedup import speedup_figure
+
+                fig = speedup_figure(results, published)
+                written.append(_save(fig, out / "speedup.png"))
         for mark, name in (("@d", "depth.png"), ("@b", "batch.png")):
-            if any(mark in t for t in results.tests()):
+            if any(scaling_points(results, m, mark)[0][1:] for m in results.models):
                 written.append(_save(scaling_figure(results, mark), out / name))
         if protocols(results):
             written.append(_save(quality_figure(results), out / "size-perplexity.png"))
@@ -172,7 +182,8 @@ def grouped_panel(ax: Any, results: Results, test: str) -> None:
 
 def scaling_figure(results: Results, mark: str) -> Figure:
     """Decode speed over depth (`@d`) or number of sequences (`@b`), one panel per shape."""
-    groups = results.groups()
+    models = [m for m in results.models if scaling_points(results, m, mark)[0][1:]]
+    groups = list(dict.fromkeys(m.group for m in models))
     across, down = min(2, len(groups)), -(-len(groups) // 2)
     width = max(6.0, 4.6 * across)
     fig, axes = plt.subplots(down, across, figsize=(width, 3.6 * down), squeeze=False)
@@ -180,12 +191,11 @@ def scaling_figure(results: Results, mark: str) -> Figure:
         ax.set_visible(False)
     colours = colour_of(results)
     for ax, group in zip(axes.flat, groups, strict=False):
-        for m in (m for m in results.models if m.group == group):
+        for m in (m for m in models if m.group == group):
             xs, means, errors = scaling_points(results, m, mark)
-            if xs:
-                name = short_name(m)
-                ax.errorbar(xs, means, errors, marker="o", ms=4, capsize=2, label=name,
-                            color=colours[name])  # fmt: skip
+            name = short_name(m)
+            ax.errorbar(xs, means, errors, marker="o", ms=4, capsize=2, label=name,
+                        color=colours[name])  # fmt: skip
         if mark == "@b":
             ax.set_xscale("log", base=2)
             ax.set_yscale("log")

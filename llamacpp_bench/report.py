@@ -5,22 +5,26 @@ from __future__ import annotations
 import csv
 import io
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from llamacpp_bench.results import Model, Perplexity, Results, token_bytes
+from llamacpp_bench.results import Model, Perplexity, Results, paired_ratio, token_bytes
 from quantize.common import atomic_path, human_bytes
+
+if TYPE_CHECKING:
+    from llamacpp_bench.speedup import Published
 
 Rows = list[list[str]]
 
 
-def write_reports(results: Results, out: Path) -> None:
+def write_reports(results: Results, out: Path, published: Published | None = None) -> None:
     """Write results.md, results.csv and the plots into the folder `out`."""
     from llamacpp_bench.plots import write_plots  # matplotlib only when it is needed
 
-    plots = write_plots(results, out)
+    plots = write_plots(results, out, published)
     write_text(out / "results.md", markdown(results, [p.name for p in plots]))
     write_text(out / "results.csv", to_csv(results))
 
@@ -82,9 +86,16 @@ def plain_tests(results: Results) -> list[str]:
     return [t for t in results.tests() if "@" not in t]
 
 
-def scaled_tests(results: Results) -> list[str]:
-    """The tests at a depth or in a batch."""
-    return [t for t in results.tests() if "@" in t]
+def depth_tests(results: Results) -> list[str]:
+    """The tests at a depth, and those without one that they are held against."""
+    deep = [t for t in results.tests() if "@d" in t]
+    start = {t.partition("@")[0] for t in deep}
+    return [t for t in results.tests() if t in start or t in deep]
+
+
+def batch_tests(results: Results) -> list[str]:
+    """The tests of several sequences at once (and of one, measured in the same way)."""
+    return [t for t in results.tests() if "@b" in t]
 
 
 def speed_rows(results: Results, tests: list[str]) -> Rows:
@@ -96,6 +107,43 @@ def speed_rows(results: Results, tests: list[str]) -> Rows:
             row += [speed_cell(results, m, t), ratio_cell(results, m, t)]
         rows.append(row)
     return rows
+
+
+def depth_rows(results: Results) -> Rows:
+    """The rows of :func:`speed_rows` for the tests at a depth, of the models that have them."""
+    tests = depth_tests(results)
+    deep = [t for t in tests if "@d" in t]
+    rows = speed_rows(results, tests)
+    keep = [any(results.values(m.name, t) for t in deep) for m in results.models]
+    return [rows[0], *(row for row, kept in zip(rows[1:], keep, strict=True) if kept)]
+
+
+def batch_rows(results: Results) -> Rows:
+    """Header and one row per model: tokens/s of all sequences, and how many times those of one."""
+    tests = batch_tests(results)
+    rows = [["model", *tests]]
+    for m in results.models:
+        if any(results.values(m.name, t) for t in tests):
+            rows.append([m.name, *(batch_cell(results, m, t) for t in tests)])
+    return rows
+
+
+def batch_cell(results: Results, model: Model, test: str) -> str:
+    """`812.4 (5.31x)`: tokens/s, and the factor over one sequence where that was measured."""
+    if not results.values(model.name, test):
+        return "-"
+    times = batch_gain(results, model, test)
+    shown = figure(results.summary(model.name, test).mean)
+    return shown if times is None else f"{shown} ({times:.2f}x)"
+
+
+def batch_gain(results: Results, model: Model, test: str) -> float | None:
+    """Tokens/s of `tg64@b8` over those of `tg64@b1`, median over rounds; None where it is that."""
+    one = f"{test.partition('@')[0]}@b1"
+    mine, single = results.by_round(model.name, test), results.by_round(model.name, one)
+    both = sorted(mine.keys() & single.keys())
+    ratio = paired_ratio([mine[r] for r in both], [single[r] for r in both])
+    return None if ratio is None or test == one else ratio.median
 
 
 def size_rows(results: Results) -> Rows:
@@ -202,15 +250,22 @@ def sections(results: Results) -> list[tuple[str, Rows]]:
     label = f" ({results.config['synthetic']})" if results.synthetic else ""
     base = ", ".join(dict.fromkeys(results.baseline.values()))
     what = f"tokens/s, mean ± standard deviation; ratio: to {base}, median over rounds"
-    out = [(f"Speed{label}: {what}", speed_rows(results, plain_tests(results)))]
-    if scaled := scaled_tests(results):
-        title = f"Depth (@d: tokens in the cache) and batch (@b: sequences at once){label}"
-        out.append((title, speed_rows(results, scaled)))
+    out = []
+    if plain := plain_tests(results):
+        out.append((f"Speed{label}: {what}", speed_rows(results, plain)))
+    if depth_tests(results):
+        out.append((f"Depth (@d: tokens in the cache){label}", depth_rows(results)))
+    if batch_tests(results):
+        title = f"Sequences at once (@b): tokens/s of all of them, and how many times one's{label}"
+        out.append((title, batch_rows(results)))
     title = f"Size{label}" if results.synthetic else "Size and perplexity"
     out.append((title, size_rows(results)))
     title = "Memory: peak of the process, and what decode reads of the memory's bandwidth"
-    out.append((title, memory_rows(results)))
-    out.append(("Where the operations on the weights ran", placement_rows(results)))
+    memory = memory_rows(results)
+    if any(set(row[1:]) != {"-"} for row in memory[1:]):
+        out.append((title, memory))
+    if len(places := placement_rows(results)) > 1:
+        out.append(("Where the operations on the weights ran", places))
     return out
 
 

@@ -192,7 +192,7 @@ def probe_placement(
     if not placement.ops:
         raise PT2Error(
             f"llama.cpp's log does not say where the tensors ran (log: {log}); "
-            "use a build of pt2-llama, or --no-placement"
+            "use a build of pt2-llama, or --placement none"
         )
     return placement, parse_buffers(text)
 

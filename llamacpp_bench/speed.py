@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from llamacpp_bench.ggml_types import PT2_LAYOUT_KEYS
 from llamacpp_bench.gguf_info import GGUFInfo
 from llamacpp_bench.results import Model, Sample
 from llamacpp_bench.runner import (
@@ -30,9 +31,10 @@ def measure_group(session: Session, group: str) -> None:
     load = session.config.load()
     started = time.monotonic()
     failed: set[str] = set()
-    if session.config.placement:
-        with session.show.bar("placement", len(models)) as step:
-            for model in models:
+    placed = models_to_place(session, models)
+    if placed:
+        with session.show.bar("placement", len(placed)) as step:
+            for model in placed:
                 step(0, f"placement of {model.name}")
                 attempt(session, model, failed, lambda m=model: place(session, m, load))
                 step(1)
@@ -50,6 +52,14 @@ def measure_group(session: Session, group: str) -> None:
                 )
                 session.save()
             step(1)
+
+
+def models_to_place(session: Session, models: list[Model]) -> list[Model]:
+    """Those whose placement was asked for."""
+    which = session.config.placement
+    if which == "ternary":
+        return [m for m in models if m.types.keys() & PT2_LAYOUT_KEYS.keys()]
+    return models if which == "all" else []
 
 
 def attempt(session: Session, model: Model, failed: set[str], work: Any) -> None:
