@@ -2,7 +2,7 @@
 // and what does a layer of them cost?
 //
 //   OVERLAY=../../third_party/llama.cpp/overlay/ggml/src/ggml-cuda
-//   nvcc -O3 -std=c++17 -gencode arch=compute_90a,code=sm_90a -I $OVERLAY -o product product.cu
+//   nvcc -O3 -std=c++17 -gencode arch=compute_90a,code=sm_90a -I $OVERLAY -o product product.cu $OVERLAY/tq-act.cu
 //   ./product check [small]     against float64; "small" is for compute-sanitizer
 //   ./product bench [quick]     layers of LLaMA's shapes in a CUDA graph, with dependent launch
 #include "tq-decode.cu" // for its policy, which the backend does not show
@@ -284,12 +284,14 @@ struct Layers {
     int n;
     decode_policy policy;
     int64_t spin_cycles; // between the first product and the second; 0: no kernel
+    bool backend;        // what comes before each product: tq-act.cu's norms and gated unit, or only our quantisation
     uint8_t * w; float * x, * y; int * out;
     uint64_t * scratch;
     Activations hidden, ffn;
+    Buffer<float> norm{8 * 8192};
     std::vector<std::pair<std::vector<int>, int>> sites; // rows of the matrices, columns
-    Layers(const Model & m_, int n_, const decode_policy & p, int64_t spin_, uint8_t * w_, float * x_, float * y_, int * out_, uint64_t * s) :
-        m(m_), n(n_), policy(p), spin_cycles(spin_), w(w_), x(x_), y(y_), out(out_), scratch(s), hidden(n_, m_.hidden / QK), ffn(n_, m_.ffn / QK),
+    Layers(const Model & m_, int n_, const decode_policy & p, int64_t spin_, bool backend_, uint8_t * w_, float * x_, float * y_, int * out_, uint64_t * s) :
+        m(m_), n(n_), policy(p), spin_cycles(spin_), backend(backend_), w(w_), x(x_), y(y_), out(out_), scratch(s), hidden(n_, m_.hidden / QK), ffn(n_, m_.ffn / QK),
         sites{{{m.hidden, m.hidden, m.hidden}, m.hidden}, {{m.hidden}, m.hidden}, {{m.ffn, m.ffn}, m.hidden}, {{m.hidden}, m.ffn}} {}
     size_t bytes() const {
         size_t b = 0;
@@ -316,7 +318,10 @@ struct Layers {
             for (int j = 0; j < now.segments; j++) { s[j] = {now.w[j], to, now.rows[j], now.rows[j]}; to += (size_t) now.rows[j] * n; }
             Activations & a = k == 3 ? ffn : hidden;
             if (k == 1 && spin_cycles) spin<<<1, 32, 0, st>>>(spin_cycles, out);
-            a.quantize(x, sites[k].second, st);
+            if (!backend) a.quantize(x, sites[k].second, st);
+            else if (k % 2 == 0) tq_quantize_norm(x, x + m.hidden * n, x, 1e-5f, norm.p, nullptr, a.act, st); // any numbers will do
+            else if (k == 1) tq_quantize(x, m.hidden, a.act, st);
+            else tq_quantize_glu(x, x, m.ffn, m.ffn, 0, nullptr, a.act, st);
             run_stream(device(), policy, s, now.segments, a.act, scratch, &next, st);
         }
     }
@@ -365,29 +370,30 @@ static void bench(bool quick) {
     double rate = streaming();
     printf("streaming read of 1 GiB: %.0f GB/s, clock %d MHz\n", rate, khz / 1000);
     for (int n : {1, 4, 8}) { // times without the quantisation let L2 keep the activations: a lower bound
-        Layers l(models[3], n, decode_policy{}, 0, w.p, x.p, y.p, out.p, scratch.p);
+        Layers l(models[3], n, decode_policy{}, 0, false, w.p, x.p, y.p, out.p, scratch.p);
         bench_sites(l, rate);
     }
-    printf("gap: microseconds of a kernel between the first product and the second, in the layer's time\n");
-    printf("%-4s %2s %-10s %6s %6s %4s %9s %7s %6s\n", "", "n", "shape", "ahead", "next", "gap", "us/layer", "GB/s", "share");
+    printf("gap: microseconds of a kernel between the first product and the second, in the layer's time\n"
+           "before: what comes before each product, our quantisation alone or the backend's kernels (norm, gated unit)\n");
+    printf("%-4s %2s %-8s %-10s %6s %6s %4s %9s %7s %6s\n", "", "n", "before", "shape", "ahead", "next", "gap", "us/layer", "GB/s", "share");
     std::vector<std::pair<int, int>> leads = {{0, 0}, {0, 8}, {0, 16}, {0, 24}, {0, 32}, {8, 8}, {16, 16}, {24, 24}, {8, 16}, {4, 16}};
-    for (auto & m : models)
-        for (int n : {1, 2, 4, 8}) {
-            for (int shape = 0; shape < STREAM_SHAPES; shape++)
-                for (auto & lead : leads)
-                    for (int gap : {0, 10}) {
-                        if (m.hidden / QK % stream_of(1, shape).unit) continue;
-                        if (shape == W8U1S4 && lead.second) continue;
-                        if (n > 1 && n < 8 && (lead.second % 16 || gap)) continue;
-                        if (quick && lead.second % 16) continue;
-                        decode_policy p;
-                        p.shape = shape; p.ahead = (size_t) lead.first << 20; p.next_ahead = (size_t) lead.second << 20;
-                        Layers l(m, n, p, (int64_t) gap * khz / 1000, w.p, x.p, y.p, out.p, scratch.p);
-                        double us = time_graph(m.copies * 2, [&](int i, cudaStream_t st) { l.layer(i, st); }, 7);
-                        printf("%-4s %2d %-10s %6d %6d %4d %9.1f %7.0f %6.2f\n", m.name, n, stream_names[shape], lead.first, lead.second, gap, us,
-                               l.bytes() / us / 1e3, l.bytes() / us / 1e3 / rate);
-                    }
-        }
+    for (bool backend : {true, false})
+        for (auto & m : models)
+            for (int n : {1, 2, 4, 8})
+                for (int shape = 0; shape < STREAM_SHAPES; shape++)
+                    for (auto & lead : leads)
+                        for (int gap : {0, 10}) {
+                            if (m.hidden / QK % stream_of(1, shape).unit) continue; // where only ffn does not fit, it takes the shape of the table
+                            if (shape == W8U1S4 && lead.second) continue;
+                            if (n > 1 && n < 8 && (lead.second % 16 || gap || !backend)) continue;
+                            if ((quick || !backend) && lead.second % 16) continue;
+                            decode_policy p;
+                            p.shape = shape; p.ahead = (size_t) lead.first << 20; p.next_ahead = (size_t) lead.second << 20;
+                            Layers l(m, n, p, (int64_t) gap * khz / 1000, backend, w.p, x.p, y.p, out.p, scratch.p);
+                            double us = time_graph(m.copies * 2, [&](int i, cudaStream_t st) { l.layer(i, st); }, 7);
+                            printf("%-4s %2d %-8s %-10s %6d %6d %4d %9.1f %7.0f %6.2f\n", m.name, n, backend ? "backend" : "quantise", stream_names[shape],
+                                   lead.first, lead.second, gap, us, l.bytes() / us / 1e3, l.bytes() / us / 1e3 / rate);
+                        }
     printf("streaming read again: %.0f GB/s\n", streaming());
 }
 
