@@ -183,6 +183,10 @@ static bool tq_float_of(ggml_type type, tq_float & f) {
     }
 }
 
+static bool tq_has_whole_blocks(const ggml_tensor * t) {
+    return t->nb[0] == ggml_type_size(t->type);
+}
+
 static bool tq_can_copy(const ggml_tensor * src, const ggml_tensor * dst) {
     if (!ggml_is_contiguous(dst)) {
         return false;
@@ -191,17 +195,12 @@ static bool tq_can_copy(const ggml_tensor * src, const ggml_tensor * dst) {
         return ggml_is_contiguous(src);
     }
     tq_float f;
-    return tq_is_type(src) && src->nb[0] == ggml_type_size(src->type) && tq_float_of(dst->type, f);
+    return tq_is_type(src) && tq_has_whole_blocks(src) && tq_float_of(dst->type, f);
 }
 
-bool ggml_cuda_tq_supports_op(int device, const ggml_tensor * op) {
-    bool tiles = ggml_cuda_tq_form(device, op);
-    for (int i = 0; i < GGML_MAX_SRC; ++i) {
-        tiles = tiles || (op->src[i] && ggml_cuda_tq_form(device, op->src[i]));
-    }
-    if (!tiles) {
-        return true;
-    }
+static bool tq_supports(int device, const ggml_tensor * op) {
+    const ggml_tensor * a = op->src[0];
+    const ggml_tensor * b = op->src[1];
     switch (op->op) {
         case GGML_OP_NONE:
         case GGML_OP_RESHAPE:
@@ -211,18 +210,30 @@ bool ggml_cuda_tq_supports_op(int device, const ggml_tensor * op) {
             return true;
         case GGML_OP_MUL_MAT:
         case GGML_OP_MUL_MAT_ID:
-            return op->src[1]->type == GGML_TYPE_F32 && op->type == GGML_TYPE_F32 && op->src[0]->nb[0] == ggml_type_size(op->src[0]->type);
+            return ggml_cuda_tq_form(device, a) && tq_has_whole_blocks(a) && b->type == GGML_TYPE_F32 && tq_has_whole_blocks(b) &&
+                op->type == GGML_TYPE_F32 && (op->op == GGML_OP_MUL_MAT || ggml_get_op_params_i32(op, 3) != GGML_PREC_F32);
         case GGML_OP_GET_ROWS: {
             tq_float f;
-            return op->src[0]->nb[0] == ggml_type_size(op->src[0]->type) && op->src[1]->type == GGML_TYPE_I32 && tq_float_of(op->type, f);
+            return ggml_cuda_tq_form(device, a) && tq_has_whole_blocks(a) && b->type == GGML_TYPE_I32 && tq_float_of(op->type, f);
         }
         case GGML_OP_CPY:
         case GGML_OP_DUP:
         case GGML_OP_CONT:
-            return tq_can_copy(op->src[0], tq_copy_dst(op));
+            return tq_can_copy(a, tq_copy_dst(op));
         default:
             return false; // whatever would move bytes or blocks about without knowing of tiles
     }
+}
+
+bool ggml_cuda_tq_decides(int device, const ggml_tensor * op, bool & supported) {
+    bool tiles = ggml_cuda_tq_form(device, op);
+    for (int i = 0; i < GGML_MAX_SRC; ++i) {
+        tiles = tiles || (op->src[i] && ggml_cuda_tq_form(device, op->src[i]));
+    }
+    if (tiles) {
+        supported = tq_supports(device, op);
+    }
+    return tiles;
 }
 
 static void tq_dequantize_tensor(const ggml_tensor * src, void * y, tq_float type, cudaStream_t stream) {

@@ -64,8 +64,8 @@ void ggml_cuda_tq_get_tensor_async(ggml_backend_cuda_context & ctx, const ggml_t
 bool ggml_cuda_tq_copy_size(int src_device, const ggml_tensor * src, int dst_device, const ggml_tensor * dst, size_t & size);
 
 // ---- operators ------------------------------------------------------------------------------------------
-// Where tile form restricts what this backend can do; true for all else.
-bool ggml_cuda_tq_supports_op(int device, const ggml_tensor * op);
+// Whether a tensor of this operator is in tile form, and then, whether this backend can compute it.
+bool ggml_cuda_tq_decides(int device, const ggml_tensor * op, bool & supported);
 // Products by a tensor in tile form. False, and nothing is done: dequantise (ggml_cuda_tq_f16) and take upstream's way.
 bool ggml_cuda_tq_mul_mat(ggml_backend_cuda_context & ctx, const ggml_tensor * src0, const ggml_tensor * src1, ggml_tensor * dst);
 bool ggml_cuda_tq_mul_mat_id(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
@@ -128,6 +128,8 @@ void ggml_cuda_tq_begin(ggml_backend_cuda_context & ctx, ggml_cgraph * cgraph);
 // Before node i is looked at in any other way; not called for graphs that run on several streams. True: node i was computed,
 // now or with an earlier one; i is moved to the last node consumed.
 bool ggml_cuda_tq_node(ggml_backend_cuda_context & ctx, ggml_cgraph * cgraph, int & i);
+// tq-rope.cu: the same for a ROPE that begins q, k and the cache's rows.
+bool ggml_cuda_tq_rope(ggml_backend_cuda_context & ctx, ggml_cgraph * cgraph, int & i);
 #else
 static inline void ggml_cuda_tq_optimize(ggml_backend_cuda_context &, ggml_cgraph *) {}
 static inline void ggml_cuda_tq_begin(ggml_backend_cuda_context &, ggml_cgraph *) {}
