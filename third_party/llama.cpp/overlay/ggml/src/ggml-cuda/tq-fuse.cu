@@ -3,6 +3,7 @@
 //   [ADD] + RMS_NORM + MUL   -> one kernel that ends in quantised activations -> q, k, v in one launch
 //   SWIGLU or GEGLU (split)  -> the same                                      -> down
 //   anything else            -> quantised once                                -> all matrices that read it
+//   ROPE of q and k, SET_ROWS of k and v -> one kernel (tq-rope.cu)
 //
 // Before memory is given out, the matrices of a site are moved next to each other (ggml_cuda_tq_optimize).
 // Nodes are matched when the backend comes to them (ggml_cuda_tq_node), so that whatever upstream fused
@@ -11,8 +12,7 @@
 // GGML_CUDA_TQ_DEBUG=1 prints a line a graph.
 
 #include "tq-backend.cuh"
-
-#include "ggml-impl.h"
+#include "tq-fuse.cuh"
 
 #include <algorithm>
 #include <cstdio>
@@ -33,40 +33,6 @@ bool env_is(const char * name, int value) {
     return env != nullptr && atoi(env) == value;
 }
 
-// ---- nodes and memory ------------------------------------------------------------------------------
-
-bool computes(const ggml_tensor * t) {
-    switch (t->op) {
-        case GGML_OP_NONE:
-        case GGML_OP_RESHAPE:
-        case GGML_OP_TRANSPOSE:
-        case GGML_OP_VIEW:
-        case GGML_OP_PERMUTE:
-            return false;
-        default:
-            return !ggml_is_empty(t) && (t->flags & GGML_TENSOR_FLAG_COMPUTE) != 0;
-    }
-}
-
-// The first node after i that computes something, n_nodes if there is none.
-int next_node(const ggml_cgraph * graph, int i) {
-    do {
-        i++;
-    } while (i < graph->n_nodes && !computes(graph->nodes[i]));
-    return i;
-}
-
-bool overlap(const ggml_tensor * a, const ggml_tensor * b) {
-    const char * pa = (const char *) a->data;
-    const char * pb = (const char *) b->data;
-    return pa < pb + ggml_nbytes(b) && pb < pa + ggml_nbytes(a);
-}
-
-// Kernels that keep what they have read until they write may write onto an input of the same rows, but not beside it.
-bool apart_or_same(const ggml_tensor * out, const ggml_tensor * in) {
-    return out->data == in->data ? ggml_are_same_shape(out, in) && ggml_are_same_stride(out, in) : !overlap(out, in);
-}
-
 bool is_f32(const ggml_tensor * t) {
     return t->type == GGML_TYPE_F32;
 }
@@ -76,11 +42,6 @@ int64_t row_distance(const ggml_tensor * t) {
     const bool regular = t->nb[0] == sizeof(float) && t->nb[1] % sizeof(float) == 0 &&
         (t->ne[2] == 1 || t->nb[2] == t->ne[1] * t->nb[1]) && (t->ne[3] == 1 || t->nb[3] == t->ne[2] * t->nb[2]);
     return regular ? (int64_t) (t->nb[1] / sizeof(float)) : 0;
-}
-
-// Whether something but the given number of consumers may want the values of node i.
-bool used_elsewhere(const ggml_cgraph * graph, int i, int consumers) {
-    return !ggml_node_has_n_uses(graph, i, consumers);
 }
 
 // ---- what comes before the matrices ------------------------------------------------------------------
@@ -102,14 +63,14 @@ bool match_norm(const ggml_cgraph * graph, int i, norm_match & m) {
         m.add = node;
         m.a   = node->src[0];
         m.b   = node->src[1];
-        k     = next_node(graph, k);
+        k     = tq_next_node(graph, k);
     }
     if (k >= graph->n_nodes || graph->nodes[k]->op != GGML_OP_RMS_NORM) {
         return false;
     }
     m.rms = graph->nodes[k];
-    m.mul = next_node(graph, k);
-    if (m.mul >= graph->n_nodes || graph->nodes[m.mul]->op != GGML_OP_MUL || used_elsewhere(graph, k, 1)) {
+    m.mul = tq_next_node(graph, k);
+    if (m.mul >= graph->n_nodes || graph->nodes[m.mul]->op != GGML_OP_MUL || tq_used_elsewhere(graph, k, 1)) {
         return false;
     }
     const ggml_tensor * mul = graph->nodes[m.mul];
@@ -121,7 +82,7 @@ bool match_norm(const ggml_cgraph * graph, int i, norm_match & m) {
         if (m.rms->src[0] != m.add) {
             return false;
         }
-        m.write_sum = used_elsewhere(graph, i, 1);
+        m.write_sum = tq_used_elsewhere(graph, i, 1);
     } else {
         m.a = m.rms->src[0];
     }
@@ -141,11 +102,11 @@ bool norm_memory_ok(const ggml_cgraph * graph, const norm_match & m, bool norm) 
     const ggml_tensor * mul = graph->nodes[m.mul];
     const ggml_tensor * outs[2] = { m.write_sum ? m.add : nullptr, norm ? mul : nullptr };
     for (const ggml_tensor * out : outs) {
-        if (out && (!apart_or_same(out, m.a) || (m.b && !apart_or_same(out, m.b)) || overlap(out, m.w))) {
+        if (out && (!tq_apart_or_same(out, m.a) || (m.b && !tq_apart_or_same(out, m.b)) || tq_overlap(out, m.w))) {
             return false;
         }
     }
-    return !outs[0] || !outs[1] || !overlap(outs[0], outs[1]);
+    return !outs[0] || !outs[1] || !tq_overlap(outs[0], outs[1]);
 }
 
 struct glu_match {
@@ -191,20 +152,20 @@ bool can_come_early(const ggml_cgraph * graph, int from, int to, const nodes_t &
     const ggml_tensor * src = dst->src[1];
     for (int k = from + 1; k < to; k++) {
         const ggml_tensor * between = graph->nodes[k];
-        if (!computes(between)) {
+        if (!tq_computes(between)) {
             continue;
         }
         if (contains(site, between)) {
-            if (overlap(dst, between)) {
+            if (tq_overlap(dst, between)) {
                 return false;
             }
             continue;
         }
-        if (overlap(dst, between) || overlap(src, between)) {
+        if (tq_overlap(dst, between) || tq_overlap(src, between)) {
             return false;
         }
         for (const ggml_tensor * s : between->src) {
-            if (s && s->data && overlap(dst, s)) {
+            if (s && s->data && tq_overlap(dst, s)) {
                 return false;
             }
         }
@@ -219,7 +180,7 @@ nodes_t products_of(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, 
     const int end = std::min(graph->n_nodes, from + 1 + WINDOW);
     for (int k = from + 1; k < end; k++) {
         const ggml_tensor * node = graph->nodes[k];
-        if (node->op == GGML_OP_MUL_MAT && node->src[1] == src && computes(node) && !done.count(node) &&
+        if (node->op == GGML_OP_MUL_MAT && node->src[1] == src && tq_computes(node) && !done.count(node) &&
                 ggml_cuda_tq_is_product(ctx, node) && can_come_early(graph, from, k, site)) {
             site.push_back(node);
         }
@@ -232,7 +193,7 @@ nodes_t next_site(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, in
     const int end = std::min(graph->n_nodes, i + 1 + NEXT_WINDOW);
     for (int k = i + 1; k < end; k++) {
         const ggml_tensor * node = graph->nodes[k];
-        if (node->op == GGML_OP_MUL_MAT && computes(node) && !done.count(node) && ggml_cuda_tq_is_product(ctx, node)) {
+        if (node->op == GGML_OP_MUL_MAT && tq_computes(node) && !done.count(node) && ggml_cuda_tq_is_product(ctx, node)) {
             return products_of(ctx, graph, k - 1, node->src[1], done);
         }
     }
@@ -242,7 +203,7 @@ nodes_t next_site(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, in
 // Whether a tool may look at the inputs of these products: with an evaluation callback, a graph ends with the node asked for.
 bool may_be_looked_at(const ggml_cgraph * graph, const nodes_t & site) {
     for (int i = graph->n_nodes - 1; i >= 0; i--) {
-        if (computes(graph->nodes[i])) {
+        if (tq_computes(graph->nodes[i])) {
             return contains(site, graph->nodes[i]);
         }
     }
@@ -275,7 +236,7 @@ void launch_products(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph,
 // ---- sites ------------------------------------------------------------------------------------------------
 
 struct counters {
-    int norm = 0, glu = 0, grouped = 0, single = 0;
+    int norm = 0, glu = 0, grouped = 0, single = 0, rope = 0;
     std::string other; // names of ternary products that are not ours
 };
 
@@ -290,7 +251,7 @@ bool run_norm_site(ggml_backend_cuda_context & ctx, ggml_cgraph * graph, int & i
     if (site.empty()) {
         return false;
     }
-    const bool write_norm = used_elsewhere(graph, m.mul, (int) site.size()) || may_be_looked_at(graph, site);
+    const bool write_norm = tq_used_elsewhere(graph, m.mul, (int) site.size()) || may_be_looked_at(graph, site);
     if (!norm_memory_ok(graph, m, write_norm)) {
         return false;
     }
@@ -316,8 +277,8 @@ bool run_glu_site(ggml_backend_cuda_context & ctx, ggml_cgraph * graph, int i, c
     if (site.empty()) {
         return false;
     }
-    const bool write = used_elsewhere(graph, i, (int) site.size()) || may_be_looked_at(graph, site);
-    if (write && (!apart_or_same(node, m.gate) || !apart_or_same(node, m.up))) {
+    const bool write = tq_used_elsewhere(graph, i, (int) site.size()) || may_be_looked_at(graph, site);
+    if (write && (!tq_apart_or_same(node, m.gate) || !tq_apart_or_same(node, m.up))) {
         return false;
     }
     const tq_act act = ggml_cuda_tq_new_act(ctx, (int) ggml_nrows(node), (int) (node->ne[0] / TQ_BLOCK));
@@ -345,7 +306,7 @@ bool run_plain_site(ggml_backend_cuda_context & ctx, ggml_cgraph * graph, int i,
 // ---- what was done with a graph ----------------------------------------------------------------------------
 
 bool is_ternary_product(const ggml_tensor * node) {
-    return (node->op == GGML_OP_MUL_MAT || node->op == GGML_OP_MUL_MAT_ID) && computes(node) &&
+    return (node->op == GGML_OP_MUL_MAT || node->op == GGML_OP_MUL_MAT_ID) && tq_computes(node) &&
         (node->src[0]->type == GGML_TYPE_TQ2_1 || node->src[0]->type == GGML_TYPE_TQ1_1);
 }
 
@@ -364,8 +325,8 @@ void debug_print(const ggml_cgraph * graph, int i, counters & count, bool ours) 
         }
     }
     if (is_ternary_product(graph->nodes[i])) { // the last one
-        fprintf(stderr, "tq-fuse: %d nodes; sites after a norm %d, after a gated unit %d, of several matrices %d, of one %d; other ternary products:%s\n",
-            graph->n_nodes, count.norm, count.glu, count.grouped, count.single, count.other.empty() ? " none" : count.other.c_str());
+        fprintf(stderr, "tq-fuse: %d nodes; sites after a norm %d, after a gated unit %d, of several matrices %d, of one %d; rotations with the cache %d; other ternary products:%s\n",
+            graph->n_nodes, count.norm, count.glu, count.grouped, count.single, count.rope, count.other.empty() ? " none" : count.other.c_str());
     }
 }
 
@@ -402,7 +363,7 @@ void ggml_cuda_tq_optimize(ggml_backend_cuda_context & ctx, ggml_cgraph * cgraph
             if (movable(node) && node->src[1] == src) {
                 std::rotate(cgraph->nodes + last + 1, cgraph->nodes + k, cgraph->nodes + k + 1);
                 last++;
-            } else if (root_of(node) == root_of(src) && computes(node)) {
+            } else if (root_of(node) == root_of(src) && tq_computes(node)) {
                 break; // changes what the others would read
             }
         }
@@ -422,7 +383,7 @@ bool ggml_cuda_tq_node(ggml_backend_cuda_context & ctx, ggml_cgraph * cgraph, in
 
     const ggml_tensor * node = cgraph->nodes[i];
     // with several streams at work, what is between two nodes of the graph is not between them in time
-    if (switched_off() || !computes(node) || ctx.curr_stream_no != 0 || !ctx.stream_context().concurrent_events.empty()) {
+    if (switched_off() || !tq_computes(node) || ctx.curr_stream_no != 0 || !ctx.stream_context().concurrent_events.empty()) {
         return false;
     }
     ggml_cuda_tq_state & state = ggml_cuda_tq_get(ctx);
@@ -435,6 +396,7 @@ bool ggml_cuda_tq_node(ggml_backend_cuda_context & ctx, ggml_cgraph * cgraph, in
             case GGML_OP_RMS_NORM: ours = run_norm_site (ctx, cgraph, i, count); break;
             case GGML_OP_GLU:      ours = run_glu_site  (ctx, cgraph, i, count); break;
             case GGML_OP_MUL_MAT:  ours = run_plain_site(ctx, cgraph, i, count); break;
+            case GGML_OP_ROPE:     ours = !state.done.empty() && ggml_cuda_tq_rope(ctx, cgraph, i); count.rope += ours; break;
             default: break;
         }
     }
