@@ -1,0 +1,145 @@
+"""TQ2_1 and TQ1_1 on an NVIDIA GPU, with the programs of `pt2-llama build --cuda`.
+
+Both ways the backend has are tested: tile form with kernels of our own (compute capability 8.0 and
+more), and the templates of upstream's types (GGML_CUDA_TQ=templates), which older cards use.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llamacpp_bench.gguf_info import read_gguf
+from llamacpp_bench.runner import parse_placement
+from third_party.pt2_llama import api, toolchain
+from third_party.pt2_llama.smoke import final_perplexity
+
+pytestmark = [pytest.mark.cuda, pytest.mark.slow]
+EXAMPLES = Path(__file__).parents[1] / "examples"
+TYPES = ("TQ2_1", "TQ1_1")
+ROUTES = pytest.mark.parametrize("route", ["tiles", "templates"])
+
+
+@pytest.fixture(scope="module")
+def build():
+    if not toolchain.gpus():
+        pytest.skip("no NVIDIA GPU is visible")
+    found = api.find_build("cuda")
+    if found is None:
+        pytest.skip("no cuda build of llama.cpp (pt2-llama build --cuda)")
+    return found
+
+
+@pytest.fixture(scope="module")
+def models(build, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The example model in F16 and, rounded by llama-quantize, in our types."""
+    folder = tmp_path_factory.mktemp("models")
+    source = api.source_dir()
+    base = folder / "F16.gguf"
+    convert = [sys.executable, str(source / "convert_hf_to_gguf.py"), "--outtype", "f16"]
+    env = {**os.environ, "PYTHONPATH": str(source / "gguf-py"), "CUDA_VISIBLE_DEVICES": ""}
+    run([*convert, "--outfile", str(base), str(EXAMPLES / "wiki-llama-7m")], env)
+    files = {"F16": base}
+    for kind in TYPES:
+        files[kind] = folder / f"{kind}.gguf"
+        run([str(build.tool("llama-quantize")), str(base), str(files[kind]), kind], build.env())
+    return files
+
+
+def run(command: list[str], env: dict[str, str]) -> str:
+    """What a program prints; the test fails with it if the program does."""
+    done = subprocess.run(
+        command,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        timeout=900,
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout[-4000:]}"
+    return done.stdout
+
+
+def perplexity(build, model: Path, *options: str, route: str | None) -> str:
+    """Output of llama-perplexity: on the GPU by one of the ROUTES, on the CPU if it is None."""
+    env = build.env()
+    env |= {"CUDA_VISIBLE_DEVICES": ""} if route is None else {"GGML_CUDA_TQ": route}
+    command = [str(build.tool("llama-perplexity")), "-m", str(model), "-c", "512", *options]
+    for _ in range(5):  # it can end before its log is written
+        output = run([*command, *([] if route is None else ["-ngl", "99"])], env)
+        if final_perplexity(output) is not None or "Mean    KLD" in output:
+            break
+    return output
+
+
+@ROUTES
+def test_backend_operators(build, route: str) -> None:
+    command = [str(build.tool("test-backend-ops")), "test", "-b", "CUDA0", "-p", "tq[12]_1"]
+    output = run(command, {**build.env(), "GGML_CUDA_TQ": route})
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", output)
+    results = re.findall(r"^\s*([A-Z_]+)\(.*?\): (OK|FAIL|not supported)", plain, re.MULTILINE)
+    count = {op: {"OK": 0, "FAIL": 0, "not supported": 0} for op, _ in results}
+    for op, result in results:
+        count[op][result] += 1
+    assert set(count) >= {"MUL_MAT", "MUL_MAT_ID", "GET_ROWS"}
+    assert not [op for op, seen in count.items() if seen["FAIL"]]
+    for op in ("MUL_MAT", "MUL_MAT_ID", "GET_ROWS"):
+        assert count[op]["OK"] > 10 and count[op]["not supported"] == 0, (op, count[op])
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("tokens", [1, 8, 9, 512])
+def test_nothing_of_a_ternary_model_runs_on_the_cpu(
+    build, models: dict[str, Path], kind: str, tokens: int
+) -> None:
+    info = read_gguf(models[kind])
+    env = {**build.env(), "GGML_SCHED_DEBUG": "2", "GGML_CUDA_TQ": "tiles"}
+    command = [str(build.tool("llama-bench")), "-m", str(models[kind]), "-ngl", "99", "-v"]
+    command += ["-p", str(tokens), "-n", "0", "-r", "1", "--no-warmup"]
+    placement = parse_placement(run(command, env), info)
+    layers = int(info.hparam("block_count"))
+    products = placement.ops[kind]["MUL_MAT"]
+    assert set(products) == {"CUDA0"} and products["CUDA0"] >= 7 * layers
+    # llama.cpp keeps the embedding's table in the host's memory; parse_placement lists that apart
+    assert placement.elsewhere == []
+
+
+@ROUTES
+@pytest.mark.parametrize("kind", TYPES)
+def test_perplexity_is_the_cpus(
+    build, models: dict[str, Path], tmp_path: Path, kind: str, route: str
+) -> None:
+    text = ("-f", str(EXAMPLES / "text" / "wiki.test.txt"), "--chunks", "8")
+    base = ("--kl-divergence-base", str(tmp_path / "cpu.kld"))
+    on_cpu = final_perplexity(perplexity(build, models[kind], *text, *base, route=None))
+    assert on_cpu is not None
+    for tokens in (512, 8, 1) if route == "tiles" else (512,):
+        batch = ("-b", "512", "-ub", str(tokens))
+        output = perplexity(build, models[kind], *base, "--kl-divergence", *batch, route=route)
+        found = dict(re.findall(r"(Mean PPL\(Q\)|Mean    KLD)\s*:\s*([-\d.e]+)", output))
+        assert abs(float(found["Mean PPL(Q)"]) / on_cpu - 1) < 0.005, (tokens, output[-2000:])
+        assert float(found["Mean    KLD"]) < 0.005, (tokens, output[-2000:])
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_an_unknown_route_is_an_error(build, models: dict[str, Path], kind: str) -> None:
+    command = [str(build.tool("llama-perplexity")), "-m", str(models[kind]), "-ngl", "99"]
+    command += ["-f", str(EXAMPLES / "text" / "wiki.test.txt"), "-c", "512", "--chunks", "1"]
+    done = subprocess.run(
+        command,
+        env={**build.env(), "GGML_CUDA_TQ": "tile"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=300,
+    )
+    assert done.returncode != 0
+    assert 'GGML_CUDA_TQ is "tile": tiles and templates are known' in done.stdout + done.stderr
