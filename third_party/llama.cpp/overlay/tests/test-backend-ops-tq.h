@@ -1,6 +1,7 @@
-// A decoder block without its attention, of our types: what a backend may fuse around them, at once and
-// in its places. Included by test-backend-ops.cpp, which has the class test_case.
+// Parts of a decoder block of our types, with what a backend may fuse around them. Included by
+// test-backend-ops.cpp, which has the class test_case.
 
+// A block without its attention.
 struct test_tq_block : public test_case {
     const ggml_type   type;
     const int64_t     n;     // tokens
@@ -82,12 +83,108 @@ struct test_tq_block : public test_case {
     }
 };
 
+// The way of q, k and v from their matrices into a cache of 256 rows, and attention over it.
+struct test_tq_attention : public test_case {
+    const ggml_type type;
+    const int64_t   n;        // tokens
+    const int64_t   head;     // columns of a head
+    const int64_t   heads;
+    const int64_t   heads_kv;
+    const int       mode;     // of ROPE
+    const bool      factors;  // frequency factors, and extrapolation
+    const int64_t   width = 256;
+    const int64_t   cells = 256;
+
+    std::vector<ggml_tensor *> checked;
+
+    test_tq_attention(ggml_type type, int64_t n, int64_t head, int64_t heads, int64_t heads_kv, int mode, bool factors)
+        : type(type), n(n), head(head), heads(heads), heads_kv(heads_kv), mode(mode), factors(factors) {}
+
+    std::string vars() override {
+        return VARS_TO_STR7(type, n, head, heads, heads_kv, mode, factors);
+    }
+
+    std::string op_desc(ggml_tensor * t) override {
+        GGML_UNUSED(t);
+        return "TQ_ATTENTION";
+    }
+
+    bool run_whole_graph() override { return true; }
+
+    std::vector<ggml_tensor *> fusion_test_nodes() override { return checked; }
+
+    double max_nmse_err() override { return 5e-4; }
+
+    ggml_tensor * build_graph(ggml_context * ctx) override {
+        ggml_tensor * x    = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, width, n);
+        ggml_tensor * pos  = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n);
+        ggml_tensor * rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n);
+        ggml_tensor * freq = factors ? ggml_new_tensor_1d(ctx, GGML_TYPE_F32, head / 2) : nullptr;
+        ggml_set_name(pos, "pos");
+        ggml_set_name(rows, "rows");
+        if (freq) {
+            ggml_set_name(freq, "freq");
+        }
+        const auto matrix = [&](int64_t n_heads) {
+            ggml_tensor * y = ggml_mul_mat(ctx, ggml_new_tensor_2d(ctx, type, width, head * n_heads), x);
+            return ggml_reshape_3d(ctx, y, head, n_heads, n);
+        };
+        const auto rotated = [&](ggml_tensor * t) {
+            return ggml_rope_ext(ctx, t, pos, freq, (int) head, mode, 4096, 10000.0f, factors ? 0.5f : 1.0f, factors ? 0.7f : 0.0f, 1.1f, 32.0f, 1.0f);
+        };
+        const auto cached = [&](ggml_tensor * t) {
+            ggml_tensor * cache = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, head * heads_kv, cells);
+            ggml_tensor * flat  = ggml_view_2d(ctx, t, head * heads_kv, n, t->nb[2], 0);
+            ggml_tensor * all   = ggml_set_rows(ctx, cache, flat, rows);
+            checked.push_back(all);
+            return ggml_view_3d(ctx, all, head, cells, heads_kv, all->nb[1], head * sizeof(ggml_fp16_t), 0);
+        };
+        checked.clear();
+        ggml_tensor * q = rotated(matrix(heads));
+        checked.push_back(q);
+        ggml_tensor * k = cached(rotated(matrix(heads_kv)));
+        ggml_tensor * v = cached(matrix(heads_kv));
+        ggml_tensor * out = ggml_flash_attn_ext(ctx, ggml_permute(ctx, q, 0, 2, 1, 3), k, v, nullptr, 1.0f / sqrtf((float) head), 0.0f, 0.0f);
+        ggml_set_name(out, "out");
+        checked.push_back(out);
+        return out;
+    }
+
+    void initialize_tensors(ggml_context * ctx) override {
+        for (ggml_tensor * t = ggml_get_first_tensor(ctx); t != nullptr; t = ggml_get_next_tensor(ctx, t)) {
+            if (strcmp(t->name, "pos") == 0) {
+                std::vector<int32_t> data(n);
+                for (int64_t i = 0; i < n; i++) {
+                    data[i] = (int32_t) (7 + 3 * i);
+                }
+                ggml_backend_tensor_set(t, data.data(), 0, ggml_nbytes(t));
+            } else if (strcmp(t->name, "rows") == 0) {
+                std::vector<int64_t> data(n);
+                for (int64_t i = 0; i < n; i++) {
+                    data[i] = (i * 37 + 5) % cells; // each row once
+                }
+                ggml_backend_tensor_set(t, data.data(), 0, ggml_nbytes(t));
+            } else if (strcmp(t->name, "freq") == 0) {
+                init_tensor_uniform(t, 0.9f, 1.1f);
+            } else {
+                init_tensor_uniform(t);
+            }
+        }
+    }
+};
+
 static void add_tq_block_cases(std::vector<std::unique_ptr<test_case>> & test_cases) {
     for (ggml_type type : { GGML_TYPE_TQ2_1, GGML_TYPE_TQ1_1 }) {
         for (int64_t n : { 1, 2, 3, 8, 9, 40, 130 }) {
             test_cases.emplace_back(new test_tq_block(type, n, 640));
             test_cases.emplace_back(new test_tq_block(type, n, 640, GGML_GLU_OP_GEGLU, true));
             test_cases.emplace_back(new test_tq_block(type, n, 256, GGML_GLU_OP_SWIGLU, true, true));
+        }
+        for (int64_t n : { 1, 4, 70 }) {
+            for (int mode : { GGML_ROPE_TYPE_NORMAL, GGML_ROPE_TYPE_NEOX }) {
+                test_cases.emplace_back(new test_tq_attention(type, n, 128, 4, 4, mode, false));
+                test_cases.emplace_back(new test_tq_attention(type, n, 64, 6, 2, mode, true));
+            }
         }
         test_cases.emplace_back(new test_tq_block(type, 1, 4096));
         test_cases.emplace_back(new test_tq_block(type, 16, 4096));

@@ -138,9 +138,16 @@ bool is_cache_write(const ggml_tensor * t, int64_t tokens) {
 } // namespace
 
 bool ggml_cuda_tq_rope(ggml_backend_cuda_context & ctx, ggml_cgraph * cgraph, int & i) {
+    const auto & done = ggml_cuda_tq_get(ctx).done;
+    const auto next = [&](int at) {
+        do {
+            at = tq_next_node(cgraph, at);
+        } while (at < cgraph->n_nodes && done.count(cgraph->nodes[at]));
+        return at;
+    };
     const ggml_tensor * q = cgraph->nodes[i];
-    const int ik = tq_next_node(cgraph, i);
-    const int is = ik < cgraph->n_nodes ? tq_next_node(cgraph, ik) : cgraph->n_nodes;
+    const int ik = next(i);
+    const int is = ik < cgraph->n_nodes ? next(ik) : cgraph->n_nodes;
     if (is >= cgraph->n_nodes) {
         return false;
     }
@@ -181,7 +188,7 @@ bool ggml_cuda_tq_rope(ggml_backend_cuda_context & ctx, ggml_cgraph * cgraph, in
     a.k_rows     = (const int64_t *) store->src[1]->data;
 
     int last = is;
-    const int iv = tq_next_node(cgraph, is);
+    const int iv = next(is);
     const ggml_tensor * store_v = iv < cgraph->n_nodes ? cgraph->nodes[iv] : nullptr;
     // v must have been computed before, not from what is computed here
     if (store_v && is_cache_write(store_v, tokens) && !tq_overlap(store_v->src[0], q) && !tq_overlap(store_v, store)) {
