@@ -132,7 +132,8 @@ static std::vector<Plan> plans_for(int n, bool with_auto) {
     if (with_auto) { out.push_back({true, true, {}, "wgmma auto"}); out.push_back({false, true, {}, "mma auto"}); }
     for (int rows : {128, 192})
         if (rows == 128 || width == 128)
-            for (int split : {1, 2, 4}) add(true, rows, split);
+            for (int split : {1, 2, 4})
+                if (split <= width / 8) add(true, rows, split);
     if (width == 128) { add(false, 64, 1); add(false, 128, 1); }
     if (width == 64) add(false, 64, 1);
     if (width == 32) add(false, 64, 1);

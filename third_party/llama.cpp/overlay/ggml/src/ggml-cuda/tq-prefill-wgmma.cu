@@ -37,8 +37,8 @@ struct shape {
     static constexpr bool both       = WGS == 2 || N < 128; // registers for two sets of integer sums
 
     // What a member of a cluster gets from the others: 16 bytes for each of their threads and 8 tokens.
-    static int part_bytes(int split) { return tq_ceil(N / 8, split) * (split - 1) * WGS * 128 * 16; }
-    static int shared_bytes(int split) { return STAGES * stage + 2 * sums + part_bytes(split); }
+    static constexpr int part_bytes(int split) { return tq_ceil(N / 8, split) * (split - 1) * WGS * 128 * 16; }
+    static constexpr int shared_bytes(int split) { return STAGES * stage + 2 * sums + part_bytes(split); }
 };
 
 #if defined(TQ_WGMMA_CODE)
@@ -335,31 +335,32 @@ template <class S> struct consumer {
         hold(a); // the product read them until now
     }
 
-    // Parts of K: token columns j belong to member j * split / NJ, which gets what the others have of them.
-    __device__ __forceinline__ void share(float4 * parts, int split, int rank) const {
-        const int thread = warp * 32 + lane;
+    // Parts of K: the member of rank r collects the r-th share of the token columns j, `width` of them.
+    __device__ __forceinline__ void share(const float4 * parts, int split, int rank) const {
+        const int width = NJ / split;
+        const float4 * mine = parts + warp * 32 + lane;
 #pragma unroll
         for (int j = 0; j < NJ; j++) {
-            const int owner = j * split / NJ;
+            const int owner = j >> (__ffs(width) - 1);
             if (owner != rank) {
-                const int slot = rank - (rank > owner), at = j - tq_ceil(owner * NJ, split), width = tq_ceil(NJ, split);
-                cluster_store(cluster_map(parts + (slot * width + at) * (S::consumers * 128) + thread, owner), acc[j]);
+                const int slot = rank - (rank > owner);
+                cluster_store(cluster_map(mine + (slot * width + (j & (width - 1))) * (S::consumers * 128), owner), acc[j]);
             }
         }
     }
     __device__ __forceinline__ void collect(const float4 * parts, int split, int rank) {
-        const int thread = warp * 32 + lane, width = tq_ceil(NJ, split);
+        const int width = NJ / split;
+        const float4 * mine = parts + warp * 32 + lane;
 #pragma unroll
         for (int j = 0; j < NJ; j++) {
-            if (j * split / NJ == rank) {
-                const int at = j - tq_ceil(rank * NJ, split);
+            if (j >> (__ffs(width) - 1) == rank) {
+                const float4 * p = mine + (j & (width - 1)) * (S::consumers * 128);
 #pragma unroll 1
-                for (int slot = 0; slot < split - 1; slot++) {
-                    const float4 v = parts[(slot * width + at) * (S::consumers * 128) + thread];
-                    acc[j][0] += v.x;
-                    acc[j][1] += v.y;
-                    acc[j][2] += v.z;
-                    acc[j][3] += v.w;
+                for (int slot = 0; slot < split - 1; slot++, p += width * (S::consumers * 128)) {
+                    acc[j][0] += p->x;
+                    acc[j][1] += p->y;
+                    acc[j][2] += p->z;
+                    acc[j][3] += p->w;
                 }
             }
         }
@@ -372,7 +373,7 @@ template <class S> struct consumer {
         const bool lower = row < seg.rows, upper = row + 8 < seg.rows;
 #pragma unroll
         for (int j = 0; j < NJ; j++) {
-            if (split > 1 && j * split / NJ != rank) {
+            if (j >> (__ffs(NJ / split) - 1) != rank) {
                 continue;
             }
 #pragma unroll
@@ -389,16 +390,15 @@ template <class S> struct consumer {
 
 #endif // TQ_WGMMA_CODE
 
-// grid: (part of K, group of tokens, tile of rows), the first fastest; clusters of `split`.
+// grid: (part of K, group of tokens, tile of rows), so that neighbours in time share weights; clusters of `split`, 1, 2 or 4.
 template <class S>
 __global__ void __launch_bounds__(S::threads, S::min_blocks) prefill_wgmma(const __grid_constant__ tq_prefill_args args) {
 #if defined(TQ_WGMMA_CODE)
     extern __shared__ __align__(128) uint8_t shared[];
     __shared__ uint64_t storage[2 * S::stages + 4];
     const barriers bar = {storage, storage + S::stages, storage + 2 * S::stages, storage + 2 * S::stages + 2};
-    const int split = args.split, rank = blockIdx.x % split, rest = blockIdx.x / split;
-    const int group = args.group0 + rest % args.groups;
-    int tile = rest / args.groups;
+    const int split = args.split, rank = blockIdx.x, group = args.group0 + blockIdx.y;
+    int tile = blockIdx.z;
     const tq_segment & seg = tq_prefill_find(args, tile);
     const int lo = (int) ((int64_t) args.nb * rank / split), hi = (int) ((int64_t) args.nb * (rank + 1) / split);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -474,9 +474,9 @@ void launch(const tq_segment * segments, int n_segments, const tq_act & act, int
             ready[device] = true;
         }
     }
-    const tq_prefill_args args = tq_prefill_describe(segments, n_segments, act, S::rows, group0, groups, split);
+    const tq_prefill_args args = tq_prefill_describe(segments, n_segments, act, S::rows, group0, split);
     cudaLaunchConfig_t config = {};
-    config.gridDim          = dim3(args.tile_end[TQ_MAX_SEGMENTS - 1] * groups * split);
+    config.gridDim          = dim3(split, groups, args.tile_end[TQ_MAX_SEGMENTS - 1]);
     config.blockDim         = dim3(S::threads);
     config.dynamicSmemBytes = S::shared_bytes(split);
     config.stream           = stream;
@@ -499,12 +499,15 @@ struct variant {
 };
 
 template <class S> constexpr variant make_variant(int step, int fixed) {
+    // 227 KB of a multiprocessor, of which every thread block's barriers and 1 KB for the system go off.
+    static_assert(S::min_blocks * (S::shared_bytes(1) + 2048) <= 228 * 1024, "shared memory of one part of K");
+    static_assert(S::shared_bytes(2) + 1024 <= 227 * 1024 && S::shared_bytes(4) + 1024 <= 227 * 1024, "shared memory of parts of K");
     return {S::rows, S::tokens, S::min_blocks, step, fixed, launch<S>};
 }
 
 const variant VARIANTS[] = {
     make_variant<shape<2, 128, 6, 1>>(800, 4000),
-    make_variant<shape<3, 128, 6, 1>>(1150, 4000),
+    make_variant<shape<3, 128, 5, 1>>(1150, 4000),
     make_variant<shape<2, 64, 8, 1>>(480, 3500),
     make_variant<shape<2, 32, 10, 2>>(500, 3500),
     make_variant<shape<2, 16, 12, 2>>(400, 3500),
@@ -526,7 +529,7 @@ void launch_groups(const tq_segment * segments, int n_segments, const tq_act & a
         if (plan ? v.rows != plan->rows || v.tokens != plan->tokens : v.tokens != tokens) {
             continue;
         }
-        for (int split = 1; split <= 4 && split <= act.nb; split *= 2) {
+        for (int split = 1; split <= 4 && split <= act.nb && split <= v.tokens / 8; split *= 2) {
             if (plan && split != plan->split) {
                 continue;
             }

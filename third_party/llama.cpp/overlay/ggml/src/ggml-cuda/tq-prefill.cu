@@ -93,14 +93,14 @@ template <class S> struct loader {
 
 #endif
 
-// grid: (part of a group's tokens, group, tile of rows), the first fastest
+// grid: (part of a group's tokens, group, tile of rows), so that neighbours in time share weights
 template <class S>
-__global__ void __launch_bounds__(WARPS * 32) prefill_mma(const __grid_constant__ tq_prefill_args args, int parts) {
+__global__ void __launch_bounds__(WARPS * 32) prefill_mma(const __grid_constant__ tq_prefill_args args) {
 #if defined(__CUDA_ARCH__) && defined(TQ_MMA_CODE)
     extern __shared__ __align__(128) uint8_t shared[];
     constexpr int NJ = S::warp_tokens / 8, RT = S::row_tiles;
-    const int part = blockIdx.x % parts, rest = blockIdx.x / parts, group = args.group0 + rest % args.groups;
-    int tile = rest / args.groups;
+    const int part = blockIdx.x, group = args.group0 + blockIdx.y;
+    int tile = blockIdx.z;
     const tq_segment & seg = tq_prefill_find(args, tile);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int warp_row = warp % S::warp_rows, col0 = warp / S::warp_rows * S::warp_tokens; // column in the thread block
@@ -230,9 +230,9 @@ void launch(const tq_segment * segments, int n_segments, const tq_act & act, int
         }
     }
     tq_prefill_check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "attribute");
-    const tq_prefill_args args = tq_prefill_describe(segments, n_segments, act, S::rows, group0, groups, 1);
+    const tq_prefill_args args = tq_prefill_describe(segments, n_segments, act, S::rows, group0, 1);
     cudaLaunchConfig_t config = {};
-    config.gridDim          = dim3(args.tile_end[TQ_MAX_SEGMENTS - 1] * groups * parts);
+    config.gridDim          = dim3(parts, groups, args.tile_end[TQ_MAX_SEGMENTS - 1]);
     config.blockDim         = dim3(WARPS * 32);
     config.dynamicSmemBytes = S::shared;
     config.stream           = stream;
@@ -241,7 +241,7 @@ void launch(const tq_segment * segments, int n_segments, const tq_act & act, int
     attribute[0].val.programmaticStreamSerializationAllowed = 1;
     config.attrs    = attribute;
     config.numAttrs = major >= 9 ? 1 : 0;
-    tq_prefill_check(cudaLaunchKernelEx(&config, prefill_mma<S>, args, parts), "launch");
+    tq_prefill_check(cudaLaunchKernelEx(&config, prefill_mma<S>, args), "launch");
 }
 
 struct variant {

@@ -23,7 +23,6 @@ struct tq_prefill_args {
     int             nb;
     int             n;      // tokens in all
     int             group0; // first group of this launch
-    int             groups;
     int             split;
 };
 
@@ -56,7 +55,7 @@ static inline int tq_prefill_tiles(const tq_segment * segments, int n_segments, 
 }
 
 static inline tq_prefill_args tq_prefill_describe(const tq_segment * segments, int n_segments, const tq_act & act, int rows,
-                                                  int group0, int groups, int split) {
+                                                  int group0, int split) {
     tq_prefill_args args = {};
     int tiles = 0;
     for (int i = 0; i < TQ_MAX_SEGMENTS; i++) {
@@ -71,7 +70,6 @@ static inline tq_prefill_args tq_prefill_describe(const tq_segment * segments, i
     args.nb      = act.nb;
     args.n       = act.n;
     args.group0  = group0;
-    args.groups  = groups;
     args.split   = split;
     return args;
 }
