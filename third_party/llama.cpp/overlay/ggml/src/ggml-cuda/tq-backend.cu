@@ -316,23 +316,17 @@ bool ggml_cuda_tq_compute_forward(ggml_backend_cuda_context & ctx, ggml_tensor *
     return true;
 }
 
-ggml_tensor ggml_cuda_tq_f16_like(const ggml_tensor * tensor) {
-    ggml_tensor t = *tensor;
-    t.type      = GGML_TYPE_F16;
-    t.op        = GGML_OP_NONE;
-    t.view_src  = nullptr;
-    t.view_offs = 0;
-    t.data      = nullptr;
-    t.nb[0] = sizeof(half);
-    for (int i = 1; i < GGML_MAX_DIMS; ++i) {
-        t.nb[i] = t.nb[i - 1] * t.ne[i - 1];
-    }
-    return t;
-}
-
 ggml_cuda_tq_f16::ggml_cuda_tq_f16(ggml_backend_cuda_context & ctx, const ggml_tensor * src) :
-        data(ctx.pool(), ggml_nelements(src)), tensor(ggml_cuda_tq_f16_like(src)) {
-    tensor.data = data.get();
+        data(ctx.pool(), ggml_nelements(src)), tensor(*src) {
+    tensor.type      = GGML_TYPE_F16;
+    tensor.op        = GGML_OP_NONE;
+    tensor.view_src  = nullptr;
+    tensor.view_offs = 0;
+    tensor.data      = data.get();
+    tensor.nb[0]     = sizeof(half);
+    for (int i = 1; i < GGML_MAX_DIMS; ++i) {
+        tensor.nb[i] = tensor.nb[i - 1] * tensor.ne[i - 1];
+    }
     tq_dequantize_tensor(src, data.get(), TQ_F16, ctx.stream());
     CUDA_CHECK(cudaGetLastError());
 }

@@ -66,7 +66,8 @@ bool ggml_cuda_tq_copy_size(int src_device, const ggml_tensor * src, int dst_dev
 // ---- operators ------------------------------------------------------------------------------------------
 // Whether a tensor of this operator is in tile form, and then, whether this backend can compute it.
 bool ggml_cuda_tq_decides(int device, const ggml_tensor * op, bool & supported);
-// Products by a tensor in tile form. False, and nothing is done: dequantise (ggml_cuda_tq_f16) and take upstream's way.
+// Products by a tensor in tile form. False, and nothing is done: for MUL_MAT, dequantise (ggml_cuda_tq_f16) and take
+// upstream's way; for MUL_MAT_ID, upstream's way that sorts tokens by expert and calls MUL_MAT for each.
 bool ggml_cuda_tq_mul_mat(ggml_backend_cuda_context & ctx, const ggml_tensor * src0, const ggml_tensor * src1, ggml_tensor * dst);
 bool ggml_cuda_tq_mul_mat_id(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 // What ggml_cuda_tq_mul_mat_id will say.
@@ -74,8 +75,6 @@ bool ggml_cuda_tq_can_mul_mat_id(const ggml_tensor * dst);
 // GET_ROWS, CPY, CONT and DUP from or to tile form. False: the node is none of these, and nothing is done.
 bool ggml_cuda_tq_compute_forward(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 
-// The header of an F16 tensor of the same shape, contiguous, without data.
-ggml_tensor ggml_cuda_tq_f16_like(const ggml_tensor * tensor);
 // A tensor dequantised to F16 in memory of the pool, as long as this object lives.
 struct ggml_cuda_tq_f16 {
     ggml_cuda_pool_alloc<half> data;

@@ -7,7 +7,10 @@
 #include <mutex>
 #include <unordered_map>
 
-static constexpr int64_t TQ_EXPERT_PAIRS = 64; // (token, slot) pairs up to which experts are read as they are stored
+// (token, slot) pairs up to which an expert is read once for each of them: so many, or the experts' number times the factor.
+// Beyond, sorting by expert (which waits for the ids to reach the host) and a product for each expert read less.
+static constexpr int64_t TQ_EXPERT_PAIRS  = 64;
+static constexpr int64_t TQ_EXPERT_FACTOR = 2;
 
 // ---- a context's state ----------------------------------------------------------------------------------
 
@@ -228,7 +231,7 @@ bool ggml_cuda_tq_can_mul_mat_id(const ggml_tensor * dst) {
     const ggml_tensor * x   = dst->src[1];
     const ggml_tensor * ids = dst->src[2];
     const ggml_tensor * root = tq_root(w);
-    return ids->ne[0]*ids->ne[1] <= TQ_EXPERT_PAIRS && w->ne[3] == 1 &&
+    return ids->ne[0]*ids->ne[1] <= std::max(TQ_EXPERT_PAIRS, TQ_EXPERT_FACTOR*w->ne[2]) && w->ne[3] == 1 &&
         // whole experts, as they follow each other
         tq_matrix(w, 0) != nullptr && w->ne[1] == root->ne[1] && w->nb[2] == w->nb[1]*w->ne[1] && tq_offset(w) % w->nb[2] == 0 &&
         (x->ne[1] == 1 || x->ne[1] == ids->ne[0]) && x->ne[2] == ids->ne[1] && x->ne[3] == 1 &&
