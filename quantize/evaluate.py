@@ -165,7 +165,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def body() -> int:
-        if args.ctx < 2 or args.batch_size < 1 or args.threads < 0 or (args.chunks or 1) < 1:
+        few = args.chunks is not None and args.chunks < 1
+        if args.ctx < 2 or args.batch_size < 1 or args.threads < 0 or few:
             raise PT2Error("--ctx must be at least 2, --batch-size and --chunks at least 1")
         score = perplexity(
             args.model,

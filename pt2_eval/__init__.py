@@ -1,0 +1,1 @@
+"""pt2-eval: Hugging Face models, artifacts and GGUF files measured alike, in one table."""

@@ -1,0 +1,126 @@
+"""Perplexity in two protocols, KL divergence and agreement with a reference.
+
+- ``papers`` (GPTQ, PT2-LLM): the text, with BOS in front where the tokenizer adds one, is cut into
+  windows of 2048 tokens; every token of a window but its first is scored.
+- ``llama.cpp`` (its llama-perplexity): windows of 512; where the tokenizer adds BOS, the first
+  token of each window is replaced by it; the second half of the window is scored.
+
+Divergence and agreement are taken at the positions that the llama.cpp protocol scores, as
+llama-perplexity --kl-divergence does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pt2_eval.models import Model
+from quantize.common import PT2Error
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """A perplexity, its standard error, and how many tokens were scored."""
+
+    value: float
+    error: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """From a reference: mean KL(reference || model) in nats, its standard error, same top token."""
+
+    kl: float
+    error: float
+    same_top: float
+    tokens: int
+
+
+def paper_windows(ids: list[int], bos: int | None, context: int, limit: int | None) -> Tensor:
+    """int64 ``[n, context]``; of a text that is shorter than a window, the text: ``[1, len]``."""
+    ids = ([] if bos is None else [bos]) + ids
+    if len(ids) < 3:
+        raise PT2Error("the text is too short to be measured")
+    count = max(1, len(ids) // context)
+    return torch.tensor(ids[: count * context]).view(count, -1)[:limit]
+
+
+def llama_windows(ids: list[int], bos: int | None, context: int, limit: int | None) -> Tensor:
+    """int64 ``[n, context]``."""
+    ids = ([] if bos is None else [bos]) + ids
+    count = len(ids) // context
+    if count == 0:
+        raise PT2Error(f"the text has {len(ids)} tokens, fewer than one window of {context}")
+    windows = torch.tensor(ids[: count * context]).view(count, context)[:limit].clone()
+    if bos is not None:
+        windows[:, 0] = bos
+    return windows
+
+
+def perplexity(
+    model: Model, windows: Tensor, *, second_half: bool, batch: int = 1,
+    step: Callable[[], None] = lambda: None,
+) -> Perplexity:  # fmt: skip
+    """Score windows of token ids.
+
+    Args:
+        windows: int64 ``[n, len]``.
+        second_half: only what the llama.cpp protocol scores.
+        batch: windows at a time.
+        step: called after each batch.
+    """
+    losses = []
+    first = windows.shape[1] // 2 if second_half else 0
+    for part, logits in _run(model, windows, batch):
+        ids = part[:, first + 1 :].to(logits.device)
+        scored = logits[:, first:-1].transpose(1, 2)
+        losses.append(functional.cross_entropy(scored, ids, reduction="none").flatten().cpu())
+        step()
+    nll = torch.cat(losses).double()
+    mean = float(nll.mean())
+    if not math.isfinite(mean):
+        raise PT2Error(f"{model.name}: the logits are NaN or Inf; try --dtype float32")
+    value = math.exp(mean)
+    return Perplexity(value, value * float(nll.std()) / math.sqrt(nll.numel()), nll.numel())
+
+
+def divergence(
+    model: Model, reference: Model, windows: Tensor, *, batch: int = 1,
+    step: Callable[[], None] = lambda: None,
+) -> Divergence:  # fmt: skip
+    """Compare with a reference on the second halves of windows ``[n, len]``.
+
+    Raises:
+        PT2Error: the two have different vocabularies.
+    """
+    if model.vocab != reference.vocab:
+        raise PT2Error(
+            f"{model.name} has {model.vocab} tokens and {reference.name} {reference.vocab}: "
+            "they cannot be compared"
+        )
+    divergences, same = [], 0
+    first = windows.shape[1] // 2
+    runs = zip(_run(model, windows, batch), _run(reference, windows, batch), strict=True)
+    for (_, ours), (_, theirs) in runs:
+        ours, theirs = ours[:, first:-1].flatten(0, 1).cpu(), theirs[:, first:-1].flatten(0, 1)
+        theirs = theirs.cpu()
+        each = functional.kl_div(
+            ours.log_softmax(-1), theirs.log_softmax(-1), reduction="none", log_target=True
+        )
+        divergences.append(each.sum(dim=-1))
+        same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+        step()
+    kl = torch.cat(divergences).double()
+    error = float(kl.std()) / math.sqrt(kl.numel())
+    return Divergence(float(kl.mean()), error, same / kl.numel(), kl.numel())
+
+
+def _run(model: Model, windows: Tensor, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    for part in windows.split(batch):
+        yield part, model.logits(part)

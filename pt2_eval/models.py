@@ -1,0 +1,190 @@
+"""What is measured: a Hugging Face model, an artifact or a GGUF file behind one small interface."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from quantize.artifact import MANIFEST, RUN, Artifact
+from quantize.calibration import encode, load_tokenizer
+from quantize.checkpoint import Checkpoint, torch_dtype
+from quantize.common import PT2Error, read_json
+from quantize.hf_model import StreamedModel
+from quantize.pipeline import pick_device
+from quantize.student import build_teacher
+
+
+class Model(Protocol):
+    """A causal language model and its tokenizer.
+
+    Attributes:
+        name: for the table.
+        kind: ``hf``, ``artifact`` or ``gguf``.
+        size: bytes of the files.
+        vocab: number of tokens.
+        bos: the token put in front of a text, None where the tokenizer adds none.
+        limit: the longest window the model states.
+    """
+
+    name: str
+    kind: str
+    size: int
+    vocab: int
+    bos: int | None
+    limit: int
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids without special tokens."""
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """int64 ``[n, len]`` -> float32 ``[n, len, vocab]`` on the CPU or the model's device."""
+
+
+class TorchModel:
+    """A checkpoint in PyTorch, as it is or with an artifact's ternary weights."""
+
+    def __init__(
+        self, path: Path, device: str, dtype: str, artifact: Artifact | None = None
+    ) -> None:
+        checkpoint = Checkpoint.open(path)
+        self.device = pick_device(device)
+        config = StreamedModel(checkpoint, self.device, dtype).config
+        self.kind = "hf" if artifact is None else "artifact"
+        folder = path if artifact is None else artifact.path
+        self.name = folder.resolve().name
+        self.size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+        self.vocab = int(config.vocab_size)
+        self.limit = int(config.max_position_embeddings)
+        read: Callable[[str, tuple[int, ...]], Tensor] = checkpoint.read
+        if artifact is not None:
+            digest, _ = checkpoint.fingerprint()
+            if artifact.manifest["model"].get("fingerprint") != digest:
+                raise PT2Error(f"{artifact.path} was not made from {path}: give --source DIR")
+            read = _with_artifact(checkpoint, artifact)
+        with torch.no_grad():
+            self._network = build_teacher(config, read, self.device, torch_dtype(dtype))
+        self._tokenizer = load_tokenizer(path)
+        bos = self._tokenizer.bos_token_id
+        adds = bos is not None and self._tokenizer.encode("a")[0] == bos
+        self.bos = int(bos) if adds else None
+
+    def encode(self, text: str) -> list[int]:
+        return encode(self._tokenizer, text)
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor) -> Tensor:
+        states = self._network.states(tokens.to(self.device))
+        return (states @ self._network.head_weight().T).float()
+
+
+class GgufModel:
+    """A GGUF file in our llama.cpp, through llama-cpp-python's bindings."""
+
+    def __init__(self, path: Path, context: int, threads: int, gpu_layers: int) -> None:
+        Llama = _bindings()
+        more = {"n_threads": threads, "n_threads_batch": threads} if threads else {}
+        try:
+            self._llama = Llama(
+                model_path=str(path), n_ctx=context, n_batch=context, n_ubatch=min(context, 512),
+                logits_all=True, n_gpu_layers=gpu_layers, verbose=False, **more,
+            )  # fmt: skip
+        except (ValueError, RuntimeError, AssertionError) as e:
+            raise PT2Error(f"llama.cpp cannot load {path}: {e}") from e
+        self.name, self.kind = path.name, "gguf"
+        self.size = path.stat().st_size
+        self.vocab = self._llama.n_vocab()
+        self.limit = context
+        added = self._llama.tokenize(b"a", add_bos=True)
+        plain = self._llama.tokenize(b"a", add_bos=False)
+        self.bos = int(added[0]) if len(added) > len(plain) else None
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._llama.tokenize(text.encode("utf-8"), add_bos=False, special=False))
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        rows = []
+        for row in tokens.tolist():
+            if len(row) > self.limit:
+                raise PT2Error(f"{self.name}: {len(row)} tokens in a context of {self.limit}")
+            self._llama.reset()
+            self._llama.eval(row)
+            rows.append(torch.from_numpy(self._llama.scores[: len(row)].copy()))
+        return torch.stack(rows)
+
+
+def open_model(
+    path: str | os.PathLike[str], *, source: str | None = None, device: str = "auto",
+    dtype: str = "float32", context: int = 2048, threads: int = 0, gpu_layers: int = -1,
+) -> Model:  # fmt: skip
+    """Open whatever is at ``path``.
+
+    Args:
+        source: the model that an artifact was made from; None takes what the artifact says.
+        context: tokens that a GGUF model is opened for.
+        gpu_layers: of a GGUF model, -1 for all; without a GPU in the build they stay on the CPU.
+
+    Raises:
+        PT2Error: nothing usable is there.
+    """
+    where = Path(path)
+    if where.suffix == ".gguf":
+        if not where.is_file():
+            raise PT2Error(f"there is no file {where}")
+        return GgufModel(where, context, threads, gpu_layers)
+    if (where / MANIFEST).is_file():
+        artifact = Artifact.open(where)
+        return TorchModel(_source(artifact, source), device, dtype, artifact)
+    return TorchModel(where, device, dtype)
+
+
+def _source(artifact: Artifact, given: str | None) -> Path:
+    if given is not None:
+        return Path(given)
+    file = artifact.path / RUN
+    record = read_json(file) if file.is_file() else {}
+    folder = record.get("model_dir") if isinstance(record, dict) else None
+    if not isinstance(folder, str) or not Path(folder).is_dir():
+        raise PT2Error(f"{artifact.path} does not say where its model is now: give --source DIR")
+    return Path(folder)
+
+
+def _with_artifact(checkpoint: Checkpoint, artifact: Artifact) -> Any:
+    """The checkpoint's ``read`` with the artifact's weights; holds one decoder block."""
+    checkpoint.replaced = {k: torch.from_numpy(v) for k, v in artifact.replaced().items()}
+    home = {name: int(name.split(".")[2]) for name in artifact.matrices}
+    held: dict[int, Any] = {}
+
+    def read(name: str, shape: tuple[int, ...]) -> Tensor:
+        module = name.removesuffix(".weight")
+        if not name.endswith(".weight") or module not in home:
+            return checkpoint.read(name, shape)
+        if home[module] not in held:
+            held.clear()
+            held[home[module]] = artifact.block(home[module])
+        return torch.from_numpy(held[home[module]][module].dequantize())
+
+    return read
+
+
+def _bindings() -> Any:
+    """``llama_cpp.Llama`` on the libraries of our build."""
+    from third_party.pt2_llama import api
+
+    # The bindings load their library when they are imported, from where this points to.
+    if "LLAMA_CPP_LIB_PATH" not in os.environ:
+        os.environ["LLAMA_CPP_LIB_PATH"] = str(api.require_build().lib_dir)
+    try:
+        return importlib.import_module("llama_cpp").Llama
+    except ImportError as e:
+        raise PT2Error(
+            "GGUF files need llama-cpp-python's bindings (our llama.cpp takes the place of its "
+            "own): CMAKE_ARGS=-DLLAMA_BUILD=OFF pip install llama-cpp-python==0.3.36"
+        ) from e
+    except (FileNotFoundError, RuntimeError, OSError) as e:
+        raise PT2Error(f"llama.cpp's library cannot be loaded: {e}; run: pt2-llama doctor") from e
