@@ -20,6 +20,7 @@
 #define MAX_ROWS 67
 #define MAX_COLS 128
 #define MAX_NB   44
+#define TOO_WIDE_NB 1025 // one more than the x86 paths arrange a column for
 
 // what the sources call of the rest of ggml
 size_t ggml_row_size(enum ggml_type type, int64_t ne) {
@@ -233,6 +234,14 @@ static void check_products(void) {
                 free_problem(&p);
             }
         }
+        for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]); ++i) { // shared out among streams, and left over
+            struct problem p = make_problem(type, (int) (i % N_KINDS), 1 + (int) (rnd() % 19), rows[i], 1, i & 1);
+            check_gemv(&p);
+            free_problem(&p);
+        }
+        struct problem wide = make_problem(type, RANDOM, TOO_WIDE_NB, 5, 1, true);
+        check_gemv(&wide);
+        free_problem(&wide);
         for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]); ++i) {
             for (size_t j = 0; j < sizeof(cols) / sizeof(cols[0]); ++j) {
                 const int nb = rows[i] * cols[j] > 1000 ? 1 : 1 + (int) (rnd() % 3);

@@ -81,42 +81,27 @@ TQ_TARGET static void tq_avx2_quantize(const float * x, block_q8_t * y, int64_t 
 // weights
 //
 
-// v mod n of every byte for v < 3n: subtracting too much wraps to a larger number
+// v mod n of every byte for v < 3n
 TQ_INLINE __m256i tq_mod(__m256i v, int n) {
-    const __m256i nn = _mm256_set1_epi8((char) n);
-    v = _mm256_min_epu8(v, _mm256_sub_epi8(v, nn));
-    return _mm256_min_epu8(v, _mm256_sub_epi8(v, nn));
+    // unsigned minimum: subtracting too much wraps to a larger number
+    const __m256i once  = _mm256_sub_epi8(v, _mm256_set1_epi8((char) n));
+    const __m256i twice = _mm256_sub_epi8(v, _mm256_set1_epi8((char) (2 * n)));
+    return _mm256_min_epu8(v, _mm256_min_epu8(once, twice));
 }
 
-// The 26 base-3 bytes at qs as the 2-bit form of TQ2_1. p = v mod 81 are planes 0..3; v - p = 81*t has t,
-// the fifth digit, in its low two bits. p splits into p mod 9 and a multiple of 9, which differs from the
-// other multiples in its low four bits, so that two table look-ups give the codes
-TQ_INLINE __m256i tq1_1_unpack(const uint8_t * qs) {
-    // two loads that stay within the block: bytes 0..15, and 10..25 moved down to 16..25
-    const __m128i drop6 = _mm_setr_epi8(6, 7, 8, 9, 10, 11, 12, 13, 14, 15, -1, -1, -1, -1, -1, -1);
-    const __m128i lo = _mm_loadu_si128((const __m128i *) qs);
-    const __m128i hi = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *) (qs + 10)), drop6);
-    const __m256i v  = _mm256_set_m128i(hi, lo);
+#define TQ_HALVES(...) _mm256_broadcastsi128_si256(_mm_setr_epi8(__VA_ARGS__))
 
-    const __m256i p     = tq_mod(v, 81);
-    const __m256i p9    = tq_mod(tq_mod(p, 27), 9);
-    const __m256i low   = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 0, 0, 0, 0, 0, 0, 0));
-    // at 9h mod 16: 16*(h mod 3) + 64*(h / 3)
-    const __m256i high  = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, 32, 0, 80, 0, (char) 128, 0, (char) 160, 16, 0, 64, 0, 96, 0, (char) 144));
-    const __m256i codes = _mm256_or_si256(_mm256_shuffle_epi8(low, p9), _mm256_shuffle_epi8(high, _mm256_sub_epi8(p, p9)));
-
-    // four fifth digits each, with weights 1, 4, 16, 64, are the bytes of lanes 26..31
-    const __m256i digit = _mm256_and_si256(_mm256_sub_epi8(v, p), _mm256_set1_epi8(3));
-    const __m256i pairs = _mm256_maddubs_epi16(digit, _mm256_set1_epi32(0x40100401));
-    const __m256i fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-    __m128i f = _mm_packus_epi32(_mm256_castsi256_si128(fours), _mm256_extracti128_si256(fours, 1));
-    f = _mm_slli_si128(_mm_packus_epi16(f, f), 10);
-    return _mm256_or_si256(codes, _mm256_inserti128_si256(_mm256_setzero_si256(), f, 1));
-}
-
-TQ_INLINE __m256i tq_codes(enum ggml_type type, const char * block) {
-    return type == GGML_TYPE_TQ2_1 ? _mm256_loadu_si256((const __m256i *) ((const block_tq2_1 *) block)->qs)
-                                   : tq1_1_unpack(((const block_tq1_1 *) block)->qs);
+// The five base-3 digits of every byte; of bytes above 242 anything. Multiples of 9 and 27 below 81 differ in
+// their low four bits, by which the tables are looked up
+TQ_INLINE void tq1_1_digits(__m256i v, __m256i * c) {
+    const __m256i p81 = tq_mod(v, 81);
+    const __m256i p27 = tq_mod(p81, 27);
+    const __m256i p9  = tq_mod(p27, 9);
+    c[0] = _mm256_shuffle_epi8(TQ_HALVES(0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 0, 0, 0, 0, 0, 0), p9);
+    c[1] = _mm256_shuffle_epi8(TQ_HALVES(0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0), p9);
+    c[2] = _mm256_shuffle_epi8(TQ_HALVES(0, 0, 2, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0), _mm256_sub_epi8(p27, p9));
+    c[3] = _mm256_shuffle_epi8(TQ_HALVES(0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 1, 0, 0, 0, 0), _mm256_sub_epi8(p81, p27));
+    c[4] = _mm256_and_si256(_mm256_sub_epi8(v, p81), _mm256_set1_epi8(3)); // 81*t & 3 = t
 }
 
 // (v >> 2*plane) & 3 of every byte
@@ -136,166 +121,181 @@ TQ_INLINE void tq_scales(__m256i am, __m256 * alpha, __m256 * mu) {
 // matrix times vector
 //
 
-// 8 integer sums of c*q over a block
-TQ_INLINE __m256i tq_avx2_dot(__m256i v, const int8_t * q) {
-    __m256i sum = _mm256_setzero_si256();
-    for (int p = 0; p < 4; ++p) {
-        sum = tq_dot_add(sum, tq_plane(v, p), _mm256_loadu_si256((const __m256i *) (q + 32 * p)));
-    }
-    return tq_dot_end(sum);
-}
-
-TQ_INLINE float tq_avx2_gemv_row(enum ggml_type type, int64_t nb, const char * x, size_t bx, const block_q8_t * y) {
-    const size_t block_size = type == GGML_TYPE_TQ2_1 ? sizeof(block_tq2_1) : sizeof(block_tq1_1);
-    __m256 acc = _mm256_setzero_ps(), offsets = _mm256_setzero_ps();
-
-    for (int64_t b0 = 0; b0 < nb; b0 += 8) {
-        const int n = (int) (nb - b0 < 8 ? nb - b0 : 8);
-        // the scales of 8 blocks at once
-        uint32_t am[8] = { 0 };
-        float d[8] = { 0 }, s[8] = { 0 }, scale[8];
-        for (int i = 0; i < n; ++i) {
-            memcpy(&am[i], x + (b0 + i) * block_size, 4);
-            d[i] = y[b0 + i].d;
-            s[i] = y[b0 + i].s;
-        }
-        __m256 alpha, mu;
-        tq_scales(_mm256_loadu_si256((const __m256i *) am), &alpha, &mu);
-        _mm256_storeu_ps(scale, _mm256_mul_ps(alpha, _mm256_loadu_ps(d)));
-        offsets = _mm256_fmadd_ps(_mm256_sub_ps(mu, alpha), _mm256_loadu_ps(s), offsets);
-
-        for (int i = 0; i < n; ++i) {
-            _mm_prefetch(x + TQ_PREFETCH_ROWS * bx + (b0 + i) * block_size, _MM_HINT_T0);
-            const __m256i dot = tq_avx2_dot(tq_codes(type, x + (b0 + i) * block_size), y[b0 + i].qs);
-            acc = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_set1_ps(scale[i]), acc);
-        }
-    }
-    return tq_sum_ps(_mm256_add_ps(acc, offsets));
-}
-
-TQ_TARGET static void tq_avx2_gemv(enum ggml_type type, int64_t k, int64_t nrows, const void * x, size_t bx, const block_q8_t * y, float * dst) {
-    for (int64_t r = 0; r < nrows; ++r) {
-        const char * row = (const char *) x + r * bx;
-        dst[r] = type == GGML_TYPE_TQ2_1 ? tq_avx2_gemv_row(GGML_TYPE_TQ2_1, k / QK_TQ, row, bx, y)
-                                         : tq_avx2_gemv_row(GGML_TYPE_TQ1_1, k / QK_TQ, row, bx, y);
-    }
-}
-
+// The column is arranged first, once for many rows. A block has TQ_PLANES registers:
 //
-// matrix times matrix
-//
+//     TQ2_1: 4, plane p
+//     TQ1_1: 5, digit p, in the places of the bytes of a block in memory, so that one load brings those. Where it
+//            has alpha and mu there are zeros
+#define TQ_PLANES(type) ((type) == GGML_TYPE_TQ2_1 ? 4 : 5)
+// The floats come in groups of 8 blocks, with zeros behind the last one
+#define TQ_GROUP 8
+// Longer rows (of more than 131072) would take too much of a thread's stack: arranged block by block
+#define TQ_MAX_ARRANGED 1024
+// Fewer rows do not pay for it
+#define TQ_MIN_ARRANGED_ROWS 4
 
-#define TQ_TILE 16 // rows: two registers of 8
-
-// Block b of 8 rows: codes as u8 at w[32][8][4] (k-group, row, element), alpha and mu - alpha as floats.
-// Rows from nr on are zero
-TQ_INLINE void tq_avx2_unpack8(enum ggml_type type, int nr, const char * x, size_t bx, int64_t b, uint8_t * w, float * alpha, float * offset) {
-    const size_t block_size = type == GGML_TYPE_TQ2_1 ? sizeof(block_tq2_1) : sizeof(block_tq1_1);
-    int32_t qs2[8][8] __attribute__((aligned(32)));
-    uint32_t am[8] = { 0 };
-    memset(qs2, 0, sizeof(qs2));
-    for (int r = 0; r < nr; ++r) {
-        const char * xb = x + r * bx + b * block_size;
-        memcpy(&am[r], xb, 4);
-        _mm256_store_si256((__m256i *) qs2[r], tq_codes(type, xb));
-    }
-    for (int j = 0; j < 8; ++j) {
-        const __m256i v = _mm256_setr_epi32(qs2[0][j], qs2[1][j], qs2[2][j], qs2[3][j], qs2[4][j], qs2[5][j], qs2[6][j], qs2[7][j]);
-        for (int p = 0; p < 4; ++p) {
-            _mm256_store_si256((__m256i *) (w + 32 * (8 * p + j)), tq_plane(v, p));
-        }
-    }
-    __m256 a, m;
-    tq_scales(_mm256_loadu_si256((const __m256i *) am), &a, &m);
-    _mm256_store_ps(alpha, a);
-    _mm256_store_ps(offset, _mm256_sub_ps(m, a));
-}
-
-// sums[c][16 rows] += one block of the N columns from c0 of a panel of width W
-TQ_INLINE void tq_avx2_block(int W, int c0, int N, const uint8_t * w, const float * alpha, const float * offset, const char * panel, float * sums) {
-    __m256i acc[4][2];
-    for (int c = 0; c < N; ++c) {
-        acc[c][0] = acc[c][1] = _mm256_setzero_si256();
-    }
-    for (int j = 0; j < QK_TQ / 4; ++j) {
-        const __m256i w0 = _mm256_load_si256((const __m256i *) (w + 32 * j));
-        const __m256i w1 = _mm256_load_si256((const __m256i *) (w + 32 * (j + QK_TQ / 4)));
-        for (int c = 0; c < N; ++c) {
-            int32_t q;
-            memcpy(&q, panel + 4 * (j * W + c0 + c), 4);
-            const __m256i a = _mm256_set1_epi32(q);
-            acc[c][0] = tq_dot_add(acc[c][0], w0, a);
-            acc[c][1] = tq_dot_add(acc[c][1], w1, a);
-        }
-    }
-    const float * d = (const float *) (panel + W * QK_TQ) + c0;
-    for (int h = 0; h < 2; ++h) {
-        const __m256 al = _mm256_load_ps(alpha + 8 * h);
-        const __m256 of = _mm256_load_ps(offset + 8 * h);
-        for (int c = 0; c < N; ++c) {
-            float * sum = sums + (c0 + c) * TQ_TILE + 8 * h;
-            const __m256i dot = tq_dot_end(acc[c][h]);
-            __m256 t = _mm256_fmadd_ps(of, _mm256_set1_ps(d[W + c]), _mm256_load_ps(sum));
-            t = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_mul_ps(al, _mm256_set1_ps(d[c])), t);
-            _mm256_store_ps(sum, t);
-        }
-    }
-}
-
-#define TQ_BLOCK(W) \
-    TQ_TARGET static void tq_avx2_block_##W(const uint8_t * w, const float * alpha, const float * offset, const char * panel, float * sums) { \
-        tq_avx2_block(W, 0, W < 4 ? W : 4, w, alpha, offset, panel, sums); \
-        if (W > 4) { \
-            tq_avx2_block(W, 4, W - 4, w, alpha, offset, panel, sums); \
-        } \
-    }
-TQ_BLOCK(1) TQ_BLOCK(2) TQ_BLOCK(3) TQ_BLOCK(4) TQ_BLOCK(5) TQ_BLOCK(6) TQ_BLOCK(7) TQ_BLOCK(8)
-
-typedef void (*tq_block_fn)(const uint8_t *, const float *, const float *, const char *, float *);
-static const tq_block_fn tq_avx2_blocks[TQ_PANEL + 1] = {
-    NULL, tq_avx2_block_1, tq_avx2_block_2, tq_avx2_block_3, tq_avx2_block_4,
-    tq_avx2_block_5, tq_avx2_block_6, tq_avx2_block_7, tq_avx2_block_8,
+struct tq_column {
+    __m256i * q; // [blocks][TQ_PLANES]
+    float *   d; // [groups][TQ_GROUP]
+    float *   s;
 };
 
-TQ_TARGET static void tq_avx2_gemm(enum ggml_type type, int64_t k, int64_t nrows, const void * x, size_t bx, const struct ggml_tq_cols * cols, float * const * dst) {
-    const int64_t nb = k / QK_TQ;
+TQ_INLINE void tq_arrange_block(enum ggml_type type, const block_q8_t * y, __m256i * q) {
+    if (type == GGML_TYPE_TQ2_1) {
+        memcpy(q, y->qs, QK_TQ);
+        return;
+    }
+    int8_t bytes[5][32] __attribute__((aligned(32)));
+    memset(bytes, 0, sizeof(bytes));
+    __m128i t[4];
+    for (int p = 0; p < 4; ++p) {
+        memcpy(bytes[p] + 4, y->qs + 32 * p, TQ1_1_NQS);
+        t[p] = _mm_loadl_epi64((const __m128i *) (y->qs + 32 * p + 24));
+    }
+    // digit 4 of byte i is plane i % 4 of lane 26 + i / 4: planes interleaved, from lane 24 on
+    int8_t fifth[32];
+    const __m128i t01 = _mm_unpacklo_epi8(t[0], t[1]), t23 = _mm_unpacklo_epi8(t[2], t[3]);
+    _mm_storeu_si128((__m128i *) fifth, _mm_unpacklo_epi16(t01, t23));
+    _mm_storeu_si128((__m128i *) (fifth + 16), _mm_unpackhi_epi16(t01, t23));
+    memcpy(bytes[4] + 4, fifth + 8, 24);
+    memcpy(q, bytes, sizeof(bytes));
+}
 
-    float   sums[TQ_MAX_COLS * TQ_TILE] __attribute__((aligned(32)));
-    uint8_t w[TQ_TILE * QK_TQ] __attribute__((aligned(32)));
-    float   alpha[TQ_TILE] __attribute__((aligned(32)));
-    float   offset[TQ_TILE] __attribute__((aligned(32)));
-    char    packed[TQ_PANEL * sizeof(block_q8_t)] __attribute__((aligned(32)));
+// A block as it lies in memory; `inside`: there is one behind it in this row, so that a load may reach into it
+TQ_INLINE __m256i tq_load_block(enum ggml_type type, bool inside, const char * x) {
+    if (type == GGML_TYPE_TQ2_1) {
+        return _mm256_loadu_si256((const __m256i *) (x + 4));
+    }
+    if (inside) {
+        return _mm256_loadu_si256((const __m256i *) x);
+    }
+    return _mm256_set_m128i(_mm_srli_si128(_mm_loadu_si128((const __m128i *) (x + 14)), 2), _mm_loadu_si128((const __m128i *) x));
+}
 
-    for (int64_t r0 = 0; r0 < nrows; r0 += TQ_TILE) {
-        const int nr = (int) (nrows - r0 < TQ_TILE ? nrows - r0 : TQ_TILE);
-        memset(sums, 0, cols->n * TQ_TILE * sizeof(float));
-
-        for (int64_t b = 0; b < nb; ++b) {
-            for (int h = 0; h < 2; ++h) {
-                const int n8 = nr - 8 * h < 0 ? 0 : nr - 8 * h < 8 ? nr - 8 * h : 8;
-                const char * xr = (const char *) x + (r0 + 8 * h) * bx;
-                if (type == GGML_TYPE_TQ2_1) {
-                    tq_avx2_unpack8(GGML_TYPE_TQ2_1, n8, xr, bx, b, w + 8 * QK_TQ * h, alpha + 8 * h, offset + 8 * h);
-                } else {
-                    tq_avx2_unpack8(GGML_TYPE_TQ1_1, n8, xr, bx, b, w + 8 * QK_TQ * h, alpha + 8 * h, offset + 8 * h);
-                }
-            }
-            for (int c = 0; c < cols->n; c += TQ_PANEL) {
-                const int width = cols->n - c < TQ_PANEL ? cols->n - c : TQ_PANEL;
-                const char * panel = packed;
-                if (cols->panels) {
-                    panel = cols->panels + (c * nb + b * width) * sizeof(block_q8_t);
-                } else {
-                    ggml_tq_pack_panel(cols->col + c, b, width, packed);
-                }
-                tq_avx2_blocks[width](w, alpha, offset, panel, sums + c * TQ_TILE);
-            }
+// 8 integer sums of c*q over a block, as floats
+TQ_INLINE __m256 tq_avx2_dot(enum ggml_type type, __m256i v, const __m256i * q) {
+    __m256i c[5];
+    if (type == GGML_TYPE_TQ2_1) {
+        for (int p = 0; p < 4; ++p) {
+            c[p] = tq_plane(v, p);
         }
-        for (int c = 0; c < cols->n; ++c) {
-            memcpy(dst[c] + r0, sums + c * TQ_TILE, nr * sizeof(float));
+    } else {
+        tq1_1_digits(v, c);
+    }
+    __m256i sum = _mm256_maddubs_epi16(c[0], _mm256_loadu_si256(q));
+    for (int p = 1; p < TQ_PLANES(type); ++p) {
+        sum = tq_dot_add(sum, c[p], _mm256_loadu_si256(q + p));
+    }
+    return _mm256_cvtepi32_ps(tq_dot_end(sum));
+}
+
+// Blocks x[0..n) of a row with their part of the column, added to *sum. `last`: the row ends there
+TQ_INLINE void tq_gemv_group(enum ggml_type type, int n, bool last, const char * x, const __m256i * q, const float * d, const float * s, __m256 * sum) {
+    const size_t block_size = type == GGML_TYPE_TQ2_1 ? sizeof(block_tq2_1) : sizeof(block_tq1_1);
+    uint32_t am[TQ_GROUP] = { 0 };
+    for (int i = 0; i < n; ++i) {
+        memcpy(&am[i], x + i * block_size, 4);
+    }
+    float scale[TQ_GROUP];
+    __m256 alpha, mu;
+    tq_scales(_mm256_loadu_si256((const __m256i *) am), &alpha, &mu);
+    _mm256_storeu_ps(scale, _mm256_mul_ps(alpha, _mm256_loadu_ps(d)));
+    __m256 t = _mm256_fmadd_ps(_mm256_sub_ps(mu, alpha), _mm256_loadu_ps(s), *sum);
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) {
+        const __m256i v = tq_load_block(type, !last || i + 1 < n, x + i * block_size);
+        t = _mm256_fmadd_ps(tq_avx2_dot(type, v, q + i * TQ_PLANES(type)), _mm256_set1_ps(scale[i]), t);
+    }
+    *sum = t;
+}
+
+// NR rows, step bytes apart, to dst[NR]. The rows are far from each other, and each group of blocks of one fetches
+// what comes later in the same row and the next: KERNELS.md
+TQ_INLINE void tq_gemv_rows(enum ggml_type type, int NR, int64_t nb, const char * x, size_t step, const struct tq_column * col, float * dst, int64_t dst_step) {
+    const int block_size = type == GGML_TYPE_TQ2_1 ? sizeof(block_tq2_1) : sizeof(block_tq1_1);
+    __m256 sums[4];
+    for (int r = 0; r < NR; ++r) {
+        sums[r] = _mm256_setzero_ps();
+    }
+    for (int64_t b = 0; b < nb; b += TQ_GROUP) {
+        const __m256i * q = col->q + b * TQ_PLANES(type);
+        for (int r = 0; r < NR; ++r) {
+            const char * xb = x + r * step + b * block_size;
+            for (int at = 0; at < TQ_GROUP * block_size; at += 64) {
+                _mm_prefetch(xb + TQ_FETCH_FAR + at, _MM_HINT_T1);
+                _mm_prefetch(xb + TQ_FETCH_NEAR + at, _MM_HINT_T0);
+            }
+            if (b + TQ_GROUP < nb) {
+                tq_gemv_group(type, TQ_GROUP, false, xb, q, col->d + b, col->s + b, sums + r);
+            } else {
+                tq_gemv_group(type, (int) (nb - b), true, xb, q, col->d + b, col->s + b, sums + r);
+            }
         }
     }
+    for (int r = 0; r < NR; ++r) {
+        dst[r * dst_step] = tq_sum_ps(sums[r]);
+    }
 }
+
+// One row, the column as it is
+TQ_INLINE float tq_avx2_dot_row(enum ggml_type type, int64_t nb, const char * x, const block_q8_t * y) {
+    const size_t block_size = type == GGML_TYPE_TQ2_1 ? sizeof(block_tq2_1) : sizeof(block_tq1_1);
+    __m256 sum = _mm256_setzero_ps();
+    float offset = 0.0f;
+    for (int64_t b = 0; b < nb; ++b) {
+        const char * xb = x + b * block_size;
+        uint16_t am[2];
+        memcpy(am, xb, sizeof(am));
+        const float alpha = _cvtsh_ss(am[0]);
+        __m256i q[5];
+        tq_arrange_block(type, y + b, q);
+        sum = _mm256_fmadd_ps(tq_avx2_dot(type, tq_load_block(type, false, xb), q), _mm256_set1_ps(alpha * y[b].d), sum);
+        offset += (_cvtsh_ss(am[1]) - alpha) * y[b].s;
+    }
+    return tq_sum_ps(sum) + offset;
+}
+
+TQ_INLINE void tq_avx2_gemv_type(enum ggml_type type, int64_t nb, int64_t nrows, const char * x, size_t bx, const block_q8_t * y, float * dst) {
+    if (nrows < TQ_MIN_ARRANGED_ROWS || nb > TQ_MAX_ARRANGED) {
+        for (int64_t r = 0; r < nrows; ++r) {
+            dst[r] = tq_avx2_dot_row(type, nb, x + r * bx, y);
+        }
+        return;
+    }
+    const int64_t padded = (nb + TQ_GROUP - 1) / TQ_GROUP * TQ_GROUP;
+    __m256i q[nb * TQ_PLANES(type)];
+    float   d[padded], s[padded];
+    for (int64_t b = 0; b < padded; ++b) {
+        d[b] = b < nb ? y[b].d : 0.0f;
+        s[b] = b < nb ? y[b].s : 0.0f;
+    }
+    for (int64_t b = 0; b < nb; ++b) {
+        tq_arrange_block(type, y + b, q + b * TQ_PLANES(type));
+    }
+    const struct tq_column col = { q, d, s };
+
+    // four rows at once, one from each quarter, so that memory is read in four streams
+    const int64_t quarter = nrows / 4;
+    for (int64_t r = 0; r < quarter; ++r) {
+        tq_gemv_rows(type, 4, nb, x + r * bx, quarter * bx, &col, dst + r, quarter);
+    }
+    for (int64_t r = 4 * quarter; r < nrows; ++r) {
+        tq_gemv_rows(type, 1, nb, x + r * bx, 0, &col, dst + r, 0);
+    }
+}
+
+TQ_TARGET static void tq_avx2_gemv_tq2_1(int64_t nb, int64_t nrows, const char * x, size_t bx, const block_q8_t * y, float * dst) {
+    tq_avx2_gemv_type(GGML_TYPE_TQ2_1, nb, nrows, x, bx, y, dst);
+}
+TQ_TARGET static void tq_avx2_gemv_tq1_1(int64_t nb, int64_t nrows, const char * x, size_t bx, const block_q8_t * y, float * dst) {
+    tq_avx2_gemv_type(GGML_TYPE_TQ1_1, nb, nrows, x, bx, y, dst);
+}
+
+static void tq_avx2_gemv(enum ggml_type type, int64_t k, int64_t nrows, const void * x, size_t bx, const block_q8_t * y, float * dst) {
+    (type == GGML_TYPE_TQ2_1 ? tq_avx2_gemv_tq2_1 : tq_avx2_gemv_tq1_1)(k / QK_TQ, nrows, x, bx, y, dst);
+}
+
+#include "tq-avx2-gemm.h"
 
 const struct ggml_tq_path ggml_tq_path_avx2 = {
     /* .name      = */ "avx2",

@@ -27,16 +27,6 @@ static void tq_quantize_panel_block(const struct ggml_tq_path * path, const char
     ggml_tq_pack_panel(col, 0, w, dst);
 }
 
-// Rows per chunk: small enough that every thread gets several
-static int64_t tq_chunk_rows(int64_t nrows, int nth, bool panels) {
-    const int64_t least = panels ? 32 : 8;
-    int64_t rows = TQ_ROW_CHUNK;
-    while (rows > least && nrows < rows * nth * 4) {
-        rows /= 2;
-    }
-    return rows;
-}
-
 // Activations of all matrices into wdata: as panels, or column by column. Shared out by (columns, block)
 static void tq_quantize_src1(const struct ggml_compute_params * params, const struct ggml_tensor * src1, const struct ggml_tq_path * path, bool panels) {
     const int64_t ncols    = src1->ne[1];
@@ -64,28 +54,72 @@ static void tq_quantize_src1(const struct ggml_compute_params * params, const st
     }
 }
 
-// dst[c][r0..r0+nr) for all columns of one matrix
-static void tq_mul_mat_rows(const struct ggml_tq_path * path, bool panels, const struct ggml_tensor * src0, const char * x, int64_t r0, int64_t nr,
-                            const char * y, int64_t ncols, char * dst, size_t nb1) {
-    const int64_t k        = src0->ne[0];
-    const size_t  row_size = k / QK_TQ * sizeof(block_q8_t);
-    const size_t  bx       = src0->nb[1];
-    const char *  rows     = x + r0 * bx;
+// How a product is shared out: its rows, those of all matrices in one sequence
+struct tq_job {
+    const struct ggml_tq_path * path;
+    const struct ggml_tensor *  dst;
+    const char *                y;      // the activations: params->wdata
+    bool                        panels;
+};
 
-    if (!panels) {
+// dst[c][r0..r0+nr) for all columns of matrix `mat` of dst
+static void tq_mul_mat_rows(const struct tq_job * job, int64_t mat, int64_t r0, int64_t nr) {
+    const struct ggml_tensor * dst  = job->dst;
+    const struct ggml_tensor * src0 = dst->src[0];
+    const struct ggml_tensor * src1 = dst->src[1];
+
+    const int64_t ncols    = src1->ne[1];
+    const int64_t i2       = mat % src1->ne[2];
+    const int64_t i3       = mat / src1->ne[2];
+    const int64_t r2       = src1->ne[2] / src0->ne[2]; // matrices of src1 that share one of src0
+    const int64_t r3       = src1->ne[3] / src0->ne[3];
+    const size_t  row_size = ggml_row_size(GGML_TYPE_Q8_T, src1->ne[0]);
+    const size_t  bx       = src0->nb[1];
+    const char *  x        = (const char *) src0->data + i2 / r2 * src0->nb[2] + i3 / r3 * src0->nb[3] + r0 * bx;
+    const char *  y        = job->y + mat * ncols * row_size;
+    char *        out      = (char *) dst->data + i2 * dst->nb[2] + i3 * dst->nb[3] + r0 * sizeof(float);
+
+    if (!job->panels) {
         for (int64_t c = 0; c < ncols; ++c) {
-            path->gemv(src0->type, k, nr, rows, bx, (const block_q8_t *) (y + c * row_size), (float *) (dst + c * nb1) + r0);
+            job->path->gemv(src0->type, src0->ne[0], nr, x, bx, (const block_q8_t *) (y + c * row_size), (float *) (out + c * dst->nb[1]));
         }
         return;
     }
     for (int64_t c0 = 0; c0 < ncols; c0 += TQ_MAX_COLS) {
-        float * out[TQ_MAX_COLS];
+        float * columns[TQ_MAX_COLS];
         const struct ggml_tq_cols cols = { (int) MIN(TQ_MAX_COLS, ncols - c0), y + c0 * row_size, NULL };
         for (int c = 0; c < cols.n; ++c) {
-            out[c] = (float *) (dst + (c0 + c) * nb1) + r0;
+            columns[c] = (float *) (out + (c0 + c) * dst->nb[1]);
         }
-        path->gemm(src0->type, k, nr, rows, bx, &cols, out);
+        job->path->gemm(src0->type, src0->ne[0], nr, x, bx, &cols, columns);
     }
+}
+
+// Rows [begin, end) of the sequence
+static void tq_mul_mat_range(const struct tq_job * job, int64_t begin, int64_t end) {
+    const int64_t nrows = job->dst->src[0]->ne[1];
+    while (begin < end) {
+        const int64_t r0 = begin % nrows;
+        const int64_t nr = MIN(nrows - r0, end - begin);
+        tq_mul_mat_rows(job, begin / nrows, r0, nr);
+        begin += nr;
+    }
+}
+
+// Rows that each thread takes for sure. A matrix-vector product wants them in one piece, since a stream of memory
+// reads takes a while to start; the rest, in chunks, evens out threads that are held up
+static int64_t tq_own_rows(int64_t rows, int nth, bool panels) {
+    return panels ? 0 : nth == 1 ? rows : rows * 3 / 4 / nth / 4 * 4;
+}
+
+// Rows per chunk of the rest: small enough that every thread gets several
+static int64_t tq_chunk_rows(int64_t rest, int nth, bool panels) {
+    const int64_t least = panels ? 32 : 16;
+    int64_t rows = TQ_ROW_CHUNK;
+    while (rows > least && rest < rows * nth * 4) {
+        rows /= 2;
+    }
+    return rows;
 }
 
 bool ggml_tq_mul_mat(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
@@ -100,35 +134,27 @@ bool ggml_tq_mul_mat(const struct ggml_compute_params * params, struct ggml_tens
     GGML_ASSERT(params->wsize >= ggml_row_size(GGML_TYPE_Q8_T, ggml_nelements(src1)));
 
     const struct ggml_tq_path * path = ggml_tq_active();
+    const struct tq_job job = { path, dst, params->wdata, path->gemm && src1->ne[1] >= TQ_GEMM_MIN_COLS };
 
-    const int64_t ncols  = src1->ne[1];
-    const int64_t nrows  = src0->ne[1];
-    const int64_t nmats  = src1->ne[2] * src1->ne[3];
-    const bool    panels = path->gemm && ncols >= TQ_GEMM_MIN_COLS;
-
-    tq_quantize_src1(params, src1, path, panels);
+    tq_quantize_src1(params, src1, path, job.panels);
     if (params->ith == 0) {
-        // every thread begins with the chunk of its own number
-        ggml_threadpool_chunk_set(params->threadpool, params->nth);
+        ggml_threadpool_chunk_set(params->threadpool, 0);
     }
     ggml_barrier(params->threadpool);
 
-    const int64_t r2      = src1->ne[2] / src0->ne[2]; // matrices of src1 that share one of src0
-    const int64_t r3      = src1->ne[3] / src0->ne[3];
-    const int64_t step    = tq_chunk_rows(nrows * nmats, params->nth, panels);
-    const int64_t per_mat = (nrows + step - 1) / step;
+    const int64_t rows = src0->ne[1] * src1->ne[2] * src1->ne[3];
+    const int64_t own  = tq_own_rows(rows, params->nth, job.panels);
+    const int64_t rest = own * params->nth; // where it begins
+    const int64_t step = tq_chunk_rows(rows - rest, params->nth, job.panels);
 
-    for (int64_t chunk = params->ith; chunk < nmats * per_mat; chunk = ggml_threadpool_chunk_add(params->threadpool, 1)) {
-        const int64_t mat = chunk / per_mat;
-        const int64_t r0  = chunk % per_mat * step;
-        const int64_t i12 = mat % src1->ne[2];
-        const int64_t i13 = mat / src1->ne[2];
-        tq_mul_mat_rows(path, panels, src0,
-            (const char *) src0->data + i12 / r2 * src0->nb[2] + i13 / r3 * src0->nb[3], r0, MIN(step, nrows - r0),
-            (const char *) params->wdata + mat * ncols * ggml_row_size(GGML_TYPE_Q8_T, src1->ne[0]), ncols,
-            (char *) dst->data + i12 * dst->nb[2] + i13 * dst->nb[3], dst->nb[1]);
+    tq_mul_mat_range(&job, own * params->ith, own * (params->ith + 1));
+    for (;;) {
+        const int64_t begin = rest + ggml_threadpool_chunk_add(params->threadpool, 1) * step;
+        if (begin >= rows) {
+            return true;
+        }
+        tq_mul_mat_range(&job, begin, MIN(begin + step, rows));
     }
-    return true;
 }
 
 bool ggml_tq_mul_mat_id(const struct ggml_compute_params * params, struct ggml_tensor * dst, int64_t expert, int64_t n_rows, const int32_t * rows) {
@@ -139,9 +165,7 @@ bool ggml_tq_mul_mat_id(const struct ggml_compute_params * params, struct ggml_t
         return false;
     }
     const struct ggml_tq_path * path = ggml_tq_active();
-    if (!path->gemm || n_rows < TQ_GEMM_MIN_COLS) {
-        return false;
-    }
+    const bool gemm = path->gemm && n_rows >= TQ_GEMM_MIN_COLS;
 
     // a fixed share of the rows for each thread, in whole tiles
     const int64_t ntiles = (src0->ne[1] + 31) / 32;
@@ -160,7 +184,13 @@ bool ggml_tq_mul_mat_id(const struct ggml_compute_params * params, struct ggml_t
             col[c] = (const block_q8_t *) params->wdata + (slot % src1->ne[1] + token * src1->ne[1]) * nblk;
             out[c] = (float *) ((char *) dst->data + slot * dst->nb[1] + token * dst->nb[2]) + r0;
         }
-        path->gemm(src0->type, src0->ne[0], r1 - r0, x, src0->nb[1], &cols, out);
+        if (gemm) {
+            path->gemm(src0->type, src0->ne[0], r1 - r0, x, src0->nb[1], &cols, out);
+            continue;
+        }
+        for (int c = 0; c < cols.n; ++c) {
+            path->gemv(src0->type, src0->ne[0], r1 - r0, x, src0->nb[1], col[c], out[c]);
+        }
     }
     return true;
 }

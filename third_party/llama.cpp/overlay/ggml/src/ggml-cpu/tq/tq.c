@@ -14,6 +14,7 @@
 static const struct ggml_tq_path * const tq_paths[] = {
 #if TQ_HAS_X86
     &ggml_tq_path_avx512,
+    &ggml_tq_path_avx512_vnni,
     &ggml_tq_path_avx2,
 #endif
 #if TQ_HAS_NEON

@@ -44,8 +44,9 @@ struct ggml_compute_params;
 // Columns that one call of a matrix-matrix kernel takes: its float sums fit the first-level cache
 #define TQ_MAX_COLS 128
 
-// How far ahead of the current row the matrix-vector kernels fetch, measured in rows: KERNELS.md
-#define TQ_PREFETCH_ROWS 8
+// How far ahead the matrix-vector kernels of x86 fetch, in bytes of each of four streams: KERNELS.md
+#define TQ_FETCH_FAR  2048 // to the second-level cache
+#define TQ_FETCH_NEAR 576  // from there to the first
 
 // A panel block holds block b of w <= TQ_PANEL columns as the kernels read them:
 //     int8 q[32][w][4]  (q[j][c] = elements 4j..4j+3 of column c), float d[w], float s[w]
@@ -77,6 +78,7 @@ struct ggml_tq_path {
 extern const struct ggml_tq_path ggml_tq_path_generic;
 extern const struct ggml_tq_path ggml_tq_path_avx2;
 extern const struct ggml_tq_path ggml_tq_path_avx512;
+extern const struct ggml_tq_path ggml_tq_path_avx512_vnni;
 extern const struct ggml_tq_path ggml_tq_path_neon;
 extern const struct ggml_tq_path ggml_tq_path_neon_dotprod;
 
