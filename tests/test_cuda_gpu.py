@@ -67,13 +67,13 @@ def run(command: list[str], env: dict[str, str]) -> str:
     return done.stdout
 
 
-def perplexity(build, model: Path, *options: str, route: str | None) -> str:
-    """Output of llama-perplexity: on the GPU by one of the ROUTES, on the CPU if it is None."""
+def perplexity(build, model: Path, *options: str, route: str | None, layers: int = 99) -> str:
+    """Output of llama-perplexity with layers on the GPU by one of the ROUTES; None: on the CPU."""
     env = build.env()
     env |= {"CUDA_VISIBLE_DEVICES": ""} if route is None else {"GGML_CUDA_TQ": route}
     command = [str(build.tool("llama-perplexity")), "-m", str(model), "-c", "512", *options]
     for _ in range(5):  # it can end before its log is written
-        output = run([*command, *([] if route is None else ["-ngl", "99"])], env)
+        output = run([*command, *([] if route is None else ["-ngl", str(layers)])], env)
         if final_perplexity(output) is not None or "Mean    KLD" in output:
             break
     return output
@@ -126,6 +126,18 @@ def test_perplexity_is_the_cpus(
         found = dict(re.findall(r"(Mean PPL\(Q\)|Mean    KLD)\s*:\s*([-\d.e]+)", output))
         assert abs(float(found["Mean PPL(Q)"]) / on_cpu - 1) < 0.005, (tokens, output[-2000:])
         assert float(found["Mean    KLD"]) < 0.005, (tokens, output[-2000:])
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_weights_lent_by_the_host_for_large_batches(
+    build, models: dict[str, Path], kind: str
+) -> None:
+    text = ("-f", str(EXAMPLES / "text" / "wiki.test.txt"), "--chunks", "4")
+    on_cpu = final_perplexity(perplexity(build, models[kind], *text, route=None))
+    lent = perplexity(build, models[kind], *text, route="tiles", layers=0)
+    found = final_perplexity(lent)
+    assert on_cpu is not None and found is not None
+    assert abs(found / on_cpu - 1) < 0.005
 
 
 @pytest.mark.parametrize("kind", TYPES)

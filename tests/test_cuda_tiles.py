@@ -208,6 +208,11 @@ def test_rows_to_floats(
     part = k - BLOCK
     view = [part, 11, count, 1, kind.nbytes, 2 * row, row * rows, 0, 0, 0, 0, part, part * 11, 0]
     near(run(view, (count, 11, part)), want[:, ::2, BLOCK:])
+    # reshaped to rows of half the length, and of twice (a matrix at a time: 21 rows are 10 pairs)
+    half = [k // 2, 2 * rows * count, 1, 1, 0, row // 2, 0, 0, 0, 0, 0, k // 2, 0, 0]
+    near(run(half, (2 * rows * count, k // 2)), want.reshape(-1, k // 2))
+    twice = [2 * k, 10, count, 1, 0, 2 * row, row * rows, 0, 0, 0, 0, 2 * k, 20 * k, 0]
+    near(run(twice, (count, 10, 2 * k)), want[:, :20].reshape(count, 10, 2 * k))
     # by index, the lists of ids 7 apart, with room left between rows of y
     ids = rng.integers(0, rows, (count, 7)).astype(np.int32)
     some = [k, 5, count, 1, 0, row, row * rows, 0, 1, 7, 0, k + 3, 5 * (k + 3), 0]

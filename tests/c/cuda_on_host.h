@@ -15,11 +15,12 @@
 struct HostIndex {
     unsigned x;
 };
-inline HostIndex blockIdx, threadIdx, gridDim;
+inline HostIndex blockIdx, threadIdx, blockDim, gridDim;
 using cudaStream_t = void *;
 
 template <typename F> void launch_on_host(unsigned blocks, unsigned threads, size_t, cudaStream_t, F body) {
     gridDim.x = blocks;
+    blockDim.x = threads;
     for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++)
         for (threadIdx.x = 0; threadIdx.x < threads; threadIdx.x++) body();
 }

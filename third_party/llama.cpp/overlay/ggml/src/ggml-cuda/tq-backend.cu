@@ -85,10 +85,19 @@ static size_t tq_staging_bytes(const ggml_cuda_tq_pieces & p) {
     return p.size <= TQ_STAGING ? p.size * std::min(p.count, std::max(TQ_STAGING / std::max(p.size, (size_t) 1), (size_t) 1)) : TQ_STAGING;
 }
 
+// `rows` of `bytes`, as one copy where they follow each other on both sides.
+static void tq_copy_rows(void * dst, size_t dst_stride, const void * src, size_t src_stride, size_t bytes, size_t rows, cudaMemcpyKind kind,
+                         cudaStream_t stream) {
+    if (rows == 1 || (dst_stride == bytes && src_stride == bytes)) {
+        CUDA_CHECK(cudaMemcpyAsync(dst, src, bytes*rows, kind, stream));
+    } else {
+        CUDA_CHECK(cudaMemcpy2DAsync(dst, dst_stride, src, src_stride, bytes, rows, kind, stream));
+    }
+}
+
 static void tq_upload(ggml_tensor * t, const void * data, const ggml_cuda_tq_pieces & p, uint8_t * staging, cudaStream_t stream) {
     tq_for_each_part(t, p, [&](const tq_pieces & part, size_t at) {
-        CUDA_CHECK(cudaMemcpy2DAsync(staging, part.bytes, (const char *) data + at, part.count == 1 ? part.bytes : p.stride_data,
-                                     part.bytes, part.count, cudaMemcpyHostToDevice, stream));
+        tq_copy_rows(staging, part.bytes, (const char *) data + at, p.stride_data, part.bytes, part.count, cudaMemcpyHostToDevice, stream);
         tq_to_tiles(tq_shape_of(tq_root(t)), staging, part, tq_tiles(t), stream);
         CUDA_CHECK(cudaGetLastError());
     });
@@ -98,8 +107,7 @@ static void tq_download(const ggml_tensor * t, void * data, const ggml_cuda_tq_p
     tq_for_each_part(t, p, [&](const tq_pieces & part, size_t at) {
         tq_from_tiles(tq_shape_of(tq_root(t)), tq_tiles(t), part, staging, stream);
         CUDA_CHECK(cudaGetLastError());
-        CUDA_CHECK(cudaMemcpy2DAsync((char *) data + at, part.count == 1 ? part.bytes : p.stride_data, staging, part.bytes,
-                                     part.bytes, part.count, cudaMemcpyDeviceToHost, stream));
+        tq_copy_rows((char *) data + at, p.stride_data, staging, part.bytes, part.bytes, part.count, cudaMemcpyDeviceToHost, stream);
     });
 }
 

@@ -8,6 +8,8 @@ static constexpr int TQ_FILE_SCALES = 4;  // bytes of alpha and mu, first in a b
 static constexpr int TQ1_BASE3      = 26; // bytes of base-3 numbers in a block of TQ1_1
 static constexpr int TQ1_FIFTHS     = 24; // of which these have a fifth digit
 static constexpr int TQ_THREADS     = 256;
+static constexpr int TQ_ROW_THREADS = 512;
+static constexpr int TQ_MAX_GRID    = 1 << 20; // thread blocks; they take turns beyond
 
 static constexpr __host__ __device__ int tq_file_block_bytes(const bool one1) {
     return one1 ? TQ_FILE_SCALES + TQ1_BASE3 : TQ_FILE_SCALES + TQ_BLOCK / 4;
@@ -119,10 +121,9 @@ static __global__ void __launch_bounds__(TQ_THREADS) tq_move(const tq_grid s, co
     }
 }
 
-// Thread blocks for so many threads, with a bound that leaves each enough to do on large tensors.
 static unsigned int tq_thread_blocks(const size_t threads) {
     const size_t blocks = (threads + TQ_THREADS - 1) / TQ_THREADS;
-    return (unsigned int) (blocks < (1u << 20) ? blocks : 1u << 20);
+    return (unsigned int) (blocks < TQ_MAX_GRID ? blocks : TQ_MAX_GRID);
 }
 
 template <bool to_tiles>
@@ -153,44 +154,48 @@ template <> __device__ __forceinline__ float         tq_to<float>(const float v)
 template <> __device__ __forceinline__ half          tq_to<half>(const float v)          { return __float2half(v); }
 template <> __device__ __forceinline__ __nv_bfloat16 tq_to<__nv_bfloat16>(const float v) { return __float2bfloat16(v); }
 
-// One warp for each block, one lane for each byte of codes.
+// One thread block for each row, one warp for each block of 128, one lane for each byte of codes.
 template <typename T>
-static __global__ void __launch_bounds__(TQ_THREADS) tq_dequantize_rows(const tq_grid s, const int file_block_bytes, const tq_rows r,
-                                                                        const uint8_t * __restrict__ tiles, T * __restrict__ y) {
-    const int lane = threadIdx.x % 32;
-    const int64_t blocks = r.columns / TQ_BLOCK;
-    const int64_t total  = blocks * r.n[0] * r.n[1] * r.n[2];
-    const int64_t warps  = (int64_t) gridDim.x * (TQ_THREADS / 32);
-    for (int64_t at = (int64_t) blockIdx.x * (TQ_THREADS / 32) + threadIdx.x / 32; at < total; at += warps) {
-        const int64_t ab = at / blocks;
-        const int64_t bc = ab / r.n[0];
-        const int64_t j = at - ab * blocks;
-        const int64_t a = ab - bc * r.n[0];
+static __global__ void __launch_bounds__(TQ_ROW_THREADS) tq_dequantize_rows(const tq_grid s, const int file_block_bytes, const tq_rows r,
+                                                                            const uint8_t * __restrict__ tiles, T * __restrict__ y) {
+    const int lane   = threadIdx.x % 32;
+    const int blocks = (int) (r.columns / TQ_BLOCK);
+    for (int64_t at = blockIdx.x; at < r.n[0]*r.n[1]*r.n[2]; at += gridDim.x) {
+        const int64_t bc = at / r.n[0];
+        const int64_t a = at - bc * r.n[0];
         const int64_t c = bc / r.n[1];
         const int64_t b = bc - c * r.n[1];
 
-        const int64_t row  = r.ids ? r.ids[a*r.ids_stride[0] + b*r.ids_stride[1] + c*r.ids_stride[2]] : a;
-        const int64_t byte = r.offset + row*r.stride[0] + b*r.stride[1] + c*r.stride[2];
-        const tq_place place = tq_find(s, byte / file_block_bytes + j);
-        const uint8_t * tile = tiles + place.tile * TQ_TILE_BYTES;
+        const int64_t row   = r.ids ? r.ids[a*r.ids_stride[0] + b*r.ids_stride[1] + c*r.ids_stride[2]] : a;
+        const int64_t first = (r.offset + row*r.stride[0] + b*r.stride[1] + c*r.stride[2]) / file_block_bytes;
+        const tq_place start = tq_find(s, first);
+        const int64_t  left  = s.blocks - first % s.blocks; // blocks to the end of this row of the tensor
+        T * out = y + a*r.y_stride[0] + b*r.y_stride[1] + c*r.y_stride[2] + lane;
 
-        const float2 scale = __half22float2(*(const half2 *) (tile + tq_scale_byte(place.row)));
-        const int    codes = tile[tq_lane_byte(place.row, lane)];
-        T * out = y + a*r.y_stride[0] + b*r.y_stride[1] + c*r.y_stride[2] + j*TQ_BLOCK + lane;
+        for (int j = threadIdx.x / 32; j < blocks; j += blockDim.x / 32) {
+            // rows of a reshaped tensor may go on in its next row
+            const tq_place place = j < left ? tq_place{ start.tile + j, start.row } : tq_find(s, first + j);
+            const uint8_t * tile = tiles + place.tile * TQ_TILE_BYTES;
+            const float2 scale = __half22float2(*(const half2 *) (tile + tq_scale_byte(place.row)));
+            const int    codes = tile[tq_lane_byte(place.row, lane)];
 #pragma unroll
-        for (int p = 0; p < 4; ++p) {
-            out[32*p] = tq_to<T>(((codes >> (2*p) & 3) - 1)*scale.x + scale.y);
+            for (int p = 0; p < 4; ++p) {
+                out[j*TQ_BLOCK + 32*p] = tq_to<T>(((codes >> (2*p) & 3) - 1)*scale.x + scale.y);
+            }
         }
     }
 }
 
 template <typename T>
 static void tq_dequantize_cuda(const tq_shape & s, const uint8_t * tiles, const tq_rows & r, void * y, cudaStream_t stream) {
-    const size_t warps = (size_t) (r.columns / TQ_BLOCK * r.n[0] * r.n[1] * r.n[2]);
-    if (warps == 0) {
+    const int64_t blocks = r.columns / TQ_BLOCK;
+    const int64_t rows   = r.n[0]*r.n[1]*r.n[2];
+    if (rows*blocks == 0) {
         return;
     }
-    tq_dequantize_rows<<<tq_thread_blocks(32*warps), TQ_THREADS, 0, stream>>>(tq_grid_of(s), tq_file_block_bytes(s.one1), r, tiles, (T *) y);
+    const int threads = (int) (32*blocks < TQ_ROW_THREADS ? 32*blocks : TQ_ROW_THREADS);
+    const unsigned int grid = (unsigned int) (rows < TQ_MAX_GRID ? rows : TQ_MAX_GRID);
+    tq_dequantize_rows<<<grid, threads, 0, stream>>>(tq_grid_of(s), tq_file_block_bytes(s.one1), r, tiles, (T *) y);
 }
 
 void tq_dequantize(const tq_shape & s, const uint8_t * tiles, const tq_rows & rows, void * y, tq_float type, cudaStream_t stream) {
