@@ -19,7 +19,7 @@ from llamacpp_bench.runner import (
     run_bench,
     test_name,
 )
-from quantize.common import PT2Error
+from quantize.common import PT2Error, human_seconds
 
 if TYPE_CHECKING:
     from llamacpp_bench.pipeline import Session
@@ -38,6 +38,8 @@ def measure_group(session: Session, group: str) -> None:
                 step(0, f"placement of {model.name}")
                 attempt(session, model, failed, lambda m=model: place(session, m, load))
                 step(1)
+        taken = human_seconds(time.monotonic() - started)
+        session.show.say(f"placement of {len(placed)} files in {taken}")
     order = interleave(len(models), session.config.rounds)
     with session.show.bar("speed", len(order)) as step:
         for round_, i in within(session, order, len(models), started, group):
@@ -87,6 +89,7 @@ def within(
     for n, run in enumerate(order):
         if n and n % per_round == 0:
             now = time.monotonic()
+            session.show.say(f"round {n // per_round} in {human_seconds(now - begun)}")
             longest, begun = max(longest, now - begun), now
             if limit is not None and now - started + longest > limit:
                 done, all_ = n // per_round, session.config.rounds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from llamacpp_bench.synthetic import (
     write_synthetic,
 )
 from llamacpp_bench.tools import open_toolbox
-from quantize.common import PT2Error, human_bytes
+from quantize.common import PT2Error, human_bytes, human_seconds
 
 
 def bench_synthetic(
@@ -85,12 +86,17 @@ def write_shape(session: pipeline.Session, shape: Shape, files: dict[str, Path])
     total = sum(plans[k][2] for k in todo)
     check_disk(next(iter(files.values())).parent, total)
     session.show.say(f"{shape.name}: writing {human_bytes(total)} of {LABEL.split(':')[0]}")
+    started = time.monotonic()
     with session.show.bar("writing", round(total / 1e6)) as step:
         for kind, path in todo.items():
             step(0, f"writing {path.name}")
             write_synthetic(
                 path, shape, kind, recipes[kind], on_bytes=lambda n: step(round(n / 1e6))
             )
+    seconds = time.monotonic() - started
+    if todo:
+        rate = total / 1e9 / seconds
+        session.show.say(f"{shape.name}: written in {human_seconds(seconds)} ({rate:.1f} GB/s)")
 
 
 def is_written(path: Path, head: bytes, size: int) -> bool:
