@@ -36,14 +36,14 @@ struct rope_args {
 
 __device__ __forceinline__ float2 turn(const rotation & r, int pair, int token) {
     const float factor = r.freq_factors ? r.freq_factors[pair] : 1.0f;
-    const float far    = r.pos[token] * powf(r.theta_scale, (float) pair) / factor;
-    const float near   = r.freq_scale * far;
-    float theta = near;
+    const float extrapolated = r.pos[token] * powf(r.theta_scale, (float) pair) / factor;
+    const float interpolated = r.freq_scale * extrapolated;
+    float theta = interpolated;
     float scale = r.attn_factor;
     if (r.ext_factor != 0.0f) {
         const float ramp = (pair - r.corr[0]) / fmaxf(0.001f, r.corr[1] - r.corr[0]);
         const float mix  = (1.0f - fminf(1.0f, fmaxf(0.0f, ramp))) * r.ext_factor;
-        theta  = near * (1.0f - mix) + far * mix;
+        theta  = interpolated * (1.0f - mix) + extrapolated * mix;
         scale *= 1.0f + 0.1f * logf(1.0f / r.freq_scale);
     }
     return make_float2(cosf(theta) * scale, sinf(theta) * scale);
