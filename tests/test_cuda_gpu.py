@@ -94,6 +94,14 @@ def test_backend_operators(build, route: str) -> None:
         assert count[op]["OK"] > 10 and count[op]["not supported"] == 0, (op, count[op])
 
 
+@ROUTES
+def test_memory_keeps_the_files_bytes(build, route: str) -> None:
+    program = str(Path(__file__).with_name("cuda_buffers.py"))
+    form = "tiles" if route == "tiles" else "file"
+    command = [sys.executable, program, str(build.lib_dir), "CUDA0", form]
+    assert "all right" in run(command, {**build.env(), "GGML_CUDA_TQ": route})
+
+
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("tokens", [1, 8, 9, 512])
 def test_nothing_of_a_ternary_model_runs_on_the_cpu(

@@ -12,6 +12,7 @@ import itertools
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from export.types import BLOCK, TERNARY_TYPES, TQ1_1
+from third_party.pt2_llama import api
 
 ROOT = Path(__file__).parents[1]
 KERNELS = ROOT / "third_party" / "llama.cpp" / "overlay" / "ggml" / "src" / "ggml-cuda"
@@ -219,6 +221,14 @@ def test_rows_to_floats(
     got = run(some, (count, 5, k + 3), ids)
     near(got[..., :k], np.take_along_axis(want, ids[:, :5, None].astype(np.int64), 1))
     assert np.isnan(got[..., k:]).all()
+
+
+@pytest.mark.llama
+def test_the_checks_of_a_backends_memory_hold_for_the_cpu() -> None:
+    lib_dir = api.require_build("cpu").lib_dir
+    command = [sys.executable, str(ROOT / "tests" / "cuda_buffers.py"), str(lib_dir), "CPU", "file"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "all right" in done.stdout, done.stdout + done.stderr
 
 
 def test_the_header_says_what_these_tests_take_from_it() -> None:
