@@ -12,7 +12,7 @@ from llamacpp_bench.results import Model, Perplexity, Results, Sample
 # Plays every tool. Each call is appended to the file CALLS beside it. llama-bench gives a speed
 # that depends on the name (fast.gguf twice that of others) and on the call, so that order shows.
 FAKE_TOOL = """#!{python}
-import json, os, signal, sys
+import json, os, signal, sys, time
 from pathlib import Path
 here = Path(__file__).parent
 name, args = Path(__file__).name, sys.argv[1:]
@@ -20,10 +20,14 @@ with open(here / "CALLS", "a") as f:
     f.write(json.dumps([name, *args]) + "\\n")
 calls = len((here / "CALLS").read_text().splitlines())
 mode = os.environ.get("FAKE_MODE", "")
+if not any(os.environ.get("FAKE_ONLY", "") in a for a in args):
+    mode = ""
 def value(flag):
     return args[args.index(flag) + 1]
 if mode == "crash":
     os.kill(os.getpid(), signal.SIGSEGV)
+if mode == "hang":
+    time.sleep(60)
 if mode == "fail":
     sys.exit("some banner\\nerror: the model is purple")
 if mode == "garbage":

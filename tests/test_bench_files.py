@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import struct
 from pathlib import Path
@@ -12,6 +14,7 @@ from bench_support import METADATA, TENSORS, write_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llamacpp_bench import synthetic
 from llamacpp_bench.ggml_types import BY_NAME, FILE_TYPES
 from llamacpp_bench.gguf_info import header_bytes, read_gguf
 from llamacpp_bench.synthetic import (
@@ -214,6 +217,35 @@ def test_a_synthetic_file_has_the_shape_it_claims(tmp_path: Path) -> None:
     assert "random weights" in str(info.metadata["general.name"])
     write_synthetic(tmp_path / "again.gguf", shape, "TQ2_1", types)
     assert path.read_bytes() == (tmp_path / "again.gguf").read_bytes()
+
+
+def test_pieces_written_at_once_give_the_file_that_one_after_another_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces smaller than a tensor, writes that end in the middle of a buffer: the same bytes."""
+    shape = SHAPES["tiny"]
+    types = {n: "TQ1_1" if len(s) > 1 else "F32" for n, s in shape.tensors()}
+    write_synthetic(tmp_path / "whole.gguf", shape, "TQ1_1", types, writers=1)
+    monkeypatch.setattr(synthetic, "PIECE_BYTES", 5000)
+    whole_write = os.pwritev
+
+    def short_write(fd: int, buffers: list[memoryview], at: int) -> int:
+        data = b"".join(buffers)
+        return whole_write(fd, [data[: max(1, 2 * len(data) // 3)]], at)
+
+    for write in (whole_write, short_write):
+        monkeypatch.setattr(synthetic.os, "pwritev", write)
+        seen: list[int] = []
+        path = tmp_path / "pieces.gguf"
+        monkeypatch.setattr(synthetic, "usable_cores", lambda: 4)
+        write_synthetic(path, shape, "TQ1_1", types, on_bytes=seen.append)
+        assert path.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+        assert 0 < sum(seen) <= path.stat().st_size and max(seen) <= 2 << 20
+    monkeypatch.setattr(synthetic.os, "pwritev", lambda *args: (_ for _ in ()).throw(full))
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(PT2Error, match="the disk is full"):
+        write_synthetic(tmp_path / "full.gguf", shape, "TQ1_1", types)
+    assert not (tmp_path / "full.gguf").exists() and not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize(

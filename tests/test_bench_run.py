@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bench_support import METADATA, TENSORS, fake_tools, make_results, write_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamacpp_bench import Config, bench, cli, load_results
+from llamacpp_bench import Config, bench, cli, load_results, speed
 from llamacpp_bench.baselines import Wanted, parse_baselines
 from llamacpp_bench.compare import compare, remarks, verdict
 from llamacpp_bench.gguf_info import read_gguf
@@ -319,6 +322,126 @@ def test_the_command_line_reaches_the_tool(
     assert [m.name for m in load_results("o/results.json").models] == ["fast", "fast (2)"]
 
 
+# ------------------------------------------------------------------- when time is short, on a GPU
+
+
+def test_only_batches_need_no_llama_bench(tmp_path: Path, setup: Setup) -> None:
+    config = setup(
+        baselines=(), perplexity=False, prompt=0, gen=0, pg=(), batches=(1, 8), batch_prompt=4,
+        batch_gen=16, rounds=1, placement="none",
+    )  # fmt: skip
+    results = bench([tmp_path / "fast.gguf"], config)
+    assert results.tests() == ["tg16@b1", "tg16@b8"]
+    asked = calls(tmp_path, "llama-batched-bench")[0]
+    assert asked[asked.index("-npp") + 1] == "4" and asked[asked.index("-c") + 1] == "160"
+    assert not calls(tmp_path, "llama-bench")
+    with pytest.raises(PT2Error, match="nothing is left to time"):
+        bench([tmp_path / "fast.gguf"], setup(prompt=0, gen=0, pg=(), perplexity=False))
+    with pytest.raises(PT2Error, match="--batch-gen of at least 1"):
+        bench([tmp_path / "fast.gguf"], setup(batches=(2,), batch_gen=0, perplexity=False))
+
+
+def test_a_time_limit_leaves_out_whole_rounds(
+    tmp_path: Path, setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that a run of one model moves by 10 s: 2 models, 25 s, so one round of 20 s."""
+    now = [0.0]
+    monkeypatch.setattr(speed.time, "monotonic", lambda: now[0])
+    measure = speed.measure_once
+
+    def slow(*args: Any) -> None:
+        now[0] += 10
+        measure(*args)
+
+    monkeypatch.setattr(speed, "measure_once", slow)
+    for limit, rounds in ((25, 1), (40, 2), (45, 2), (1, 1), (None, 3)):
+        now[0] = 0.0
+        results = bench([tmp_path / "fast.gguf"], setup(perplexity=False, time_limit=limit))
+        assert [len(results.values(m.name, "tg256")) for m in results.models] == [rounds] * 2
+        said = any(f"{rounds} of 3 rounds fit the limit" in w for w in results.warnings)
+        assert said == (limit is not None)
+
+
+def test_a_hanging_program_is_stopped(
+    tmp_path: Path, setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_MODE", "hang")
+    monkeypatch.setenv("FAKE_ONLY", "fast")
+    config = setup(perplexity=False, tool_timeout=3, rounds=2)
+    with pytest.raises(PT2Error, match="llama-bench was stopped after 3 s"):
+        bench([tmp_path / "fast.gguf"], config)
+
+
+def test_keep_going_leaves_out_the_model_that_fails(
+    tmp_path: Path, setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_MODE", "fail")
+    monkeypatch.setenv("FAKE_ONLY", "fast")
+    config = setup(perplexity=False, keep_going=True, rounds=2)
+    results = bench([tmp_path / "fast.gguf"], config)
+    assert len(results.failures) == 1 and "fast: llama-bench failed" in results.failures[0]
+    assert not results.complete and not results.values("fast", "tg256")
+    assert len(results.values("Q2_K", "tg256")) == 2
+    again = load_results(tmp_path / "out" / "results.json")
+    assert again.failures == results.failures
+    monkeypatch.chdir(tmp_path)
+    argv = "fast.gguf --baseline source.gguf --no-perplexity -r 1 --bin bin --bandwidth 1 --quiet"
+    assert cli.main([*argv.split(), "--keep-going", "--no-report", "--out", "o"]) == 1
+    assert {p.name for p in (tmp_path / "o").iterdir()} == {"results.json", "logs"}
+
+
+def test_placement_of_ternary_files_only(tmp_path: Path, setup: Setup) -> None:
+    ternary = [(n, s, "TQ2_1" if "ffn" in n else k) for n, s, k in TENSORS]
+    layout = {**METADATA, "pt2.tq2_1.layout": 1}
+    write_gguf(tmp_path / "ternary.gguf", ternary, layout)
+    config = setup(baselines=(Wanted(file=tmp_path / "fast.gguf"),), perplexity=False, rounds=1)
+    config = replace(config, placement="ternary")
+    results = bench([tmp_path / "ternary.gguf"], config)
+    asked = [c for c in calls(tmp_path, "llama-bench") if "-v" in c]
+    assert [Path(c[c.index("-m") + 1]).name for c in asked] == ["ternary.gguf"]
+    assert [bool(m.placement.ops) for m in results.models] == [True, False]
+
+
+def test_weights_on_the_gpu_count_as_they_lie_there(tmp_path: Path) -> None:
+    """llama.cpp reports 1.5 times the file's bytes on two GPUs: so much more a token reads."""
+    info = read_gguf(write_gguf(tmp_path / "m.gguf"))
+    here = sum(t.nbytes for t in info.tensors) - info.tensors[0].nbytes  # the embeddings stay
+    mib = 1.5 * here / (1 << 20)
+    buffers = {"CUDA0 model": mib / 3, "CUDA1 model": 2 * mib / 3, "CPU_Mapped model": 99.0}
+    assert speed.device_bytes(info, {**buffers, "CUDA0 KV": 5.0}) == round(
+        1.5 * info.decode_bytes()
+    )
+    # a part of the layers only, or nothing at all
+    assert speed.device_bytes(info, {"CUDA0 model": mib / 3}) == info.decode_bytes()
+    assert speed.device_bytes(info, {"CPU_Mapped model": mib, "CUDA_Host model": 1.0}) == 0
+
+
+def program(path: Path, text: str) -> str:
+    path.write_text(f"#!{sys.executable}\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_program_can_measure_the_bandwidth(tmp_path: Path, setup: Setup) -> None:
+    good = program(
+        tmp_path / "good",
+        'print(\'starting\'); print(\'{"bytes_per_second": 2e9, "method": "read"}\')',
+    )
+    config = setup(perplexity=False, rounds=1, bandwidth=None, bandwidth_program=good)
+    results = bench([tmp_path / "fast.gguf"], config)
+    assert results.bandwidth == {"bytes_per_second": 2e9, "method": "read", "note": ""}
+    for text, words in (
+        ("print('fast')", "ended with 'fast', not with a JSON object"),
+        ('print(\'{"bytes_per_second": 0, "method": ""}\')', "gave 0.0 bytes per second"),
+        ("raise SystemExit('error: no GPU')", "failed .* no GPU"),
+    ):
+        bad = program(tmp_path / "bad", text)
+        with pytest.raises(PT2Error, match=words):
+            bench([tmp_path / "fast.gguf"], replace(config, bandwidth_program=bad))
+    with pytest.raises(PT2Error, match="there is no such program"):
+        bench([tmp_path / "fast.gguf"], replace(config, bandwidth_program="gone"))
+
+
 # --------------------------------------------------------------------------------------- statistics
 
 
@@ -442,7 +565,8 @@ def grouped_results() -> Results:
 
 
 def test_plots_of_many_shapes(tmp_path: Path) -> None:
-    assert [p.name for p in write_plots(grouped_results(), tmp_path)] == ["speed.png"]
+    written = write_plots(grouped_results(), tmp_path)
+    assert [p.name for p in written] == ["speed.png", "speedup.png"]
 
 
 def test_synthetic_results_are_labelled_everywhere(tmp_path: Path) -> None:
