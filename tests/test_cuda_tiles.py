@@ -231,6 +231,18 @@ def test_the_checks_of_a_backends_memory_hold_for_the_cpu() -> None:
     assert done.returncode == 0 and "all right" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.llama
+def test_every_way_to_a_tensors_bytes_knows_tile_form() -> None:
+    """In the patched backend: what copies from or to a tensor's data asks for its form."""
+    path = api.source_dir() / "ggml" / "src" / "ggml-cuda" / "ggml-cuda.cu"
+    functions = re.split(r"^}\n", path.read_text(), flags=re.MULTILINE)
+    moves = [f for f in functions if re.search(r"tensor->data \+ offset|dst->data, .*src->data", f)]
+    names = [re.findall(r"^static \w+ (ggml_\w+)\(", f, re.MULTILINE)[-1] for f in moves]
+    assert len(names) == 11, names  # set, get and their 2D, twice; memset; copies of two kinds
+    unaware = [n for n, f in zip(names, moves, strict=True) if "ggml_cuda_tq_" not in f]
+    assert unaware == []
+
+
 def test_the_header_says_what_these_tests_take_from_it() -> None:
     header = (KERNELS / "tq-kernels.cuh").read_text()
     constants = dict(re.findall(r"constexpr int (TQ_\w+)\s*= (\d+);", header))
