@@ -12,7 +12,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,7 @@ def run_converter(
     workdir: Path,
     ternary: dict[str, tuple[int, int]],
     plan: FoldPlan,
+    replaced: Mapping[str, NDArray[np.float32]],
 ) -> Carrier:
     """Convert all but the ternary weights.
 
@@ -77,6 +78,7 @@ def run_converter(
             float32; the caller removes it.
         ternary: tensor name -> (rows, cols).
         plan: what to reorder.
+        replaced: tensor name -> what takes the place of the checkpoint's values, not reordered.
 
     Raises:
         PT2Error: no tokenizer, an architecture that llama.cpp does not know, or any other failure
@@ -88,11 +90,13 @@ def run_converter(
         "model": str(model_dir.absolute()),
         "carrier": str(workdir / "carrier.gguf"),
         "orders": str(workdir / "orders.npz"),
+        "replaced": str(workdir / "replaced.npz"),
         "ternary": ternary,
     }
     orders = {f"rows/{k}": v for k, v in plan.rows.items()}
     orders |= {f"cols/{k}": v for k, v in plan.cols.items()}
     np.savez(job["orders"], **orders)  # type: ignore[arg-type]
+    np.savez(job["replaced"], **replaced)  # type: ignore[arg-type]
     job_file = workdir / "job.json"
     job_file.write_text(json.dumps(job), encoding="utf-8")
     command = [sys.executable, "-m", "export.converter_driver", str(job_file)]

@@ -9,8 +9,9 @@ rows' order for rotary embeddings), it does to the stand-in, and :mod:`export.co
 off there.
 
 The job: ``source`` (llama.cpp), ``model`` (folder), ``carrier`` (output), ``ternary`` (tensor name
--> [rows, cols]), ``orders`` (an .npz with ``rows/NAME`` and ``cols/NAME``). On failure the last
-line of stderr starts with ``converter:`` and the exit code is 3.
+-> [rows, cols]), ``orders`` (an .npz with ``rows/NAME`` and ``cols/NAME``), ``replaced`` (an .npz
+of tensors that take the place of the checkpoint's, by its names). On failure the last line of
+stderr starts with ``converter:`` and the exit code is 3.
 """
 
 from __future__ import annotations
@@ -61,14 +62,17 @@ def run(job: dict[str, Any]) -> None:
 
 
 def replace_tensors(tensors: dict[str, Callable[[], Any]], job: dict[str, Any]) -> None:
-    """Put stand-ins in place of the ternary weights and folded tensors in place of their own.
+    """Put stand-ins in place of the ternary weights, and replaced and folded tensors in theirs.
 
     Raises:
         ValueError: the converter knows no tensor of a name that we need.
     """
     import numpy as np
 
-    orders = np.load(job["orders"])
+    orders, replaced = np.load(job["orders"]), np.load(job["replaced"])
+    for name in replaced.files:
+        _require(tensors, name)
+        tensors[name] = _given(replaced[name])
     for number, (name, (rows, _cols)) in enumerate(job["ternary"].items()):
         _require(tensors, name)
         tensors[name] = _stand_in(rows, number)
@@ -102,6 +106,13 @@ def _stand_in(rows: int, number: int) -> Callable[[], Any]:
         return lazy.from_eager(torch.stack([c.to(torch.float32) for c in columns], dim=1))
 
     return make
+
+
+def _given(value: Any) -> Callable[[], Any]:
+    import torch
+
+    lazy = _lazy_class()
+    return lambda: lazy.from_eager(torch.from_numpy(value))
 
 
 def _reordered(source: Callable[[], Any], order: Any, axis: int) -> Callable[[], Any]:

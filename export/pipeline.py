@@ -127,7 +127,9 @@ def export_gguf(
     check_disk(out, model, source.shapes())
     with work_folder(out) as work:
         progress("converting metadata and tokenizer", 0, 1)
-        carrier = run_converter(_llama_source(), model.path, work, source.shapes(), source.plan)
+        carrier = run_converter(
+            _llama_source(), model.path, work, source.shapes(), source.plan, artifact.replaced()
+        )
         progress("converting metadata and tokenizer", 1, 1)
         items = plan_items(carrier, config, ggml, artifact.kept)
         report = _write(out, work, carrier, items, source, config, ggml, progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -23,6 +24,9 @@ from quantize.pipeline import ternarize
 EXAMPLES = Path(__file__).parents[1] / "examples"
 MODEL = EXAMPLES / "wiki-llama-7m"
 TEXT = EXAMPLES / "text/austen.test.txt"
+needs_bindings = pytest.mark.skipif(  # importing them would load the wrong library
+    importlib.util.find_spec("llama_cpp") is None, reason="needs llama-cpp-python's bindings"
+)
 
 
 @pytest.fixture(scope="module")
@@ -172,8 +176,8 @@ def test_texts_have_their_names():
 
 
 @pytest.mark.llama
+@needs_bindings
 def test_a_gguf_file_measures_as_its_artifact(artifact, ids, tmp_path):
-    pytest.importorskip("llama_cpp", reason="needs llama-cpp-python's bindings", exc_type=Exception)
     from export import ExportConfig, export_gguf
 
     file = tmp_path / "m.gguf"
@@ -186,3 +190,24 @@ def test_a_gguf_file_measures_as_its_artifact(artifact, ids, tmp_path):
     windows = llama_windows(ids, torch_model.bos, 128, 2)
     close = divergence(gguf_model, torch_model, windows)
     assert close.kl < 0.003 and close.same_top > 0.95
+
+
+@pytest.mark.llama
+@needs_bindings
+def test_refined_norms_and_embeddings_reach_the_file(artifact, ids, tmp_path):
+    from export import ExportConfig, export_gguf
+    from quantize.refine import refine
+    from quantize.refine_config import RefineConfig
+
+    config = RefineConfig(
+        steps=8, batch_size=4, seqlen=64, held_out=2, eval_every=1, embeddings=True, lr=0.01,
+        text=str(TEXT), device="cpu", dtype="float32", threads=1,
+    )  # fmt: skip
+    refine(artifact, tmp_path / "r", config)
+    file = tmp_path / "m.gguf"
+    export_gguf(tmp_path / "r", file, ExportConfig(embedding_type="f32", output_type="f32"))
+    gguf_model = open_model(file, context=128, threads=1, gpu_layers=0)
+    windows = llama_windows(ids, gguf_model.bos, 128, 2)
+    refined = open_model(tmp_path / "r", device="cpu")
+    assert divergence(gguf_model, refined, windows).kl < 0.003
+    assert divergence(gguf_model, open_model(artifact, device="cpu"), windows).kl > 0.01
