@@ -1,0 +1,58 @@
+"""benchmarks/paper_tables.py: its variants run and are not run twice."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location(
+        "paper_tables", ROOT / "benchmarks/paper_tables.py"
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["paper_tables"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_table_is_made_once(script, tmp_path, capsys, monkeypatch):
+    model = ROOT / "examples/wiki-llama-7m"
+    options = [
+        "--text",
+        str(ROOT / "examples/text/austen.test.txt"),
+        "--chunks",
+        "1",
+        "--ctx",
+        "64",
+    ]
+    options += ["--calibration", str(ROOT / "examples/text/calibration.txt"), "--samples", "2"]
+    options += ["--seqlen", "64", "--tasks", "none", "--device", "cpu", "--threads", "1"]
+    options += ["--tables", "2b", "-o", str(tmp_path), "--published", "llama-2-7b"]
+    assert script.main([str(model), *options]) == 0
+    page = capsys.readouterr().out
+    assert "| SSR |" in page and "11.56, 24.38, 43.33" in page
+    rows = json.loads((tmp_path / "tables.json").read_text())
+    assert [r["title"] for r in rows] == ["none", "random", "Hessian", "SSR"]
+    assert len({r["perplexity"]["austen.test"] for r in rows}) == 4
+
+    def never(*args):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(script, "measure", never)
+    assert script.main([str(model), *options]) == 0
+    assert capsys.readouterr().out == page
+
+
+def test_published_rows_are_rows_of_ours(script):
+    ours = {(v.table, v.title) for v in script.VARIANTS}
+    for model, rows in script.PUBLISHED.items():
+        assert set(rows) <= ours, model
