@@ -175,7 +175,7 @@ static void check_quantize(int n, int columns, int64_t ld, int shift, bool hard)
 }
 
 // alias: 0 none, 1 sum onto a and norm onto b, 2 no outputs but the quantised ones, 3 no b, norm onto a
-static void check_norm(int n, int columns, int alias, bool hard, int ranks) {
+static void check_norm(int n, int columns, int alias, bool hard, int ranks, int tokens = 1) {
     const size_t size = (size_t) n * columns;
     std::vector<float> a = make_rows(n, columns, columns, false, 3 + n), b = make_rows(n, columns, columns, false, 5 + n), w = make_rows(1, columns, columns, false, 7);
     if (hard) {
@@ -194,13 +194,12 @@ static void check_norm(int n, int columns, int alias, bool hard, int ranks) {
     if (ranks == 0) {
         tq_quantize_norm(da.data, pb, dw.data, eps, sum, norm, s.act, 0);
     } else {
-        const bool prefill = s.act.layout == TQ_ACT_PREFILL;
-        norm_shape shape{ranks, 0, 1};
-        const int each = (s.act.nb + ranks - 1) / ranks;
-        while ((each + shape.repeat - 1) / shape.repeat > (prefill ? 32 : 64)) { shape.repeat *= 2; }
-        shape.slots = (each + shape.repeat - 1) / shape.repeat;
-        shape.slots += prefill ? 0 : shape.slots % 2;
-        (prefill ? launch_norm<true> : launch_norm<false>)(shape, da.data, pb, dw.data, eps, sum, norm, s.act, true, 0);
+        for (int repeat = 1; repeat <= MAX_REPEAT; repeat *= 2) {
+            const norm_shape shape = norm_shape_of(s.act, tokens, ranks, repeat);
+            if (norm_shape_fits(shape)) {
+                launch_norm(shape, da.data, pb, dw.data, eps, sum, norm, s.act, 0);
+            }
+        }
     }
     std::vector<double> vs(size), vy(size);
     for (int t = 0; t < n; t++) {
@@ -212,7 +211,7 @@ static void check_norm(int n, int columns, int alias, bool hard, int ranks) {
         }
         for (int c = 0; c < columns; c++) { vy[(size_t) t * columns + c] = vs[(size_t) t * columns + c] / std::sqrt(squares / columns + eps) * w[c]; }
     }
-    const std::string name = "norm n " + std::to_string(n) + " columns " + std::to_string(columns) + " alias " + std::to_string(alias) + " ranks " + std::to_string(ranks) + (hard ? " hard" : "");
+    const std::string name = "norm n " + std::to_string(n) + " columns " + std::to_string(columns) + " alias " + std::to_string(alias) + " ranks " + std::to_string(ranks) + " tokens " + std::to_string(tokens) + (hard ? " hard" : "");
     compare(name, s, vy, false);
     if (sum) { std::vector<float> got(size); CK(cudaMemcpy(got.data(), sum, size * 4, cudaMemcpyDeviceToHost)); compare_floats(name + " sum", got, vs); }
     if (norm) { std::vector<float> got(size); CK(cudaMemcpy(got.data(), norm, size * 4, cudaMemcpyDeviceToHost)); compare_floats(name + " y", got, vy); }
@@ -305,7 +304,9 @@ static void check_all(bool small) {
             if (k / TQ_BLOCK <= TQ_NORM_MAX_BLOCKS) {
                 for (int alias : {0, 1, 2, 3}) { check_norm(n, k, alias, false, 0); }
                 check_norm(n, k, 0, true, 0);
-                for (int ranks : {1, 2, 4, 8}) { check_norm(n, k, 0, false, ranks); }
+                for (int ranks : {1, 2, 4, 8}) {
+                    for (int rows = 1; rows <= (n > TQ_DECODE_MAX ? 2 : 1); rows++) { check_norm(n, k, 0, false, ranks, rows); }
+                }
             }
         }
     }
@@ -361,18 +362,15 @@ static void bench() {
             }
             if (s.act.nb <= TQ_NORM_MAX_BLOCKS) {
                 const norm_shape own = norm_shape_for(s.act);
-                printf(" | norm (sum written) %.2f, with y %.2f [%d x %d x %d], by ranks x repeat:", time_us([&](cudaStream_t st) { tq_quantize_norm(a.data, b.data, w.data, 1e-5f, sum.data, nullptr, s.act, st); }),
+                printf(" | norm (sum written) %.2f, with y %.2f [%d x %d x %d], by rows x ranks x repeat:", time_us([&](cudaStream_t st) { tq_quantize_norm(a.data, b.data, w.data, 1e-5f, sum.data, nullptr, s.act, st); }),
                     time_us([&](cudaStream_t st) { tq_quantize_norm(a.data, b.data, w.data, 1e-5f, sum.data, norm.data, s.act, st); }), own.ranks, own.slots, own.repeat);
-                const bool prefill = s.act.layout == TQ_ACT_PREFILL;
-                for (int ranks : {1, 2, 4, 8}) {
-                    for (int repeat : {1, 2, 4}) {
-                        const int each = (s.act.nb + ranks - 1) / ranks;
-                        int slots = (each + repeat - 1) / repeat;
-                        slots += prefill ? 0 : slots % 2;
-                        if (slots > (prefill ? 32 : 64) || (repeat > 1 && slots < 4)) { continue; }
-                        printf(" %dx%d: %.2f", ranks, repeat, time_us([&](cudaStream_t st) {
-                            (prefill ? launch_norm<true> : launch_norm<false>)(norm_shape{ranks, slots, repeat}, a.data, b.data, w.data, 1e-5f, sum.data, nullptr, s.act, true, st);
-                        }));
+                for (int rows = 1; rows <= (n > TQ_DECODE_MAX ? 2 : 1); rows++) {
+                    for (int ranks : {1, 2, 4, 8}) {
+                        for (int repeat : {1, 2, 4}) {
+                            const norm_shape shape = norm_shape_of(s.act, rows, ranks, repeat);
+                            if (!norm_shape_fits(shape) || (repeat > 1 && shape.slots < 4)) { continue; }
+                            printf(" %dx%dx%d: %.2f", rows, ranks, repeat, time_us([&](cudaStream_t st) { launch_norm(shape, a.data, b.data, w.data, 1e-5f, sum.data, nullptr, s.act, st); }));
+                        }
                     }
                 }
             }

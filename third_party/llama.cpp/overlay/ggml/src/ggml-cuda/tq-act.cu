@@ -19,8 +19,10 @@ constexpr int MAX_RANKS  = 8;    // thread blocks of a cluster, the most that ev
 constexpr int MAX_UNITS  = 64;   // groups of LANES threads in a thread block
 constexpr int MAX_REPEAT = 4;    // blocks that a thread of the norm keeps in registers
 constexpr int FEW_UNITS  = 4;    // decode: small thread blocks, so that a short row still meets many processors
+constexpr int SOME_UNITS = 8;    // decode of more than FEW_GROUPS groups
+constexpr int FEW_GROUPS = 1024;
 constexpr int MANY_UNITS = 16;   // prefill
-static_assert(MAX_UNITS / 2 * MAX_REPEAT >= TQ_NORM_MAX_BLOCKS, "a row of the norm must fit one thread block's registers");
+static_assert(MAX_UNITS * MAX_REPEAT >= TQ_NORM_MAX_BLOCKS, "a row of the norm must fit one thread block's registers");
 constexpr float TINY     = 1e-30f; // smaller blocks are zero, as on the CPU
 
 void check(cudaError_t err, const char * what) {
@@ -81,8 +83,9 @@ __device__ __forceinline__ float sum_lanes(float x) {
     return x;
 }
 
-__device__ __forceinline__ int pack4(int a, int b, int c, int d) {
-    return (a & 0xff) | (b & 0xff) << 8 | (c & 0xff) << 16 | d << 24;
+// The lowest bytes of four words.
+__device__ __forceinline__ int pack4(unsigned a, unsigned b, unsigned c, unsigned d) {
+    return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
 }
 
 // Rounds the thread's columns of a block and writes them; all lanes of the warp take part, those with !write in the
@@ -111,16 +114,25 @@ __device__ __forceinline__ void write_block(const tq_act & out, int token, int b
     const float d    = bad ? nan : none ? 0.0f : __fdiv_rn(amax, 127.0f);
     sum              = bad ? nan : none ? 0.0f : sum;
 
-    int q[8];
-    int isum = 0;
+    // 1.5 * 2^23 added to a small float leaves it rounded to nearest even in the lowest bits; unlike a conversion this is
+    // an ordinary addition, and the bytes need no masks
+    constexpr unsigned MAGIC = 0x4b400000;
+    unsigned q[8];
+    unsigned total = 0;
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-        q[i] = __float2int_rn(v[i] * inv); // NaN becomes 0
-        isum += q[i];
+        q[i] = __float_as_uint(__fadd_rn(__fmul_rn(v[i], inv), __uint_as_float(MAGIC)));
+        total += q[i];
     }
+    const int words[2] = { // what is not finite must not leave traces
+        bad ? 0 : PREFILL ? pack4(q[0], q[4], q[1], q[5]) : pack4(q[0], q[1], q[2], q[3]),
+        bad ? 0 : PREFILL ? pack4(q[2], q[6], q[3], q[7]) : pack4(q[4], q[5], q[6], q[7]),
+    };
+    if constexpr (!PREFILL) {
 #pragma unroll
-    for (int o = LANES / 2; o; o >>= 1) {
-        isum += __shfl_xor_sync(~0u, isum, o);
+        for (int o = LANES / 2; o; o >>= 1) {
+            total += __shfl_xor_sync(~0u, total, o);
+        }
     }
     if (!write) {
         return;
@@ -130,8 +142,8 @@ __device__ __forceinline__ void write_block(const tq_act & out, int token, int b
         const int group = token / TQ_PREFILL_BN;
         const int k     = token % TQ_PREFILL_BN;
         uint8_t * record = out.q + ((size_t) group * out.nb + block) * TQ_RECORD;
-        *reinterpret_cast<int *>(record + tq_record_q(4 * s + 0, k)) = pack4(q[0], q[4], q[1], q[5]);
-        *reinterpret_cast<int *>(record + tq_record_q(4 * s + 2, k)) = pack4(q[2], q[6], q[3], q[7]);
+        *reinterpret_cast<int *>(record + tq_record_q(4 * s + 0, k)) = words[0];
+        *reinterpret_cast<int *>(record + tq_record_q(4 * s + 2, k)) = words[1];
         if (s == 0) {
             reinterpret_cast<float *>(record + TQ_PREFILL_BN * TQ_BLOCK)[tq_record_d(k)] = d;
             const unsigned high = __float_as_uint(sum) & ~0x1fffu;
@@ -142,10 +154,10 @@ __device__ __forceinline__ void write_block(const tq_act & out, int token, int b
     } else {
         const int plane = s / 8; // and plane + 2
         uint8_t * dst = out.q + ((size_t) block * 2 * out.cols + token) * 64 + s % 8 / 2 * 16 + 8 * plane + s % 2 * 4;
-        *reinterpret_cast<int *>(dst)                 = pack4(q[0], q[1], q[2], q[3]);
-        *reinterpret_cast<int *>(dst + out.cols * 64) = pack4(q[4], q[5], q[6], q[7]);
+        *reinterpret_cast<int *>(dst)                 = words[0];
+        *reinterpret_cast<int *>(dst + out.cols * 64) = words[1];
         if (s == 0) {
-            const tq_act_head head{d, sum, -isum, 0};
+            const tq_act_head head{d, sum, bad ? 0 : (int) (TQ_BLOCK * MAGIC - total), 0}; // modulo 2^32
             *reinterpret_cast<int4 *>(static_cast<tq_act_head *>(out.aux) + (size_t) block * out.cols + token) =
                 *reinterpret_cast<const int4 *>(&head);
         }
@@ -217,23 +229,23 @@ __global__ void __launch_bounds__(MANY_UNITS * LANES) quantize_kernel(Source sou
 
 // ---- norm ----------------------------------------------------------------------------------------------
 
-// The thread blocks of a cluster (gridDim.x of them) share a row, or for prefill two neighbouring rows; every
-// group of LANES threads leaves its sum of squares with all of them. A row stays in registers between the sum and
-// the scaling, so outputs may lie on top of inputs.
-template <bool PREFILL, int REPEAT>
+// The thread blocks of a cluster (gridDim.x of them) share a row, or two neighbouring ones (TOKENS = 2, prefill only:
+// whole sectors, but half as many thread blocks); every group of LANES threads leaves its sum of squares with all of
+// them. A row stays in registers between the sum and the scaling, so outputs may lie on top of inputs.
+template <bool PREFILL, int TOKENS, int REPEAT>
 __global__ void __launch_bounds__(MAX_UNITS * LANES) norm_kernel(const float * a, const float * b, const float * w, float eps,
         float * sum, float * norm, tq_act out, bool vec) {
-    __shared__ float squares[PREFILL ? 2 : 1][MAX_RANKS * MAX_UNITS];
+    __shared__ float squares[TOKENS][MAX_RANKS * MAX_UNITS / TOKENS];
     let_next_start();
 
     const int ranks  = gridDim.x;
     const int rank   = blockIdx.x;
     const int unit   = threadIdx.x / LANES;
     const int s      = threadIdx.x % LANES;
-    const int which  = PREFILL ? unit % 2 : 0;
-    const int token  = PREFILL ? 2 * blockIdx.y + which : blockIdx.y;
-    const int slot   = PREFILL ? unit / 2 : unit;
-    const int slots  = blockDim.x / LANES / (PREFILL ? 2 : 1);
+    const int which  = unit % TOKENS;
+    const int token  = TOKENS * blockIdx.y + which;
+    const int slot   = unit / TOKENS;
+    const int slots  = blockDim.x / LANES / TOKENS;
     const bool real  = token < out.n;
     const int64_t row = (int64_t) token * out.nb * TQ_BLOCK;
 
@@ -244,7 +256,9 @@ __global__ void __launch_bounds__(MAX_UNITS * LANES) norm_kernel(const float * a
 #endif
     wait_for_inputs();
 
+    constexpr bool EARLY = REPEAT <= 2; // registers for the weights before the sum is known
     float v[REPEAT][8];
+    float early[EARLY ? REPEAT : 1][8];
     float square = 0.0f;
 #pragma unroll
     for (int r = 0; r < REPEAT; r++) {
@@ -263,6 +277,9 @@ __global__ void __launch_bounds__(MAX_UNITS * LANES) norm_kernel(const float * a
                 for (int i = 0; i < 8; i++) {
                     v[r][i] += x[i];
                 }
+            }
+            if constexpr (EARLY) {
+                load8(w + column, vec, early[r]);
             }
             if (sum) {
                 store8(sum + row + column, vec, v[r]);
@@ -307,11 +324,12 @@ __global__ void __launch_bounds__(MAX_UNITS * LANES) norm_kernel(const float * a
         const int block  = (r * ranks + rank) * slots + slot;
         const int column = block * TQ_BLOCK + 4 * s;
         if (real && block < out.nb) {
-            float x[8];
-            load8(w + column, vec, x);
+            if constexpr (!EARLY) {
+                load8(w + column, vec, early[0]);
+            }
 #pragma unroll
             for (int i = 0; i < 8; i++) {
-                v[r][i] = v[r][i] * scale * x[i];
+                v[r][i] = v[r][i] * scale * early[EARLY ? r : 0][i];
             }
             if (norm) {
                 store8(norm + row + column, vec, v[r]);
@@ -333,7 +351,7 @@ bool has_sm90_code() {
     }
     if (known[device] == 0) {
         cudaFuncAttributes attr = {};
-        check(cudaFuncGetAttributes(&attr, norm_kernel<false, 1>), "cudaFuncGetAttributes");
+        check(cudaFuncGetAttributes(&attr, norm_kernel<false, 1, 1>), "cudaFuncGetAttributes");
         known[device] = attr.ptxVersion >= 90 ? 2 : 1;
     }
     return known[device] == 2;
@@ -383,44 +401,53 @@ void launch_quantize(const Source & source, const tq_act & out, cudaStream_t str
 
 template <typename Source>
 void launch_quantize(const Source & source, const tq_act & out, cudaStream_t stream) {
-    launch_quantize(source, out, stream, out.layout == TQ_ACT_PREFILL ? MANY_UNITS : FEW_UNITS);
+    launch_quantize(source, out, stream, out.layout == TQ_ACT_PREFILL ? MANY_UNITS : out.cols * out.nb > FEW_GROUPS ? SOME_UNITS : FEW_UNITS);
 }
 
-// How a row is shared out: `ranks` thread blocks of `slots` groups (pairs of groups for prefill), which take `repeat` blocks each.
-struct norm_shape { int ranks, slots, repeat; };
+// How rows are shared out: `ranks` thread blocks of `slots` groups for each of `tokens` rows, `repeat` blocks for a group.
+struct norm_shape { int tokens, ranks, slots, repeat; };
+
+norm_shape norm_shape_of(const tq_act & out, int tokens, int ranks, int repeat) {
+    const int each  = (out.nb + ranks - 1) / ranks;
+    const int slots = (each + repeat - 1) / repeat;
+    return { tokens, ranks, tokens == 1 ? slots + slots % 2 : slots, repeat }; // whole warps
+}
+
+bool norm_shape_fits(const norm_shape & s) {
+    return s.slots * s.tokens <= MAX_UNITS;
+}
 
 norm_shape norm_shape_for(const tq_act & out) {
-    const bool prefill   = out.layout == TQ_ACT_PREFILL;
-    const int  rows      = prefill ? out.cols / 2 : out.cols;
-    const int  max_slots = MAX_UNITS / (prefill ? 2 : 1);
-    norm_shape shape{1, 0, 1};
+    int ranks = 1;
     if (has_sm90_code()) {
-        while (shape.ranks < MAX_RANKS && rows * shape.ranks < 128 && shape.ranks * 2 < out.nb) {
-            shape.ranks *= 2;
+        while (ranks < MAX_RANKS && out.cols * ranks < 128 && ranks * 2 < out.nb) {
+            ranks *= 2;
         }
     }
-    const int each = (out.nb + shape.ranks - 1) / shape.ranks;
-    while (shape.repeat < MAX_REPEAT && (each + shape.repeat - 1) / shape.repeat > max_slots / 2) {
-        shape.repeat *= 2;
+    for (int repeat = 1; ; repeat *= 2) {
+        const norm_shape shape = norm_shape_of(out, 1, ranks, repeat);
+        if (norm_shape_fits(shape) || repeat == MAX_REPEAT) {
+            return shape;
+        }
     }
-    shape.slots = (each + shape.repeat - 1) / shape.repeat;
-    if (!prefill) {
-        shape.slots += shape.slots % 2; // whole warps
-    }
-    return shape;
 }
 
-template <bool PREFILL>
+template <bool PREFILL, int TOKENS>
 void launch_norm(const norm_shape & shape, const float * a, const float * b, const float * w, float eps, float * sum, float * norm,
         const tq_act & out, bool vec, cudaStream_t stream) {
-    const int  units = shape.slots * (PREFILL ? 2 : 1);
-    const dim3 grid(shape.ranks, PREFILL ? out.cols / 2 : out.cols);
-    if (units > MAX_UNITS) { // the caller asks TQ_NORM_MAX_BLOCKS first
+    const auto kernel = shape.repeat == 1 ? norm_kernel<PREFILL, TOKENS, 1> : shape.repeat == 2 ? norm_kernel<PREFILL, TOKENS, 2> : norm_kernel<PREFILL, TOKENS, 4>;
+    launch(kernel, dim3(shape.ranks, out.cols / TOKENS), shape.slots * TOKENS * LANES, shape.ranks, stream, a, b, w, eps, sum, norm, out, vec);
+}
+
+void launch_norm(const norm_shape & shape, const float * a, const float * b, const float * w, float eps, float * sum, float * norm,
+        const tq_act & out, cudaStream_t stream) {
+    if (!norm_shape_fits(shape)) { // the caller asks TQ_NORM_MAX_BLOCKS first
         fprintf(stderr, "tq-act: rows of %d blocks are too long for the norm\n", out.nb);
         abort();
     }
-    const auto kernel = shape.repeat == 1 ? norm_kernel<PREFILL, 1> : shape.repeat == 2 ? norm_kernel<PREFILL, 2> : norm_kernel<PREFILL, 4>;
-    launch(kernel, grid, units * LANES, shape.ranks, stream, a, b, w, eps, sum, norm, out, vec);
+    const bool vec = aligned16(a) && aligned16(b) && aligned16(w) && aligned16(sum) && aligned16(norm);
+    const auto go  = out.layout == TQ_ACT_DECODE ? launch_norm<false, 1> : shape.tokens == 1 ? launch_norm<true, 1> : launch_norm<true, 2>;
+    go(shape, a, b, w, eps, sum, norm, out, vec, stream);
 }
 
 } // namespace
@@ -431,13 +458,7 @@ void tq_quantize(const float * x, int64_t ld, const tq_act & out, cudaStream_t s
 
 void tq_quantize_norm(const float * a, const float * b, const float * w, float eps, float * sum, float * norm, const tq_act & out,
         cudaStream_t stream) {
-    const bool       vec   = aligned16(a) && aligned16(b) && aligned16(w) && aligned16(sum) && aligned16(norm);
-    const norm_shape shape = norm_shape_for(out);
-    if (out.layout == TQ_ACT_PREFILL) {
-        launch_norm<true>(shape, a, b, w, eps, sum, norm, out, vec, stream);
-    } else {
-        launch_norm<false>(shape, a, b, w, eps, sum, norm, out, vec, stream);
-    }
+    launch_norm(norm_shape_for(out), a, b, w, eps, sum, norm, out, stream);
 }
 
 void tq_quantize_glu(const float * gate, const float * up, int64_t ld_gate, int64_t ld_up, int act, float * product, const tq_act & out,
