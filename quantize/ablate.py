@@ -30,7 +30,7 @@ from quantize.common import (
     run_cli,
     write_json,
 )
-from quantize.config import DEVICES, DTYPES, Config
+from quantize.config import BEST, DEVICES, DTYPES, Config
 
 RESULTS = "ablation.json"
 TABLE = "ablation.md"
@@ -53,6 +53,8 @@ class Variant:
 
 
 OURS = {"order": "foldable", "reround": 1}
+OUR_BEST = {**OURS, **BEST}
+ANNEALED = {**OUR_BEST, "sequential": False, "asymmetry": 0, "stream": 0}
 VARIANTS = (
     Variant("nocomp", "ITF + AGA, no compensation", {"compensate": False}),
     Variant("none", "compensation; neither ITF nor AGA", {"itf": False, "aga": False}),
@@ -66,14 +68,25 @@ VARIANTS = (
     Variant("reround", "T re-rounded, AGA again; natural order", {"reround": 1}),
     Variant("reround-hessian", "... Hessian order", {"reround": 1, "order": "hessian"}),
     Variant("reround-ssr", "... SSR order", {"reround": 1, "order": "ssr"}),
-    Variant("default", "... foldable order (the default recipe)", OURS),
-    Variant("reround3", "the default, 3 rounds", {**OURS, "reround": 3}),
-    Variant("block64", "the default, block 64", {**OURS, "block_size": 64}),
-    Variant("block256", "the default, block 256", {**OURS, "block_size": 256}),
-    Variant("damp10", "the default, 10% damping", {**OURS, "damping": 0.1}),
-    Variant("damp01", "the default, 0.1% damping", {**OURS, "damping": 0.001}),
-    Variant("half", "the default, half the calibration", OURS, 0.5),
-    Variant("double", "the default, twice the calibration", OURS, 2.0),
+    Variant("default", "... foldable order (the recipe fast)", OURS),
+    Variant("reround3", "fast, re-rounded 3 times", {**OURS, "reround": 3}),
+    Variant("block64", "fast, block 64", {**OURS, "block_size": 64}),
+    Variant("block256", "fast, block 256", {**OURS, "block_size": 256}),
+    Variant("damp10", "fast, 10% damping", {**OURS, "damping": 0.1}),
+    Variant("damp01", "fast, 0.1% damping", {**OURS, "damping": 0.001}),
+    Variant("half", "fast, half the calibration", OURS, 0.5),
+    Variant("double", "fast, twice the calibration", OURS, 2.0),
+    Variant("grid", "fast, then the grid of whole rows", {**OURS, "rounds": 1, "sweeps": 0}),
+    Variant("descent", "... and T by descent, in turn", {**OURS, "rounds": 2, "sweeps": 4}),
+    Variant("anneal", "... annealed", ANNEALED),
+    Variant("sequential", "... Hessians site by site", {**ANNEALED, "sequential": True}),
+    Variant("asymmetry", "... half of the inputs' error made up for", {**OUR_BEST, "stream": 0}),
+    Variant("best", "... and of the residual stream's (the recipe best)", OUR_BEST),
+    Variant("best-all", "best, all of both errors", {**OUR_BEST, "asymmetry": 1, "stream": 1}),
+    Variant("best-at-once", "best, Hessians at once", {**OUR_BEST, "sequential": False}),
+    Variant("best-plain", "best, not annealed", {**OUR_BEST, "noise": 0}),
+    Variant("best-half", "best, half the calibration", OUR_BEST, 0.5),
+    Variant("best-double", "best, twice the calibration", OUR_BEST, 2.0),
 )
 
 

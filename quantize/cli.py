@@ -30,16 +30,20 @@ examples:
   pt2-quantize Llama-3.2-1B                        ternarise it into ./Llama-3.2-1B-pt2
   pt2-quantize Qwen3-4B -o q4 --calibration my.txt --seqlen 1024 --device cuda --dtype bfloat16
   pt2-quantize Qwen3-4B -o q4 --resume             take up a run that was stopped
+  pt2-quantize Qwen3-4B --recipe best              the best T, alpha and mu without gradients
   pt2-quantize Qwen3-4B --recipe paper             the paper's method to the letter
   pt2-quantize Qwen3-4B --skip 'layers.0\\.|down'   leave some linears as they are
   pt2-quantize Qwen3-4B --report errors.html       draw the errors per block and stage
 
-recipes:
-  default   exact compensation, ITF, AGA, T re-rounded with error feedback, and an order of the
-            columns that pt2-export can fold into the model
+recipes (every stage is also an option below, and a line of a YAML file):
   paper     exact compensation, ITF, AGA, SSR order; no re-rounding. Its orders cannot be folded,
             so pt2-export refuses it: it is there for comparisons
-  FILE      YAML with settings by the options' names, e.g.  recipe: paper / block_size: 64
+  fast      (the default) as paper, but T is re-rounded with error feedback, and the order of the
+            columns is one that pt2-export can fold into the model
+  best      fast, then whole rows are improved (alpha and mu of all blocks by one solve, annealed
+            descent on T), and linears make up for half of the error left by those before them
+  refined   best, as the start for pt2-refine
+  FILE      YAML with settings by the options' names, e.g.  recipe: best / block_size: 64
 
 calibration:
   A text file, a folder of .txt files, wikitext2, c4 or ptb (these need pip install 'pt2-llm[data]'
@@ -66,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", help="folder of the model (config.json, *.safetensors, tokenizer)")
     parser.add_argument("-o", "--out", help="folder of the artifact (default: ./MODEL-pt2)")
-    parser.add_argument("--recipe", default="default", help="default, paper, or a YAML file")
+    parser.add_argument("--recipe", default="fast", help="paper, fast, best, refined or FILE.yaml")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--resume", action="store_true", help="take up a run that was stopped")
     mode.add_argument("--overwrite", action="store_true", help="replace what OUT holds")
@@ -87,6 +91,12 @@ def build_parser() -> argparse.ArgumentParser:
     _switch(method, "aga", "Activation-aware Grid Alignment (yes)")
     _switch(method, "compensate", "carry each block's error into the columns to come (yes)")
     method.add_argument("--reround", type=int, metavar="N", help="rounds of re-rounding T (1)")
+    method.add_argument("--rounds", type=int, metavar="N", help="of improving whole rows (0)")
+    method.add_argument("--sweeps", type=int, metavar="N", help="of descent on T in a round (4)")
+    method.add_argument("--noise", type=float, help="of the descent, fading, in steps of T (0)")
+    method.add_argument("--asymmetry", type=float, help="make up for so much of inputs' errors (0)")
+    method.add_argument("--stream", type=float, help="... of the residual stream's errors (0)")
+    _switch(method, "sequential", "Hessians behind the block's own quantised linears (no)")
     method.add_argument("--damping", type=float, help="share of the mean Hessian diagonal (0.01)")
     method.add_argument("--skip", metavar="REGEX", help="leave matching linears as they are")
 

@@ -20,7 +20,7 @@ DEVICES = ("auto", "cpu", "cuda")
 
 @dataclass(frozen=True)
 class Config:
-    """Settings of one run. The defaults are the ``default`` recipe.
+    """Settings of one run. The defaults are the ``fast`` recipe.
 
     Attributes:
         order: columns' order. none, random, hessian (falling Hessian diagonal, per matrix), ssr
@@ -36,6 +36,9 @@ class Config:
         rounds: of improving whole rows once all blocks are done: alpha and mu of all blocks of a
             row by one solve, then coordinate descent on T (0: none).
         sweeps: of the coordinate descent in each of these rounds, at most.
+        noise: in steps of T, on the values that the descent chooses between; it fades over the
+            sweeps, so that the search does not end in the first place where no single change helps
+            (0: plain descent).
         asymmetry: share (0 to 1) of the inputs' error, left by what was quantised before, that the
             linears are to make up for: their target then lies that far towards the least-squares
             match of the full-precision model's outputs (as GPTAQ).
@@ -64,6 +67,7 @@ class Config:
     reround: int = 1
     rounds: int = 0
     sweeps: int = 4
+    noise: float = 0.0
     asymmetry: float = 0.0
     stream: float = 0.0
     sequential: bool = False
@@ -87,14 +91,14 @@ class Config:
         _one_of("block_size", self.block_size, BLOCK_SIZES)
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("device", self.device, DEVICES)
-        least = {"itf_steps": 1, "reround": 0, "rounds": 0, "sweeps": 1, "samples": 1, "seqlen": 2,
+        least = {"itf_steps": 1, "reround": 0, "rounds": 0, "sweeps": 0, "samples": 1, "seqlen": 2,
                  "order_samples": 1, "threads": 0, "seed": 0, "batch_size": 1}  # fmt: skip
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise PT2Error(f"setting {name} must be at least {low}, not {getattr(self, name)}")
         if not 0 < self.damping <= 10:
             raise PT2Error(f"setting damping must be above 0 and at most 10, not {self.damping}")
-        for name in ("asymmetry", "stream"):
+        for name in ("asymmetry", "stream", "noise"):
             if not 0 <= getattr(self, name) <= 1:
                 raise PT2Error(f"setting {name} must lie in 0 to 1, not {getattr(self, name)}")
         if self.skip is not None:
@@ -111,24 +115,33 @@ class Config:
         return values
 
 
-# What differs from the defaults. "paper" is the paper to the letter.
+# What differs from the defaults: "paper" is the paper to the letter, "fast" adds re-rounding and an
+# order that can be folded, "best" is the best without gradients, and "refined" is the start for a
+# refinement by gradients (pt2-refine).
+BEST: dict[str, Any] = {
+    "rounds": 8, "sweeps": 2, "noise": 0.1, "sequential": True, "asymmetry": 0.5, "stream": 0.5,
+}  # fmt: skip
 RECIPES: dict[str, dict[str, Any]] = {
-    "default": {},
     "paper": {"order": "ssr", "reround": 0},
+    "fast": {},
+    "best": BEST,
+    "refined": BEST,
 }
+ALIASES = {"default": "fast"}
 
 
 def load_recipe(name: str, **overrides: Any) -> Config:
     """Make a Config from a recipe and the settings given beside it.
 
     Args:
-        name: ``default``, ``paper``, or a YAML file with settings (its ``recipe`` key may name one
-            of the two to start from).
+        name: ``paper``, ``fast`` (or ``default``), ``best``, ``refined``, or a YAML file with
+            settings (its ``recipe`` key may name one of these to start from).
         overrides: settings that win over the recipe's; None means not given.
 
     Raises:
         PT2Error: no such recipe or file, not YAML, an unknown setting, or a wrong value.
     """
+    name = ALIASES.get(name, name)
     values = dict(RECIPES[name]) if name in RECIPES else _recipe_file(Path(name))
     values.update({k: v for k, v in overrides.items() if v is not None})
     return Config(**values)
@@ -143,7 +156,8 @@ def _recipe_file(path: Path) -> dict[str, Any]:
         raise PT2Error(f"cannot read the recipe {path}: {e}") from e
     if not isinstance(raw, dict):
         raise PT2Error(f"the recipe {path} must hold lines such as 'order: ssr'")
-    base = raw.pop("recipe", "default")
+    base = raw.pop("recipe", "fast")
+    base = ALIASES.get(str(base), str(base))
     if base not in RECIPES:
         raise PT2Error(f"{path}: recipe must be one of {', '.join(RECIPES)}, not {base!r}")
     known = {f.name for f in dataclasses.fields(Config)}

@@ -48,6 +48,8 @@ class Method:
     damping: float = 0.01
     rounds: int = 0
     sweeps: int = 4
+    noise: float = 0.0
+    seed: int = 0
 
 
 class Ternary(NamedTuple):
@@ -165,9 +167,8 @@ def quantize_matrix(
     if method.rounds:
         errors.add("blockwise", original, result.dequantize(), hessian.float())
         h = damped[perm[:, None], perm].float()
-        grid, t = descent.refine_rows(
-            aim[:, perm], codes.float(), Grid(alpha, mu), h, method.rounds, method.sweeps
-        )
+        search = descent.Search(method.rounds, method.sweeps, method.noise, method.seed)
+        grid, t = descent.refine_rows(aim[:, perm], codes.float(), Grid(alpha, mu), h, search)
         result = Ternary(t.to(torch.int8), grid.alpha, grid.mu, perm)
     errors.add("final", original, result.dequantize(), hessian.float())
     return result, errors

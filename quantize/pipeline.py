@@ -194,7 +194,8 @@ class _Run:
         self.run = run
         self.method = Method(
             config.block_size, config.itf, config.itf_steps, config.aga, config.compensate,
-            config.reround, config.damping, config.rounds, config.sweeps,
+            config.reround, config.damping, config.rounds, config.sweeps, config.noise,
+            config.seed,
         )  # fmt: skip
 
     def blocks(self, tokens: Tensor) -> None:

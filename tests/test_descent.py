@@ -136,14 +136,31 @@ def test_blocks_that_say_nothing_of_alpha_keep_a_sound_grid():
 
 def test_rows_do_not_depend_on_each_other(monkeypatch):
     w, t, grid, h = problem(7, rows=20)
-    whole_grid, whole_t = descent.refine_rows(w, t, grid, h, 2, 3)
+    search = descent.Search(2, 3)
+    whole_grid, whole_t = descent.refine_rows(w, t, grid, h, search)
     monkeypatch.setattr(descent, "CPU_ROWS", 7)
     monkeypatch.setattr(descent, "SOLVE_NUMBERS", 300)
-    parts_grid, parts_t = descent.refine_rows(w, t, grid, h, 2, 3)
+    parts_grid, parts_t = descent.refine_rows(w, t, grid, h, search)
     assert (whole_t != parts_t).float().mean() < 0.01
     a = descent.objective(w, whole_t, whole_grid, h).sum()
     b = descent.objective(w, parts_t, parts_grid, h).sum()
     assert b == pytest.approx(float(a), rel=0.01)
+
+
+def test_annealing_finds_what_plain_descent_does_not_and_never_makes_a_row_worse():
+    w, t, grid, h = problem(10, rows=64, cols=96, k=32)
+    start = descent.objective(w, t, grid, h)
+
+    def ends(noise: float, seed: int = 0) -> torch.Tensor:
+        new, found = descent.refine_rows(w, t, grid, h, descent.Search(8, 2, noise, seed))
+        value = descent.objective(w, found, new, h)
+        assert bool((value <= start * (1 + 1e-6)).all())
+        return value
+
+    plain, annealed = ends(0.0).sum(), ends(0.1).sum()
+    assert annealed < 0.99 * plain
+    assert torch.equal(ends(0.1), ends(0.1)) and not torch.equal(ends(0.1), ends(0.1, seed=1))
+    assert bool((ends(1.0) <= start * (1 + 1e-6)).all())  # far too much noise: rows stay
 
 
 def test_a_grid_that_float16_cannot_hold_is_refused():

@@ -30,7 +30,7 @@ from quantize import calibration, cli
 from quantize.artifact import Artifact
 from quantize.checkpoint import Checkpoint
 from quantize.common import PT2Error
-from quantize.config import ORDERS, Config, load_recipe
+from quantize.config import ORDERS, RECIPES, Config, load_recipe
 from quantize.evaluate import perplexity
 from quantize.hf_model import StreamedModel
 
@@ -51,10 +51,11 @@ def config(calib: str, **changes) -> Config:
     return Config(**{**base, **changes})
 
 
+@pytest.mark.parametrize("recipe", ["fast", "best"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_architecture_gives_a_foldable_artifact(architecture, tmp_path, calib):
+def test_every_architecture_gives_a_foldable_artifact(architecture, recipe, tmp_path, calib):
     folder = tiny_model(tmp_path / "m", architecture)
-    result = quantize.ternarize(folder, tmp_path / "a", config(calib))
+    result = quantize.ternarize(folder, tmp_path / "a", config(calib, **RECIPES[recipe]))
     a = Artifact.open(tmp_path / "a")
     model = StreamedModel(Checkpoint.open(folder))
     assert len(result.matrices) == 21 and not result.kept
@@ -112,8 +113,40 @@ def test_the_method_beats_its_parts_in_output_error(llama, tmp_path, calib):
     assert default < paper < error(compensate=False, order="none", reround=0)
 
 
-def test_two_runs_give_the_same_bytes_and_resume_finishes_any_state(llama, tmp_path, calib):
-    cfg = config(calib)
+def test_sequential_hessians_see_the_quantised_linears_before_them(llama, tmp_path, calib):
+    """o_proj's Hessian then comes from ternary q, k and v: its scale differs, q's does not."""
+    both = [
+        quantize.ternarize(llama, tmp_path / str(s), config(calib, sequential=s)).matrices
+        for s in (False, True)
+    ]
+    first = "model.layers.0.self_attn."
+    q, o = ([m[first + name]["norm_x"] for m in both] for name in ("q_proj", "o_proj"))
+    assert q[0] == q[1]
+    assert abs(o[0] - o[1]) > 1e-4 * o[0]
+
+
+def test_asymmetric_targets_bring_the_models_outputs_closer(llama, tmp_path, calib):
+    """On the calibration tokens themselves the last activations come nearer the full model's."""
+    tokens = load_file(calib.removesuffix(":calibration"))["calibration"].long()
+
+    def distance(**changes) -> float:
+        r = quantize.ternarize(llama, tmp_path / "x", config(calib, **changes), overwrite=True)
+        model, a = StreamedModel(Checkpoint.open(llama)), Artifact.open(r.path)
+        full = quantised = model.embed(tokens)
+        for index in range(model.n_blocks):
+            weights = {n: torch.from_numpy(m.dequantize()) for n, m in a.block(index).items()}
+            full = model.forward_block(model.load_block(index), full, index)
+            quantised = model.forward_block(model.load_block(index, weights), quantised, index)
+        return float((full - quantised).square().mean())
+
+    plain = distance(sequential=True)
+    assert distance(sequential=True, asymmetry=0.5) < 0.98 * plain
+    assert distance(sequential=True, asymmetry=0.5, stream=0.5) < 0.96 * plain
+
+
+@pytest.mark.parametrize("recipe", ["fast", "best"])
+def test_two_runs_give_the_same_bytes_and_resume_finishes_any_state(recipe, llama, tmp_path, calib):
+    cfg = config(calib, **RECIPES[recipe])
     quantize.ternarize(llama, tmp_path / "a", cfg)
     moved = shutil.copytree(llama, tmp_path / "moved")
     quantize.ternarize(moved, tmp_path / "b", cfg)
@@ -167,9 +200,14 @@ def test_kill_and_resume_gives_the_same_bytes(llama, calib):
 def test_recipes(tmp_path):
     paper = load_recipe("paper")
     assert (paper.order, paper.reround, paper.block_size, paper.samples) == ("ssr", 0, 128, 128)
-    assert load_recipe("default") == Config()
+    assert load_recipe("default") == load_recipe("fast") == Config()
+    best = load_recipe("best")
+    assert best == dataclasses.replace(Config(), **RECIPES["best"]) != Config()
+    assert best.rounds and best.noise and best.sequential and best.asymmetry == best.stream == 0.5
     assert load_recipe("paper", reround=2, seed=None).reround == 2
     file = tmp_path / "r.yaml"
+    file.write_text("recipe: best\nnoise: 0\n")
+    assert load_recipe(str(file)) == dataclasses.replace(best, noise=0.0)
     file.write_text(yaml.safe_dump({"recipe": "paper", "block_size": 64, "damping": 1}))
     assert load_recipe(str(file)) == dataclasses.replace(paper, block_size=64, damping=1.0)
 
@@ -184,6 +222,8 @@ def test_recipes(tmp_path):
         ("aga: 3", "aga must be of type bool"),
         ("samples: 0", "samples must be at least 1"),
         ("damping: -1", "damping must be above 0"),
+        ("asymmetry: 1.5", "asymmetry must lie in 0 to 1"),
+        ("recipe: [a]", "recipe must be one of"),
         ("skip: '['", "not a regular expression"),
         ("- a", "must hold lines"),
         ("a: [", "cannot read the recipe"),
