@@ -90,7 +90,7 @@ static void compare(const std::string & name, const site & s, const std::vector<
     const reader r(s);
     const int nb = s.act.nb;
     int bad = 0;
-    for (int token = 0; token < s.act.cols; token++) {
+    for (int token = 0; token < (s.act.layout == TQ_ACT_DECODE ? s.act.cols : s.act.n); token++) { // prefill: no others are written
         for (int block = 0; block < nb; block++) {
             const block_value v = r.get(token, block);
             const double * x = token < s.act.n ? &y[((size_t) token * nb + block) * TQ_BLOCK] : nullptr;
@@ -241,7 +241,7 @@ static void check_glu(int n, int columns, int act, bool packed, bool product) {
     const reader r(s);
     const std::vector<float> got = product ? dy.host() : std::vector<float>();
     int bad = 0;
-    for (int t = 0; t < s.act.cols; t++) {
+    for (int t = 0; t < (s.act.layout == TQ_ACT_DECODE ? s.act.cols : n); t++) {
         for (int b = 0; b < s.act.nb; b++) {
             const block_value v = r.get(t, b);
             double amax = 0, mag = 0, sum = 0;
@@ -281,7 +281,7 @@ static void check_chain(int n, int columns) {
     compare_floats(name + " sum", da.host(), want);
     const reader one(first), two(second);
     bool same = true;
-    for (int t = 0; t < first.act.cols; t++) {
+    for (int t = 0; t < n; t++) {
         for (int k = 0; k < first.act.nb; k++) {
             const block_value x = one.get(t, k), y = two.get(t, k);
             same = same && x.d == y.d && x.neg_sum == y.neg_sum && memcmp(x.q, y.q, TQ_BLOCK) == 0;
@@ -346,8 +346,8 @@ static void bench() {
     printf("empty kernel: 1 thread block %.2f, 132 %.2f; cluster of 8 %.2f\n",
         time_us([](cudaStream_t s) { launch(nothing_kernel, dim3(1), 128, 1, s, 0); }), time_us([](cudaStream_t s) { launch(nothing_kernel, dim3(132), 128, 1, s, 0); }),
         time_us([](cudaStream_t s) { launch(nothing_kernel, dim3(8), 128, 8, s, 0); }));
-    for (int n : {1, 2, 8, 16, 128, 512}) {
-        for (int k : {4096, 8192, 22016}) {
+    for (int n : {1, 2, 4, 8, 16, 32, 64, 128, 512}) {
+        for (int k : {4096, 5120, 8192, 11008, 22016}) {
             const size_t size = (size_t) n * k;
             std::vector<float> ones(size, 1.0f);
             device_array<float> a(ones), b(ones), w(ones), sum(size), norm(size);

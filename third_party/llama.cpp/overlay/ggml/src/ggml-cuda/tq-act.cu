@@ -1,12 +1,10 @@
 // Activations on their way into a product: the residual sum, the norm and the gate where the graph has
 // them, and the rounding to int8 in the layouts of tq-kernels.cuh, in one kernel.
 //
-// A group of sixteen threads shares a block of 128 columns of one token, columns 4s .. 4s + 3 and 64 + 4s .. 67 + 4s for
-// thread s: the block's largest magnitude and its sums are four shuffles away, and each thread has two whole
-// words of both layouts. A warp holds two blocks of a token for the decode layout, and one block of two
-// neighbouring tokens for the prefill layout, whose 16-byte pieces then fill whole sectors.
+// Sixteen threads share a block of 128 columns of one token (tq-act-block.cuh). A warp holds two blocks of a token,
+// or one block of two neighbouring tokens, whose 16-byte pieces of the prefill layout then fill whole sectors.
 
-#include "tq-kernels.cuh"
+#include "tq-act-block.cuh"
 
 #include <atomic>
 #include <cstdio>
@@ -14,7 +12,7 @@
 
 namespace {
 
-constexpr int LANES      = 16;   // threads that share a block of 128 columns
+constexpr int LANES      = TQ_ACT_LANES;
 constexpr int MAX_RANKS  = 8;    // thread blocks of a cluster, the most that every card takes
 constexpr int MAX_UNITS  = 64;   // groups of LANES threads in a thread block
 constexpr int MAX_REPEAT = 4;    // blocks that a thread of the norm keeps in registers
@@ -23,7 +21,6 @@ constexpr int SOME_UNITS = 8;    // decode of more than FEW_GROUPS groups
 constexpr int FEW_GROUPS = 1024;
 constexpr int MANY_UNITS = 16;   // prefill
 static_assert(MAX_UNITS * MAX_REPEAT >= TQ_NORM_MAX_BLOCKS, "a row of the norm must fit one thread block's registers");
-constexpr float TINY     = 1e-30f; // smaller blocks are zero, as on the CPU
 
 void check(cudaError_t err, const char * what) {
     if (err != cudaSuccess) {
@@ -46,124 +43,6 @@ __device__ __forceinline__ void wait_for_inputs() {
 #endif
 }
 
-// ---- a block of 128 columns ------------------------------------------------------------------------
-
-// p points at the thread's first column. 16-byte accesses where pointers and strides allow them, which is nearly always.
-__device__ __forceinline__ void load8(const float * p, bool vec, float (&v)[8]) {
-    if (vec) {
-        *reinterpret_cast<float4 *>(v + 0) = *reinterpret_cast<const float4 *>(p);
-        *reinterpret_cast<float4 *>(v + 4) = *reinterpret_cast<const float4 *>(p + 64);
-    } else {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            v[i]     = p[i];
-            v[i + 4] = p[i + 64];
-        }
-    }
-}
-
-__device__ __forceinline__ void store8(float * p, bool vec, const float (&v)[8]) {
-    if (vec) {
-        *reinterpret_cast<float4 *>(p)      = *reinterpret_cast<const float4 *>(v + 0);
-        *reinterpret_cast<float4 *>(p + 64) = *reinterpret_cast<const float4 *>(v + 4);
-    } else {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            p[i]      = v[i];
-            p[i + 64] = v[i + 4];
-        }
-    }
-}
-
-__device__ __forceinline__ float sum_lanes(float x) {
-#pragma unroll
-    for (int o = LANES / 2; o; o >>= 1) {
-        x += __shfl_xor_sync(~0u, x, o);
-    }
-    return x;
-}
-
-// The lowest bytes of four words.
-__device__ __forceinline__ int pack4(unsigned a, unsigned b, unsigned c, unsigned d) {
-    return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
-}
-
-// Rounds the thread's columns of a block and writes them; all lanes of the warp take part, those with !write in the
-// shuffles only.
-template <bool PREFILL>
-__device__ __forceinline__ void write_block(const tq_act & out, int token, int block, int s, const float (&v)[8], bool write) {
-    // as integers, magnitudes order like floats, with infinity and NaN on top (and no fast-math surprises)
-    unsigned top = 0;
-    float    sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-        top = max(top, __float_as_uint(v[i]) & 0x7fffffffu);
-        sum += v[i];
-    }
-#pragma unroll
-    for (int o = LANES / 2; o; o >>= 1) {
-        top = max(top, __shfl_xor_sync(~0u, top, o));
-    }
-    sum = sum_lanes(sum);
-
-    const bool  bad  = top >= 0x7f800000u;
-    const float amax = __uint_as_float(top);
-    const bool  none = bad || amax < TINY;
-    const float nan  = __uint_as_float(0x7fffffffu);
-    const float inv  = none ? 0.0f : __fdiv_rn(127.0f, amax);
-    const float d    = bad ? nan : none ? 0.0f : __fdiv_rn(amax, 127.0f);
-    sum              = bad ? nan : none ? 0.0f : sum;
-
-    // 1.5 * 2^23 added to a small float leaves it rounded to nearest even in the lowest bits; unlike a conversion this is
-    // an ordinary addition, and the bytes need no masks
-    constexpr unsigned MAGIC = 0x4b400000;
-    unsigned q[8];
-    unsigned total = 0;
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-        q[i] = __float_as_uint(__fadd_rn(__fmul_rn(v[i], inv), __uint_as_float(MAGIC)));
-        total += q[i];
-    }
-    const int words[2] = { // what is not finite must not leave traces
-        bad ? 0 : PREFILL ? pack4(q[0], q[4], q[1], q[5]) : pack4(q[0], q[1], q[2], q[3]),
-        bad ? 0 : PREFILL ? pack4(q[2], q[6], q[3], q[7]) : pack4(q[4], q[5], q[6], q[7]),
-    };
-    if constexpr (!PREFILL) {
-#pragma unroll
-        for (int o = LANES / 2; o; o >>= 1) {
-            total += __shfl_xor_sync(~0u, total, o);
-        }
-    }
-    if (!write) {
-        return;
-    }
-
-    if constexpr (PREFILL) {
-        const int group = token / TQ_PREFILL_BN;
-        const int k     = token % TQ_PREFILL_BN;
-        uint8_t * record = out.q + ((size_t) group * out.nb + block) * TQ_RECORD;
-        *reinterpret_cast<int *>(record + tq_record_q(4 * s + 0, k)) = words[0];
-        *reinterpret_cast<int *>(record + tq_record_q(4 * s + 2, k)) = words[1];
-        if (s == 0) {
-            reinterpret_cast<float *>(record + TQ_PREFILL_BN * TQ_BLOCK)[tq_record_d(k)] = d;
-            const unsigned high = __float_as_uint(sum) & ~0x1fffu;
-            float * sums = static_cast<float *>(out.aux) + tq_sums_at(group, out.nb, block, k);
-            sums[0] = __uint_as_float(high);
-            sums[2] = (high & 0x7f800000u) == 0x7f800000u ? 0.0f : sum - __uint_as_float(high);
-        }
-    } else {
-        const int plane = s / 8; // and plane + 2
-        uint8_t * dst = out.q + ((size_t) block * 2 * out.cols + token) * 64 + s % 8 / 2 * 16 + 8 * plane + s % 2 * 4;
-        *reinterpret_cast<int *>(dst)                 = words[0];
-        *reinterpret_cast<int *>(dst + out.cols * 64) = words[1];
-        if (s == 0) {
-            const tq_act_head head{d, sum, bad ? 0 : (int) (TQ_BLOCK * MAGIC - total), 0}; // modulo 2^32
-            *reinterpret_cast<int4 *>(static_cast<tq_act_head *>(out.aux) + (size_t) block * out.cols + token) =
-                *reinterpret_cast<const int4 *>(&head);
-        }
-    }
-}
-
 // ---- elementwise sources -----------------------------------------------------------------------------
 
 struct plain_source {
@@ -172,18 +51,9 @@ struct plain_source {
     bool          vec;
 
     __device__ __forceinline__ void load(int token, int column, float (&v)[8]) const {
-        load8(x + token * ld + column, vec, v);
+        tq_load8(x + token * ld + column, vec, v);
     }
 };
-
-__device__ __forceinline__ float silu(float x) {
-    return x / (1.0f + expf(-x));
-}
-
-__device__ __forceinline__ float gelu(float x) {
-    constexpr float SQRT_2_OVER_PI = 0.79788456080286535588f;
-    return 0.5f * x * (1.0f + tanhf(SQRT_2_OVER_PI * x * (1.0f + 0.044715f * x * x)));
-}
 
 template <bool GELU> struct glu_source {
     const float * gate;
@@ -196,19 +66,20 @@ template <bool GELU> struct glu_source {
 
     __device__ __forceinline__ void load(int token, int column, float (&v)[8]) const {
         float u[8];
-        load8(gate + token * ld_gate + column, vec, v);
-        load8(up + token * ld_up + column, vec, u);
+        tq_load8(gate + token * ld_gate + column, vec, v);
+        tq_load8(up + token * ld_up + column, vec, u);
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-            v[i] = (GELU ? gelu(v[i]) : silu(v[i])) * u[i];
+            v[i] = (GELU ? tq_gelu(v[i]) : tq_silu(v[i])) * u[i];
         }
         if (product) {
-            store8(product + token * columns + column, vec, v);
+            tq_store8(product + token * columns + column, vec, v);
         }
     }
 };
 
-// Thread blocks of `units` groups. Decode: grid (blocks / units, columns of the layout). Prefill: grid (blocks, tokens / units).
+// Thread blocks of `units` groups. Decode: grid (blocks / units, columns of the layout). Prefill: grid (blocks, tokens / units),
+// tokens past the last are left as they are.
 template <bool PREFILL, typename Source>
 __global__ void __launch_bounds__(MANY_UNITS * LANES) quantize_kernel(Source source, tq_act out) {
     let_next_start();
@@ -224,7 +95,7 @@ __global__ void __launch_bounds__(MANY_UNITS * LANES) quantize_kernel(Source sou
     if (write && token < out.n) {
         source.load(token, block * TQ_BLOCK + 4 * s, v);
     }
-    write_block<PREFILL>(out, token, block, s, v, write);
+    tq_write_block<PREFILL>(out, token, block, s, v, write);
 }
 
 // ---- norm ----------------------------------------------------------------------------------------------
@@ -269,20 +140,20 @@ __global__ void __launch_bounds__(MAX_UNITS * LANES) norm_kernel(const float * a
             v[r][i] = 0.0f;
         }
         if (real && block < out.nb) {
-            load8(a + row + column, vec, v[r]);
+            tq_load8(a + row + column, vec, v[r]);
             if (b) {
                 float x[8];
-                load8(b + row + column, vec, x);
+                tq_load8(b + row + column, vec, x);
 #pragma unroll
                 for (int i = 0; i < 8; i++) {
                     v[r][i] += x[i];
                 }
             }
             if constexpr (EARLY) {
-                load8(w + column, vec, early[r]);
+                tq_load8(w + column, vec, early[r]);
             }
             if (sum) {
-                store8(sum + row + column, vec, v[r]);
+                tq_store8(sum + row + column, vec, v[r]);
             }
         }
 #pragma unroll
@@ -290,7 +161,7 @@ __global__ void __launch_bounds__(MAX_UNITS * LANES) norm_kernel(const float * a
             square += v[r][i] * v[r][i];
         }
     }
-    square = sum_lanes(square);
+    square = tq_sum_lanes(square);
 
     float * mine = &squares[which][rank * slots + slot];
     if (ranks == 1) {
@@ -316,7 +187,7 @@ __global__ void __launch_bounds__(MAX_UNITS * LANES) norm_kernel(const float * a
     for (int i = s; i < ranks * slots; i += LANES) {
         total += squares[which][i];
     }
-    total = sum_lanes(total);
+    total = tq_sum_lanes(total);
     const float scale = rsqrtf(total / (float) (out.nb * TQ_BLOCK) + eps);
 
 #pragma unroll
@@ -325,17 +196,17 @@ __global__ void __launch_bounds__(MAX_UNITS * LANES) norm_kernel(const float * a
         const int column = block * TQ_BLOCK + 4 * s;
         if (real && block < out.nb) {
             if constexpr (!EARLY) {
-                load8(w + column, vec, early[0]);
+                tq_load8(w + column, vec, early[0]);
             }
 #pragma unroll
             for (int i = 0; i < 8; i++) {
                 v[r][i] = v[r][i] * scale * early[EARLY ? r : 0][i];
             }
             if (norm) {
-                store8(norm + row + column, vec, v[r]);
+                tq_store8(norm + row + column, vec, v[r]);
             }
         }
-        write_block<PREFILL>(out, token, block, s, v[r], block < out.nb);
+        tq_write_block<PREFILL>(out, token, block, s, v[r], block < out.nb);
     }
 }
 
@@ -393,7 +264,7 @@ bool aligned16(const void * p, int64_t ld = 0) {
 template <typename Source>
 void launch_quantize(const Source & source, const tq_act & out, cudaStream_t stream, int units) {
     if (out.layout == TQ_ACT_PREFILL) {
-        launch(quantize_kernel<true, Source>, dim3(out.nb, out.cols / units), units * LANES, 1, stream, source, out);
+        launch(quantize_kernel<true, Source>, dim3(out.nb, (out.n + units - 1) / units), units * LANES, 1, stream, source, out);
     } else {
         launch(quantize_kernel<false, Source>, dim3((out.nb + units - 1) / units, out.cols), units * LANES, 1, stream, source, out);
     }
@@ -418,13 +289,16 @@ bool norm_shape_fits(const norm_shape & s) {
 }
 
 norm_shape norm_shape_for(const tq_act & out) {
+    // Measured on an H200 (benchmarks/cuda_lab/act_check.cu): eight thread blocks a row where there are few rows; else
+    // some 512 thread blocks in all, half as many where the rows are long.
+    const int  rows   = out.layout == TQ_ACT_DECODE ? out.cols : out.n;
+    const bool few    = rows <= 16;
+    const int  enough = out.nb <= 40 ? 512 : 256;
     int ranks = 1;
-    if (has_sm90_code()) {
-        while (ranks < MAX_RANKS && out.cols * ranks < 128 && ranks * 2 < out.nb) {
-            ranks *= 2;
-        }
+    while (has_sm90_code() && ranks < (few ? MAX_RANKS : 4) && rows * ranks < enough && ranks * 2 < out.nb) {
+        ranks *= 2;
     }
-    for (int repeat = 1; ; repeat *= 2) {
+    for (int repeat = few ? 1 : 2; ; repeat *= 2) {
         const norm_shape shape = norm_shape_of(out, 1, ranks, repeat);
         if (norm_shape_fits(shape) || repeat == MAX_REPEAT) {
             return shape;
@@ -436,7 +310,7 @@ template <bool PREFILL, int TOKENS>
 void launch_norm(const norm_shape & shape, const float * a, const float * b, const float * w, float eps, float * sum, float * norm,
         const tq_act & out, bool vec, cudaStream_t stream) {
     const auto kernel = shape.repeat == 1 ? norm_kernel<PREFILL, TOKENS, 1> : shape.repeat == 2 ? norm_kernel<PREFILL, TOKENS, 2> : norm_kernel<PREFILL, TOKENS, 4>;
-    launch(kernel, dim3(shape.ranks, out.cols / TOKENS), shape.slots * TOKENS * LANES, shape.ranks, stream, a, b, w, eps, sum, norm, out, vec);
+    launch(kernel, dim3(shape.ranks, PREFILL ? (out.n + TOKENS - 1) / TOKENS : out.cols), shape.slots * TOKENS * LANES, shape.ranks, stream, a, b, w, eps, sum, norm, out, vec);
 }
 
 void launch_norm(const norm_shape & shape, const float * a, const float * b, const float * w, float eps, float * sum, float * norm,

@@ -45,7 +45,7 @@ struct alignas(16) tq_act_head {
 //   q:    [block][half 0..1][token][t 0..3] 16 bytes; element e of the block, with plane p = e / 32 and
 //         i = e % 32, is in half p / 2, t = i / 8, byte 8*(p % 2) + i % 8
 //   head: [block][token]
-// Prefill layout, tokens in groups of TQ_PREFILL_BN (missing tokens are zero). Token k of its group, k = 0..127:
+// Prefill layout, tokens in groups of TQ_PREFILL_BN (missing tokens may hold anything). Token k of its group, k = 0..127:
 //   records [group][block] of TQ_RECORD bytes: q as wgmma wants it (core matrices of 8 tokens x 16 bytes), then d.
 //     Element e = 32p + 8t + 4h + i of the block (p, t, i = 0..3, h = 0..1) is byte
 //       chunk*16*BN + (k/8)*128 + (k%8)*16 + byte,  chunk = 4*(p%2) + 2*(i/2) + h,  byte = 4t + 2*(i%2) + p/2
