@@ -2,7 +2,8 @@
 
 Run as a program it is one check in a process of its own, because the CPU path is chosen once per
 process: ``python c_support.py LIB_DIR mul-mat`` compares MUL_MAT and MUL_MAT_ID with the portable
-dot product under whatever GGML_TQ_CPU says.
+dot product under whatever GGML_TQ_CPU says; ``head`` does so for the types of heads, with
+llama.cpp's own dot products.
 """
 
 from __future__ import annotations
@@ -20,6 +21,13 @@ F32, I32, TQ2_1, TQ1_1, Q8_T = 0, 26, 120, 121, 122
 NAMES = {TQ2_1: "tq2_1", TQ1_1: "tq1_1", Q8_T: "q8_t"}
 SIZES = {TQ2_1: 36, TQ1_1: 30, Q8_T: 136}
 BLOCK = 128
+# types of heads: ggml's number, its dot product and what makes the other factor of that
+HEADS = {
+    8: ("ggml_vec_dot_q8_0_q8_0", "quantize_row_q8_0"),
+    12: ("ggml_vec_dot_q4_K_q8_K", "quantize_row_q8_K"),
+    13: ("ggml_vec_dot_q5_K_q8_K", "quantize_row_q8_K"),
+    14: ("ggml_vec_dot_q6_K_q8_K", "quantize_row_q8_K"),
+}
 
 _P, _I64, _SIZE, _BOOL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_size_t, ctypes.c_bool
 
@@ -98,6 +106,7 @@ def load(lib_dir: Path) -> Libs:
     row = ([_P, _P, _I64], None)
     quantize = ([_P, _P, _I64, _I64, _P], _SIZE)
     tensor = [_P, ctypes.c_int]
+    vec_dot = [ctypes.c_int, _P, _SIZE, _P, _SIZE, _P, _SIZE, ctypes.c_int]
     gemv = [ctypes.c_char_p, ctypes.c_int, _I64, _I64, _P, _SIZE, _P, _P]
     signatures = {
         base: {
@@ -113,6 +122,8 @@ def load(lib_dir: Path) -> Libs:
             "ggml_mul_mat": ([_P, _P, _P], _P), "ggml_mul_mat_id": ([_P, _P, _P, _P], _P),
             "ggml_get_data": ([_P], _P), "ggml_new_graph": ([_P], _P),
             "ggml_build_forward_expand": ([_P, _P], None),
+            "ggml_row_size": ([ctypes.c_int, _I64], _SIZE),
+            "ggml_quantize_chunk": ([ctypes.c_int, _P, _P, _I64, _I64, _I64, _P], _SIZE),
         },
         cpu: {
             "ggml_cpu_init": ([], None),
@@ -121,6 +132,8 @@ def load(lib_dir: Path) -> Libs:
             "ggml_tq_active_name": ([], ctypes.c_char_p),
             "ggml_tq_test_supported": ([ctypes.c_char_p], _BOOL),
             "ggml_tq_test_gemv": (gemv, _BOOL),
+            **{dot: (vec_dot, None) for dot, _ in HEADS.values()},
+            **{to_q8: row for _, to_q8 in HEADS.values()},
         },
     }  # fmt: skip
     for library, functions in signatures.items():
@@ -251,8 +264,34 @@ def _check_mul_mat_id(libs: Libs, kind: int, rng: np.random.Generator) -> int:
     return cases
 
 
+def check_head(libs: Libs) -> int:
+    """One column, types of heads: bit for bit llama.cpp's dot products; number of cases."""
+    rng = np.random.default_rng(5)
+    cases, k = 0, 768
+    for kind, (dot, to_q8) in HEADS.items():
+        for rows in (1, 3, 66, 259):
+            weights = rng.standard_normal((rows, k)).astype(np.float32)
+            w = np.empty((rows, libs.base.ggml_row_size(kind, k)), np.uint8)
+            libs.base.ggml_quantize_chunk(
+                kind, weights.ctypes.data, w.ctypes.data, 0, rows, k, None
+            )
+            x = rng.standard_normal(k).astype(np.float32)
+            y = np.empty(2 * k, np.uint8)  # more than any type needs
+            getattr(libs.cpu, to_q8)(x.ctypes.data, y.ctypes.data, k)
+            want = np.empty(rows, np.float32)
+            for r in range(rows):
+                getattr(libs.cpu, dot)(
+                    k, want[r:].ctypes.data, 0, w[r].ctypes.data, 0, y.ctypes.data, 0, 1
+                )
+            for threads in (1, 2, 3):
+                got = graph_product(libs, kind, w[None], x[None, None], threads)[0, 0]
+                assert np.array_equal(got, want), f"type {kind}, {rows} rows, {threads} threads"
+                cases += 1
+    return cases
+
+
 if __name__ == "__main__":
     loaded = load(Path(sys.argv[1]))
-    assert sys.argv[2:] == ["mul-mat"]
+    checks = {"mul-mat": check_mul_mat, "head": check_head}
     print("active", loaded.cpu.ggml_tq_active_name().decode())
-    print("cases", check_mul_mat(loaded))
+    print("cases", checks[sys.argv[2]](loaded))

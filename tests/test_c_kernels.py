@@ -71,12 +71,15 @@ def test_neon_paths_under_emulation(tmp_path):
     target = tmp_path / "tq_check"
     compile_harness(CROSS_COMPILER, target, "-static")
     result = run_harness([EMULATOR, target])
-    assert result["active"] == ["neon-dotprod"]
-    for path in ("neon", "neon-dotprod"):
+    assert result["active"] == ["neon-i8mm"]
+    for path in ("neon", "neon-dotprod", "neon-i8mm"):
         assert result[path][0] == "ok" and int(result[path][1]) > 1000
-    # a processor of the first 64-bit generation has no dot product instructions
-    old = run_harness([EMULATOR, "-cpu", "cortex-a53", target])
-    assert old["neon-dotprod"] == ["skipped"] and old["active"] == ["neon"]
+    # dot product instructions, but no matrix instructions
+    older = run_harness([EMULATOR, "-cpu", "neoverse-n1", target])
+    assert older["neon-i8mm"] == ["skipped"] and older["active"] == ["neon-dotprod"]
+    # the first 64-bit generation has neither
+    first = run_harness([EMULATOR, "-cpu", "cortex-a53", target])
+    assert first["neon-dotprod"] == ["skipped"] and first["active"] == ["neon"]
 
 
 @pytest.mark.llama
@@ -104,6 +107,17 @@ def test_mul_mat_and_mul_mat_id_of_odd_shapes_on_every_path():
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.split() == ["active", path, "cases", "88"]
+
+
+@pytest.mark.llama
+def test_heads_of_llama_cpps_types_are_products_by_its_own_functions():
+    build = api.require_build("cpu")
+    done = subprocess.run(
+        [sys.executable, HERE / "c_support.py", build.lib_dir, "head"],
+        env=build.env() | {"OMP_NUM_THREADS": "3"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split()[2:] == ["cases", "48"]
 
 
 def upstream_test(name, *arguments):

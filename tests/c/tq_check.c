@@ -29,6 +29,10 @@ size_t ggml_row_size(enum ggml_type type, int64_t ne) {
 size_t ggml_type_size(enum ggml_type type) { return ggml_row_size(type, QK_TQ); }
 const char * ggml_type_name(enum ggml_type type) { return type == GGML_TYPE_TQ2_1 ? "tq2_1" : "tq1_1"; }
 int64_t ggml_nelements(const struct ggml_tensor * t) { return t->ne[0] * t->ne[1] * t->ne[2] * t->ne[3]; }
+int64_t ggml_nrows(const struct ggml_tensor * t) { return t->ne[1] * t->ne[2] * t->ne[3]; }
+int64_t ggml_blck_size(enum ggml_type type) { (void) type; return QK_TQ; }
+bool ggml_is_contiguous(const struct ggml_tensor * t) { (void) t; return true; }
+const struct ggml_type_traits_cpu * ggml_get_type_traits_cpu(enum ggml_type type) { (void) type; return NULL; }
 struct ggml_threadpool;
 void ggml_barrier(struct ggml_threadpool * tp) { (void) tp; }
 void ggml_threadpool_chunk_set(struct ggml_threadpool * tp, int v) { (void) tp; (void) v; }

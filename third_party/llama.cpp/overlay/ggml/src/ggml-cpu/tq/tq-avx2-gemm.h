@@ -103,6 +103,16 @@ static const tq_block_fn tq_avx2_blocks[TQ_PANEL + 1] = {
     tq_avx2_block_5, tq_avx2_block_6, tq_avx2_block_7, tq_avx2_block_8,
 };
 
+// Of the next tile's bytes the b-th part of each quarter, in the order of memory: the kernel jumps from row to row
+TQ_INLINE void tq_fetch_tile(const char * x, size_t bx, int64_t b, size_t block_size) {
+    const size_t part = TQ_TILE / 4 * block_size;
+    for (int i = 0; i < 4; ++i) {
+        for (size_t at = 0; at < part; at += 64) {
+            _mm_prefetch(x + i * (TQ_TILE / 4) * bx + b * part + at, _MM_HINT_T1);
+        }
+    }
+}
+
 TQ_TARGET static void tq_avx2_gemm(enum ggml_type type, int64_t k, int64_t nrows, const void * x, size_t bx, const struct ggml_tq_cols * cols, float * const * dst) {
     const int64_t nb = k / QK_TQ;
 
@@ -117,6 +127,9 @@ TQ_TARGET static void tq_avx2_gemm(enum ggml_type type, int64_t k, int64_t nrows
         memset(sums, 0, cols->n * TQ_TILE * sizeof(float));
 
         for (int64_t b = 0; b < nb; ++b) {
+            if (r0 + TQ_TILE < nrows) {
+                tq_fetch_tile((const char *) x + (r0 + TQ_TILE) * bx, bx, b, type == GGML_TYPE_TQ2_1 ? sizeof(block_tq2_1) : sizeof(block_tq1_1));
+            }
             for (int h = 0; h < 2; ++h) {
                 const int n8 = nr - 8 * h < 0 ? 0 : nr - 8 * h < 8 ? nr - 8 * h : 8;
                 const char * xr = (const char *) x + (r0 + 8 * h) * bx;

@@ -3,45 +3,57 @@
 
 #define TQ_TILE 32 // rows: two registers of 16
 
-// The base-3 bytes of the blocks at a and b (NULL: none) in two halves, reading nothing beside them
-TQ_INLINE __m512i tq1_1_load_codes(const void * a, const void * b) {
-    const __m512i lo = _mm512_maskz_loadu_epi8(0x3ffffff, (const char *) a + 4);
+// 2-bit codes of the blocks at a and b in two halves; NULL is a block of code 0. Reads nothing beside them
+TQ_INLINE __m512i tq_load_codes(enum ggml_type type, const char * a, const char * b, const struct tq1_1_tables * tables) {
+    if (type == GGML_TYPE_TQ2_1) {
+        const __m256i lo = a ? _mm256_loadu_si256((const __m256i *) (a + 4)) : _mm256_setzero_si256();
+        const __m256i hi = b ? _mm256_loadu_si256((const __m256i *) (b + 4)) : _mm256_setzero_si256();
+        return _mm512_inserti64x4(_mm512_castsi256_si512(lo), hi, 1);
+    }
+    __m512i v = a ? _mm512_maskz_loadu_epi8(0x3ffffff, a + 4) : _mm512_setzero_si512();
     // the upper half starts 32 bytes on; what lies before the block is masked, and never read
-    return b ? _mm512_mask_loadu_epi8(lo, 0x3ffffffull << 32, (const char *) b + 4 - 32) : lo;
+    v = b ? _mm512_mask_loadu_epi8(v, 0x3ffffffull << 32, b + 4 - 32) : v;
+    return tq1_1_codes(v, tables);
+}
+
+// Dwords of 16 rows: v[i] = row i and row i + 8, 8 dwords each, becomes v[j] = dword j of rows 0..15
+TQ_INLINE void tq_transpose(__m512i * v) {
+    const __m512i even = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13);
+    const __m512i odd  = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
+    __m512i t[8], u[8];
+    for (int i = 0; i < 8; i += 2) {
+        t[i]     = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) { // u[i + j]: dwords j and j + 4 of rows i..i+3
+        u[i]     = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        u[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        u[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        u[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int j = 0; j < 4; ++j) {
+        v[j]     = _mm512_permutex2var_epi64(u[j], even, u[j + 4]);
+        v[j + 4] = _mm512_permutex2var_epi64(u[j], odd,  u[j + 4]);
+    }
 }
 
 // Block b of 16 rows: codes as u8 at w[32][16][4] (k-group, row, element), alpha and mu - alpha as
 // floats. Rows from nr on are zero
 TQ_INLINE void tq_avx512_unpack16(enum ggml_type type, int nr, const char * x, size_t bx, int64_t b, const struct tq1_1_tables * tables,
                                   uint8_t * w, float * alpha, float * offset) {
-    uint8_t qs2[16][32] __attribute__((aligned(64)));
-    uint32_t am[16] __attribute__((aligned(64)));
-    memset(am, 0, sizeof(am));
-    if (type == GGML_TYPE_TQ2_1) {
-        for (int r = 0; r < nr; ++r) {
-            const block_tq2_1 * xb = (const block_tq2_1 *) (x + r * bx) + b;
-            memcpy(&am[r], xb, 4);
-            _mm256_store_si256((__m256i *) qs2[r], _mm256_loadu_si256((const __m256i *) xb->qs));
-        }
-    } else {
-        for (int r = 0; r < nr; r += 2) {
-            const char * x0 = x + r * bx + b * sizeof(block_tq1_1);
-            const char * x1 = r + 1 < nr ? x0 + bx : NULL;
-            memcpy(&am[r], x0, 4);
-            if (x1) {
-                memcpy(&am[r + 1], x1, 4);
-            }
-            _mm512_store_si512(qs2[r], tq1_1_codes(tq1_1_load_codes(x0, x1), tables));
-        }
+    const char * block = x + b * (type == GGML_TYPE_TQ2_1 ? sizeof(block_tq2_1) : sizeof(block_tq1_1));
+    uint32_t am[16] __attribute__((aligned(64))) = { 0 };
+    for (int r = 0; r < nr; ++r) {
+        memcpy(&am[r], block + r * bx, 4);
     }
-    for (int r = nr; r < 16; ++r) {
-        memset(qs2[r], 0, 32);
+    __m512i v[8];
+    for (int i = 0; i < 8; ++i) {
+        v[i] = tq_load_codes(type, i < nr ? block + i * bx : NULL, i + 8 < nr ? block + (i + 8) * bx : NULL, tables);
     }
-    const __m512i stride = _mm512_setr_epi32(0, 32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448, 480);
+    tq_transpose(v);
     for (int j = 0; j < 8; ++j) {
-        const __m512i v = _mm512_i32gather_epi32(stride, &qs2[0][4 * j], 1);
         for (int p = 0; p < 4; ++p) {
-            _mm512_store_si512(w + 64 * (8 * p + j), tq_plane(v, p));
+            _mm512_store_si512(w + 64 * (8 * p + j), tq_plane(v[j], p));
         }
     }
     const __m512i both = _mm512_load_si512(am);
@@ -99,6 +111,16 @@ static const tq_block_fn tq_avx512_blocks[TQ_PANEL + 1] = {
     tq_avx512_block_5, tq_avx512_block_6, tq_avx512_block_7, tq_avx512_block_8,
 };
 
+// Of the next tile's bytes the b-th part of each quarter, in the order of memory: the kernel jumps from row to row
+TQ_INLINE void tq_fetch_tile(const char * x, size_t bx, int64_t b, size_t block_size) {
+    const size_t part = TQ_TILE / 4 * block_size;
+    for (int i = 0; i < 4; ++i) {
+        for (size_t at = 0; at < part; at += 64) {
+            _mm_prefetch(x + i * (TQ_TILE / 4) * bx + b * part + at, _MM_HINT_T1);
+        }
+    }
+}
+
 TQ_TARGET static void tq_avx512_gemm(enum ggml_type type, int64_t k, int64_t nrows, const void * x, size_t bx, const struct ggml_tq_cols * cols, float * const * dst) {
     const int64_t nb = k / QK_TQ;
     const struct tq1_1_tables tables = tq1_1_load_tables();
@@ -114,6 +136,9 @@ TQ_TARGET static void tq_avx512_gemm(enum ggml_type type, int64_t k, int64_t nro
         memset(sums, 0, cols->n * TQ_TILE * sizeof(float));
 
         for (int64_t b = 0; b < nb; ++b) {
+            if (r0 + TQ_TILE < nrows) {
+                tq_fetch_tile((const char *) x + (r0 + TQ_TILE) * bx, bx, b, type == GGML_TYPE_TQ2_1 ? sizeof(block_tq2_1) : sizeof(block_tq1_1));
+            }
             for (int h = 0; h < 2; ++h) {
                 const int n16 = nr - 16 * h < 0 ? 0 : nr - 16 * h < 16 ? nr - 16 * h : 16;
                 const char * xr = (const char *) x + (r0 + 16 * h) * bx;

@@ -11,6 +11,47 @@
 // Rows that a thread takes at a time, at most; a multiple of the kernels' tile of 32
 #define TQ_ROW_CHUNK 64
 
+// Columns up to which reading the weights takes a good part of the time
+#define TQ_FEW_COLS 32
+// Bytes of weights that are still in the second-level cache when the next column meets them
+#define TQ_CACHED_BYTES (1 << 20)
+
+// Rows that each thread takes for sure. With few columns it wants them in one piece, since a stream of memory reads
+// takes a while to start; the rest, in chunks, evens out threads that are held up
+static int64_t tq_own_rows(int64_t rows, int nth, int64_t ncols) {
+    return ncols > TQ_FEW_COLS ? 0 : nth == 1 ? rows : rows * 3 / 4 / nth / 32 * 32;
+}
+
+// Rows per chunk of the rest: small enough that every thread gets several
+static int64_t tq_chunk_rows(int64_t rest, int nth, int64_t ncols) {
+    const int64_t least = ncols < TQ_GEMM_MIN_COLS ? 16 : 32;
+    int64_t rows = TQ_ROW_CHUNK;
+    while (rows > least && rest < rows * nth * 4) {
+        rows /= 2;
+    }
+    return rows;
+}
+
+void ggml_tq_share_rows(const struct ggml_compute_params * params, int64_t rows, int64_t ncols, ggml_tq_rows_fn take, const void * context) {
+    if (params->ith == 0) {
+        ggml_threadpool_chunk_set(params->threadpool, 0);
+    }
+    ggml_barrier(params->threadpool);
+
+    const int64_t own  = tq_own_rows(rows, params->nth, ncols);
+    const int64_t rest = own * params->nth; // where it begins
+    const int64_t step = tq_chunk_rows(rows - rest, params->nth, ncols);
+
+    take(context, own * params->ith, own * (params->ith + 1));
+    for (;;) {
+        const int64_t begin = rest + ggml_threadpool_chunk_add(params->threadpool, 1) * step;
+        if (begin >= rows) {
+            return;
+        }
+        take(context, begin, MIN(begin + step, rows));
+    }
+}
+
 static bool tq_is_ours(const struct ggml_tensor * src0, const struct ggml_tensor * src1) {
     return (src0->type == GGML_TYPE_TQ2_1 || src0->type == GGML_TYPE_TQ1_1) &&
            src1->type == GGML_TYPE_F32 && src1->nb[0] == sizeof(float) && src0->extra == NULL;
@@ -54,7 +95,7 @@ static void tq_quantize_src1(const struct ggml_compute_params * params, const st
     }
 }
 
-// How a product is shared out: its rows, those of all matrices in one sequence
+// A product as it is shared out: its rows, those of all matrices in one sequence
 struct tq_job {
     const struct ggml_tq_path * path;
     const struct ggml_tensor *  dst;
@@ -80,8 +121,12 @@ static void tq_mul_mat_rows(const struct tq_job * job, int64_t mat, int64_t r0, 
     char *        out      = (char *) dst->data + i2 * dst->nb[2] + i3 * dst->nb[3] + r0 * sizeof(float);
 
     if (!job->panels) {
-        for (int64_t c = 0; c < ncols; ++c) {
-            job->path->gemv(src0->type, src0->ne[0], nr, x, bx, (const block_q8_t *) (y + c * row_size), (float *) (out + c * dst->nb[1]));
+        const int64_t piece = ncols == 1 ? nr : MAX(64, (int64_t) (TQ_CACHED_BYTES / bx));
+        for (int64_t r = 0; r < nr; r += piece) {
+            for (int64_t c = 0; c < ncols; ++c) {
+                job->path->gemv(src0->type, src0->ne[0], MIN(piece, nr - r), x + r * bx, bx, (const block_q8_t *) (y + c * row_size),
+                    (float *) (out + c * dst->nb[1]) + r);
+            }
         }
         return;
     }
@@ -96,7 +141,8 @@ static void tq_mul_mat_rows(const struct tq_job * job, int64_t mat, int64_t r0, 
 }
 
 // Rows [begin, end) of the sequence
-static void tq_mul_mat_range(const struct tq_job * job, int64_t begin, int64_t end) {
+static void tq_mul_mat_range(const void * context, int64_t begin, int64_t end) {
+    const struct tq_job * job = context;
     const int64_t nrows = job->dst->src[0]->ne[1];
     while (begin < end) {
         const int64_t r0 = begin % nrows;
@@ -104,22 +150,6 @@ static void tq_mul_mat_range(const struct tq_job * job, int64_t begin, int64_t e
         tq_mul_mat_rows(job, begin / nrows, r0, nr);
         begin += nr;
     }
-}
-
-// Rows that each thread takes for sure. A matrix-vector product wants them in one piece, since a stream of memory
-// reads takes a while to start; the rest, in chunks, evens out threads that are held up
-static int64_t tq_own_rows(int64_t rows, int nth, bool panels) {
-    return panels ? 0 : nth == 1 ? rows : rows * 3 / 4 / nth / 4 * 4;
-}
-
-// Rows per chunk of the rest: small enough that every thread gets several
-static int64_t tq_chunk_rows(int64_t rest, int nth, bool panels) {
-    const int64_t least = panels ? 32 : 16;
-    int64_t rows = TQ_ROW_CHUNK;
-    while (rows > least && rest < rows * nth * 4) {
-        rows /= 2;
-    }
-    return rows;
 }
 
 bool ggml_tq_mul_mat(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
@@ -137,24 +167,8 @@ bool ggml_tq_mul_mat(const struct ggml_compute_params * params, struct ggml_tens
     const struct tq_job job = { path, dst, params->wdata, path->gemm && src1->ne[1] >= TQ_GEMM_MIN_COLS };
 
     tq_quantize_src1(params, src1, path, job.panels);
-    if (params->ith == 0) {
-        ggml_threadpool_chunk_set(params->threadpool, 0);
-    }
-    ggml_barrier(params->threadpool);
-
-    const int64_t rows = src0->ne[1] * src1->ne[2] * src1->ne[3];
-    const int64_t own  = tq_own_rows(rows, params->nth, job.panels);
-    const int64_t rest = own * params->nth; // where it begins
-    const int64_t step = tq_chunk_rows(rows - rest, params->nth, job.panels);
-
-    tq_mul_mat_range(&job, own * params->ith, own * (params->ith + 1));
-    for (;;) {
-        const int64_t begin = rest + ggml_threadpool_chunk_add(params->threadpool, 1) * step;
-        if (begin >= rows) {
-            return true;
-        }
-        tq_mul_mat_range(&job, begin, MIN(begin + step, rows));
-    }
+    ggml_tq_share_rows(params, src0->ne[1] * src1->ne[2] * src1->ne[3], src1->ne[1], tq_mul_mat_range, &job);
+    return true;
 }
 
 bool ggml_tq_mul_mat_id(const struct ggml_compute_params * params, struct ggml_tensor * dst, int64_t expert, int64_t n_rows, const int32_t * rows) {

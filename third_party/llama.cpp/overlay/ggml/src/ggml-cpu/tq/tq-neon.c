@@ -1,4 +1,4 @@
-// NEON paths for 64-bit ARM, without and with the dot product instructions. See tq.h and KERNELS.md.
+// NEON paths for 64-bit ARM: plain, with dot product and with matrix instructions. See tq.h and KERNELS.md.
 
 #include "tq.h"
 
@@ -14,6 +14,13 @@
 #endif
 
 #define TQ_DOTPROD __attribute__((target("arch=armv8.2-a+dotprod")))
+#define TQ_I8MM    __attribute__((target("arch=armv8.2-a+dotprod+i8mm")))
+// compilers that know the matrix instructions by attribute
+#if (defined(__clang__) && __clang_major__ >= 16) || (!defined(__clang__) && __GNUC__ >= 10)
+#define TQ_HAS_I8MM 1
+#else
+#define TQ_HAS_I8MM 0
+#endif
 #define TQ_INLINE  static inline __attribute__((always_inline))
 
 static bool tq_neon_supported(void) {
@@ -25,6 +32,16 @@ static bool tq_neon_dotprod_supported(void) {
     return true;
 #elif defined(__linux__)
     return (getauxval(AT_HWCAP) & (1ul << 20)) != 0; // HWCAP_ASIMDDP
+#else
+    return false;
+#endif
+}
+
+static bool tq_neon_i8mm_supported(void) {
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+    return true;
+#elif defined(__linux__) && TQ_HAS_I8MM
+    return (getauxval(AT_HWCAP2) & (1ul << 13)) != 0; // HWCAP2_I8MM
 #else
     return false;
 #endif
@@ -156,135 +173,7 @@ TQ_DOTPROD static inline int32x4_t tq_neon_dotprod_dot(uint8x16_t v0, uint8x16_t
 TQ_NEON_GEMV(tq_neon_gemv, , tq_neon_dot)
 TQ_NEON_GEMV(tq_neon_dotprod_gemv, TQ_DOTPROD, tq_neon_dotprod_dot)
 
-//
-// matrix times matrix, with dot products
-//
-
-#define TQ_TILE 16 // rows: two times two registers of 4
-
-// Block b of 8 rows: codes as bytes at w[32][8][4] (k-group, row, element), alpha and mu - alpha as floats.
-// Rows from nr on are zero
-TQ_INLINE void tq_neon_unpack8(enum ggml_type type, int nr, const char * x, size_t bx, int64_t b, int8_t * w, float * alpha, float * offset) {
-    const size_t block_size = type == GGML_TYPE_TQ2_1 ? sizeof(block_tq2_1) : sizeof(block_tq1_1);
-    uint32_t groups[8][8] = { { 0 } }; // [lanes 4j..4j+3][row], 2-bit codes
-    for (int r = 0; r < 8; ++r) {
-        alpha[r] = offset[r] = 0.0f;
-        if (r >= nr) {
-            continue;
-        }
-        const uint8_t * block = (const uint8_t *) x + r * bx + b * block_size;
-        uint32_t am;
-        memcpy(&am, block, sizeof(am));
-        const float32x4_t scales = vcvt_f32_f16(vreinterpret_f16_u32(vdup_n_u32(am)));
-        alpha[r]  = vgetq_lane_f32(scales, 0);
-        offset[r] = vgetq_lane_f32(scales, 1) - alpha[r];
-        uint8_t qs2[32];
-        if (type == GGML_TYPE_TQ2_1) {
-            memcpy(qs2, block + 4, sizeof(qs2));
-        } else {
-            uint8x16_t v0, v1;
-            tq1_1_unpack(block + 4, &v0, &v1);
-            vst1q_u8(qs2, v0);
-            vst1q_u8(qs2 + 16, v1);
-        }
-        for (int j = 0; j < 8; ++j) {
-            memcpy(&groups[j][r], qs2 + 4 * j, 4);
-        }
-    }
-    for (int j = 0; j < 8; ++j) {
-        const uint8x16_t v0 = vreinterpretq_u8_u32(vld1q_u32(groups[j]));
-        const uint8x16_t v1 = vreinterpretq_u8_u32(vld1q_u32(groups[j] + 4));
-        for (int p = 0; p < 4; ++p) {
-            vst1q_s8(w + 32 * (8 * p + j), tq_plane(v0, p));
-            vst1q_s8(w + 32 * (8 * p + j) + 16, tq_plane(v1, p));
-        }
-    }
-}
-
-// acc[c][h] += products of 4 elements: rows 4h..4h+3 with columns c..c+3 (those below W)
-#define TQ_DOT_COLUMN(c, q, lane)                                       \
-    if ((c) + (lane) < W) {                                             \
-        acc[(c) + (lane)][0] = vdotq_laneq_s32(acc[(c) + (lane)][0], w0, q, lane); \
-        acc[(c) + (lane)][1] = vdotq_laneq_s32(acc[(c) + (lane)][1], w1, q, lane); \
-    }
-#define TQ_DOT_COLUMNS(c, q) TQ_DOT_COLUMN(c, q, 0) TQ_DOT_COLUMN(c, q, 1) TQ_DOT_COLUMN(c, q, 2) TQ_DOT_COLUMN(c, q, 3)
-
-// sums[c][8 of the tile's rows] += one block of W columns of a panel
-TQ_DOTPROD static inline __attribute__((always_inline)) void tq_neon_block8(int W, const int8_t * w, const float * alpha, const float * offset, const char * panel, float * sums) {
-    int32x4_t acc[TQ_PANEL][2];
-    for (int c = 0; c < W; ++c) {
-        acc[c][0] = acc[c][1] = vdupq_n_s32(0);
-    }
-    for (int j = 0; j < QK_TQ / 4; ++j) {
-        const int8x16_t w0 = vld1q_s8(w + 32 * j);
-        const int8x16_t w1 = vld1q_s8(w + 32 * j + 16);
-        int8_t q[4 * TQ_PANEL]; // a narrow panel has fewer bytes than the registers
-        memcpy(q, panel + 4 * j * W, 4 * W);
-        const int8x16_t q0 = vld1q_s8(q);
-        TQ_DOT_COLUMNS(0, q0)
-        if (W > 4) {
-            const int8x16_t q1 = vld1q_s8(q + 16);
-            TQ_DOT_COLUMNS(4, q1)
-        }
-    }
-    const float * d = (const float *) (panel + W * QK_TQ);
-    for (int h = 0; h < 2; ++h) {
-        const float32x4_t al = vld1q_f32(alpha + 4 * h);
-        const float32x4_t of = vld1q_f32(offset + 4 * h);
-        for (int c = 0; c < W; ++c) {
-            float * sum = sums + c * TQ_TILE + 4 * h;
-            float32x4_t t = vfmaq_n_f32(vld1q_f32(sum), of, d[W + c]);
-            t = vfmaq_f32(t, vcvtq_f32_s32(acc[c][h]), vmulq_n_f32(al, d[c]));
-            vst1q_f32(sum, t);
-        }
-    }
-}
-
-#define TQ_BLOCK(W) \
-    TQ_DOTPROD static void tq_neon_block_##W(const int8_t * w, const float * alpha, const float * offset, const char * panel, float * sums) { \
-        tq_neon_block8(W, w, alpha, offset, panel, sums); \
-        tq_neon_block8(W, w + 8 * QK_TQ, alpha + 8, offset + 8, panel, sums + 8); \
-    }
-TQ_BLOCK(1) TQ_BLOCK(2) TQ_BLOCK(3) TQ_BLOCK(4) TQ_BLOCK(5) TQ_BLOCK(6) TQ_BLOCK(7) TQ_BLOCK(8)
-
-typedef void (*tq_block_fn)(const int8_t *, const float *, const float *, const char *, float *);
-static const tq_block_fn tq_neon_blocks[TQ_PANEL + 1] = {
-    NULL, tq_neon_block_1, tq_neon_block_2, tq_neon_block_3, tq_neon_block_4,
-    tq_neon_block_5, tq_neon_block_6, tq_neon_block_7, tq_neon_block_8,
-};
-
-static void tq_neon_dotprod_gemm(enum ggml_type type, int64_t k, int64_t nrows, const void * x, size_t bx, const struct ggml_tq_cols * cols, float * const * dst) {
-    const int64_t nb = k / QK_TQ;
-
-    float  sums[TQ_MAX_COLS * TQ_TILE];
-    int8_t w[TQ_TILE * QK_TQ];
-    float  alpha[TQ_TILE], offset[TQ_TILE];
-    float  packed[TQ_PANEL * sizeof(block_q8_t) / sizeof(float)];
-
-    for (int64_t r0 = 0; r0 < nrows; r0 += TQ_TILE) {
-        const int nr = (int) MIN(TQ_TILE, nrows - r0);
-        memset(sums, 0, cols->n * TQ_TILE * sizeof(float));
-
-        for (int64_t b = 0; b < nb; ++b) {
-            for (int h = 0; h < 2; ++h) {
-                tq_neon_unpack8(type, nr - 8 * h, (const char *) x + (r0 + 8 * h) * bx, bx, b, w + 8 * QK_TQ * h, alpha + 8 * h, offset + 8 * h);
-            }
-            for (int c = 0; c < cols->n; c += TQ_PANEL) {
-                const int width = MIN(TQ_PANEL, cols->n - c);
-                const char * panel = (const char *) packed;
-                if (cols->panels) {
-                    panel = cols->panels + (c * nb + b * width) * sizeof(block_q8_t);
-                } else {
-                    ggml_tq_pack_panel(cols->col + c, b, width, (char *) packed);
-                }
-                tq_neon_blocks[width](w, alpha, offset, panel, sums + c * TQ_TILE);
-            }
-        }
-        for (int c = 0; c < cols->n; ++c) {
-            memcpy(dst[c] + r0, sums + c * TQ_TILE, nr * sizeof(float));
-        }
-    }
-}
+#include "tq-neon-gemm.h"
 
 const struct ggml_tq_path ggml_tq_path_neon = {
     /* .name      = */ "neon",
@@ -300,6 +189,14 @@ const struct ggml_tq_path ggml_tq_path_neon_dotprod = {
     /* .quantize  = */ tq_neon_quantize,
     /* .gemv      = */ tq_neon_dotprod_gemv,
     /* .gemm      = */ tq_neon_dotprod_gemm,
+};
+
+const struct ggml_tq_path ggml_tq_path_neon_i8mm = {
+    /* .name      = */ "neon-i8mm",
+    /* .supported = */ tq_neon_i8mm_supported,
+    /* .quantize  = */ tq_neon_quantize,
+    /* .gemv      = */ tq_neon_dotprod_gemv,
+    /* .gemm      = */ tq_neon_i8mm_gemm,
 };
 
 #else

@@ -18,6 +18,7 @@ static const struct ggml_tq_path * const tq_paths[] = {
     &ggml_tq_path_avx2,
 #endif
 #if TQ_HAS_NEON
+    &ggml_tq_path_neon_i8mm,
     &ggml_tq_path_neon_dotprod,
     &ggml_tq_path_neon,
 #endif

@@ -81,6 +81,7 @@ extern const struct ggml_tq_path ggml_tq_path_avx512;
 extern const struct ggml_tq_path ggml_tq_path_avx512_vnni;
 extern const struct ggml_tq_path ggml_tq_path_neon;
 extern const struct ggml_tq_path ggml_tq_path_neon_dotprod;
+extern const struct ggml_tq_path ggml_tq_path_neon_i8mm;
 
 // The path in use: GGML_TQ_CPU if set (ends the process with a message if
 // that is unknown or cannot run here), else the best
@@ -95,6 +96,14 @@ bool ggml_tq_mul_mat(const struct ggml_compute_params * params, struct ggml_tens
 // MUL_MAT_ID: the n_rows (slot, token) pairs at `rows` that expert `expert` serves; the activations are
 // in params->wdata as Q8_T. Called by every thread. False: not ours
 bool ggml_tq_mul_mat_id(const struct ggml_compute_params * params, struct ggml_tensor * dst, int64_t expert, int64_t n_rows, const int32_t * rows);
+
+// MUL_MAT with one column, of the types that the head of a ternary file has: llama.cpp's dot products, in streams.
+// Called by every thread. False: not done here (then nothing was done)
+bool ggml_tq_mul_mat_head(const struct ggml_compute_params * params, struct ggml_tensor * dst);
+
+// Shares the rows of a product with ncols columns out, after a barrier: take(context, begin, end). Called by every thread
+typedef void (*ggml_tq_rows_fn)(const void * context, int64_t begin, int64_t end);
+void ggml_tq_share_rows(const struct ggml_compute_params * params, int64_t rows, int64_t ncols, ggml_tq_rows_fn take, const void * context);
 
 // ggml_type_traits_cpu
 void ggml_tq_quantize_row_tq2_1(const float * x, void * y, int64_t k);
