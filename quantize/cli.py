@@ -42,7 +42,8 @@ recipes (every stage is also an option below, and a line of a YAML file):
             columns is one that pt2-export can fold into the model
   best      fast, then whole rows are improved (alpha and mu of all blocks by one solve, annealed
             descent on T), and linears make up for half of the error left by those before them
-  refined   best, as the start for pt2-refine
+  refined   best, then pt2-refine: alpha, mu, T and the norms moved by gradients towards the
+            model's own predictions. Wants more text than the calibration's, and a GPU
   FILE      YAML with settings by the options' names, e.g.  recipe: best / block_size: 64
 
 calibration:
@@ -96,6 +97,9 @@ def build_parser() -> argparse.ArgumentParser:
     method.add_argument("--noise", type=float, help="of the descent, fading, in steps of T (0)")
     method.add_argument("--asymmetry", type=float, help="make up for so much of inputs' errors (0)")
     method.add_argument("--stream", type=float, help="... of the residual stream's errors (0)")
+    refine = "of --recipe refined: "
+    method.add_argument("--refine-text", metavar="TEXT", help=refine + "text (the calibration's)")
+    method.add_argument("--refine-steps", type=int, metavar="N", help=refine + "steps (1000)")
     _switch(method, "sequential", "Hessians behind the block's own quantised linears (no)")
     method.add_argument("--damping", type=float, help="share of the mean Hessian diagonal (0.01)")
     method.add_argument("--skip", metavar="REGEX", help="leave matching linears as they are")
@@ -118,21 +122,31 @@ def _run(args: argparse.Namespace) -> int:
     config = load_recipe(args.recipe, **given)
     if args.report is not None and Path(args.report).suffix not in (".html", ".png"):
         raise PT2Error(f"--report {args.report}: the name must end in .html or .png")
+    if args.recipe != "refined" and (args.refine_text or args.refine_steps is not None):
+        raise PT2Error("--refine-text and --refine-steps belong to --recipe refined")
     out = Path(args.out) if args.out else Path(f"{Path(args.model).resolve().name}-pt2")
 
     from quantize.pipeline import ternarize  # torch: only once the options are known to be right
     from quantize.progress import Reporter, RichReporter
 
     reporter = Reporter() if args.quiet else RichReporter()
-    result = ternarize(
-        args.model, out, config, resume=args.resume, overwrite=args.overwrite, reporter=reporter
-    )
+    more = {"resume": args.resume, "overwrite": args.overwrite, "reporter": reporter}
+    refined = None
+    if args.recipe == "refined":
+        from quantize.refined import refine_settings, ternarize_and_refine
+
+        settings = refine_settings(config, args.refine_text, args.refine_steps)
+        result, refined = ternarize_and_refine(args.model, out, config, settings, **more)
+    else:
+        result = ternarize(args.model, out, config, **more)
     if args.report is not None:
         from quantize.report import write_report
 
         write_report(out, args.report)
     if not args.quiet:
         print_summary(result)
+        if refined is not None:
+            print(refined.summary())
         if args.report is not None:
             print(f"report   {args.report}")
     return 0

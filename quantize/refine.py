@@ -40,7 +40,7 @@ from quantize.artifact import (
 )
 from quantize.calibration import encode, load_tokenizer, read_text, read_tokens
 from quantize.checkpoint import Checkpoint, torch_dtype
-from quantize.common import PT2Error, human_bytes, read_json, sha256_file, write_json
+from quantize.common import PT2Error, human_bytes, human_seconds, read_json, sha256_file, write_json
 from quantize.distill import Held, Windows, held_out, kl_divergence
 from quantize.hf_model import StreamedModel
 from quantize.latent import round_codes
@@ -82,6 +82,20 @@ class Refined:
     tokens_per_second: float = 0.0
     peak_bytes: int = 0
     changed: float = 0.0
+
+    def summary(self) -> str:
+        """Three lines: what was gained, how many codes changed, what it cost."""
+        a, b = self.before, self.after
+        cost = f"{human_seconds(self.seconds)}, {self.tokens_per_second:.0f} tokens/s"
+        if self.peak_bytes:
+            cost += f", {human_bytes(self.peak_bytes)} of GPU memory"
+        return (
+            f"held-out  KL {a.kl:.4f} -> {b.kl:.4f}, perplexity {a.perplexity:.3f} -> "
+            f"{b.perplexity:.3f} (full precision {b.teacher_perplexity:.3f}), same top token "
+            f"{a.same_top:.1%} -> {b.same_top:.1%}\n"
+            f"codes     {self.changed:.2%} changed\n"
+            f"time      {cost}"
+        )
 
 
 def refine(

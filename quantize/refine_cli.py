@@ -7,7 +7,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from quantize.common import ArgumentParser, human_bytes, human_seconds, run_cli
+from quantize.common import ArgumentParser, run_cli
 from quantize.config import DEVICES, DTYPES
 from quantize.refine_config import CODES, RefineConfig
 
@@ -109,16 +109,7 @@ def _run(args: argparse.Namespace) -> int:
         overwrite=args.overwrite, reporter=Reporter() if args.quiet else RichReporter(),
     )  # fmt: skip
     if not args.quiet:
-        a, b = result.before, result.after
-        print(
-            f"held-out  KL {a.kl:.4f} -> {b.kl:.4f}, perplexity {a.perplexity:.3f} -> "
-            f"{b.perplexity:.3f} (full precision {b.teacher_perplexity:.3f}), same top token "
-            f"{a.same_top:.1%} -> {b.same_top:.1%}\n"
-            f"codes     {result.changed:.2%} changed\n"
-            f"time      {human_seconds(result.seconds)}, {result.tokens_per_second:.0f} tokens/s"
-            + (f", {human_bytes(result.peak_bytes)} of GPU memory" if result.peak_bytes else "")
-            + f"\nnext      pt2-export model.gguf --from {result.path}"
-        )
+        print(f"{result.summary()}\nnext      pt2-export model.gguf --from {result.path}")
     return 0
 
 

@@ -242,3 +242,23 @@ def _ids(source: str):
 
     path, _, name = source.rpartition(":")
     return load_file(path)[name]
+
+
+def test_the_recipe_refined_runs_both_stages(tmp_path, capsys):
+    from quantize.cli import main
+
+    model = tiny_model(tmp_path / "m", num_hidden_layers=1)
+    ids = torch.randint(0, 96, (1200,), generator=generator(5), dtype=torch.int32)
+    save_file({"train": ids}, tmp_path / "t.safetensors")
+    options = [str(model), "-o", str(tmp_path / "o"), "--recipe", "refined", "--samples", "4"]
+    options += ["--seqlen", "16", "--calibration", f"{tmp_path / 't.safetensors'}:train"]
+    options += ["--device", "cpu", "--threads", "1", "--refine-steps", "2"]
+    assert main(options) == 0
+    said = "".join(capsys.readouterr().out.split())  # rich breaks long lines
+    assert "held-outKL" in said and f"--from{tmp_path / 'o'}" in said
+    assert Artifact.open(tmp_path / "o").manifest["refinement"]
+    assert "refinement" not in Artifact.open(tmp_path / "o/closed-form").manifest
+    assert main([*options, "--resume", "-q"]) == 0
+    assert main(options) == 2 and "--overwrite" in capsys.readouterr().err
+    assert main([str(model), "--refine-steps", "2"]) == 2
+    assert "--recipe refined" in capsys.readouterr().err
