@@ -28,8 +28,10 @@ struct test_tq_block : public test_case {
 
     std::vector<ggml_tensor *> fusion_test_nodes() override { return checked; }
 
-    double max_nmse_err() override { return 5e-4; }
+    // three products in a row; activations may be rounded in blocks of 32 here and of 128 there
+    double max_nmse_err() override { return 5e-3; }
 
+    // Values that no backend leaves out, since several nodes read them or none can take them in.
     ggml_tensor * check(ggml_tensor * t) {
         checked.push_back(t);
         return t;
@@ -38,7 +40,7 @@ struct test_tq_block : public test_case {
     ggml_tensor * linear(ggml_context * ctx, ggml_tensor * x, int64_t rows, bool add = false) {
         ggml_tensor * w = ggml_new_tensor_2d(ctx, type, x->ne[0], rows);
         ggml_tensor * y = ggml_mul_mat(ctx, w, x);
-        return check(add ? ggml_add(ctx, y, ggml_new_tensor_1d(ctx, GGML_TYPE_F32, rows)) : y);
+        return add ? ggml_add(ctx, y, ggml_new_tensor_1d(ctx, GGML_TYPE_F32, rows)) : y;
     }
 
     ggml_tensor * norm(ggml_context * ctx, ggml_tensor * x) {
@@ -46,7 +48,7 @@ struct test_tq_block : public test_case {
         return ggml_mul(ctx, ggml_rms_norm(ctx, x, 1e-5f), w);
     }
 
-    // x, plus what a plain matrix makes of h, so that h itself is wanted; not checked, since a backend may fuse the sums
+    // x, plus what a plain matrix makes of h, so that h itself is wanted
     ggml_tensor * with_other(ggml_context * ctx, ggml_tensor * x, ggml_tensor * h) {
         return other ? ggml_add(ctx, x, ggml_mul_mat(ctx, ggml_new_tensor_2d(ctx, GGML_TYPE_F16, h->ne[0], x->ne[0]), h)) : x;
     }
@@ -58,9 +60,9 @@ struct test_tq_block : public test_case {
 
         ggml_tensor * sum = check(ggml_add(ctx, x, r));
         ggml_tensor * h   = norm(ctx, sum);
-        ggml_tensor * q   = linear(ctx, h, k - 48, bias);
-        ggml_tensor * key = linear(ctx, h, 33, bias);
-        ggml_tensor * v   = linear(ctx, h, 15, bias);
+        ggml_tensor * q   = check(linear(ctx, h, k - 48, bias));
+        ggml_tensor * key = check(linear(ctx, h, 33, bias));
+        ggml_tensor * v   = check(linear(ctx, h, 15, bias));
         ggml_tensor * qkv = ggml_concat(ctx, ggml_concat(ctx, q, key, 0), v, 0);
         ggml_tensor * o   = with_other(ctx, linear(ctx, qkv, k), h);
 
@@ -113,7 +115,7 @@ struct test_tq_attention : public test_case {
 
     std::vector<ggml_tensor *> fusion_test_nodes() override { return checked; }
 
-    double max_nmse_err() override { return 5e-4; }
+    double max_nmse_err() override { return 1e-3; }
 
     ggml_tensor * build_graph(ggml_context * ctx) override {
         ggml_tensor * x    = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, width, n);

@@ -289,11 +289,11 @@ bool norm_shape_fits(const norm_shape & s) {
 }
 
 norm_shape norm_shape_for(const tq_act & out) {
-    // Measured on an H200 (benchmarks/cuda_lab/act_check.cu): eight thread blocks a row where there are few rows; else
-    // some 512 thread blocks in all, half as many where the rows are long.
+    // Measured on an H200 (benchmarks/cuda_lab/act_check.cu): eight thread blocks a row where there are few rows, one for up
+    // to 48 rows; else some 512 thread blocks in all, half as many where the rows are long.
     const int  rows   = out.layout == TQ_ACT_DECODE ? out.cols : out.n;
     const bool few    = rows <= 16;
-    const int  enough = out.nb <= 40 ? 512 : 256;
+    const int  enough = rows <= 16 ? 128 : rows <= 48 ? 0 : out.nb <= 40 ? 512 : 256;
     int ranks = 1;
     while (has_sm90_code() && ranks < (few ? MAX_RANKS : 4) && rows * ranks < enough && ranks * 2 < out.nb) {
         ranks *= 2;
