@@ -8,6 +8,7 @@
 // (the file's bytes are never more than the tiles'). So a view's place is its distance from its root.
 
 #include "common.cuh"
+#include "tq-chain.cuh"
 #include "tq-kernels.cuh"
 
 #include <unordered_set>
@@ -89,6 +90,7 @@ constexpr int GGML_CUDA_TQ_ACTS = 4; // activations alive at once on a stream
 struct ggml_cuda_tq_state {
     int device = 0;
     void * scratch[GGML_CUDA_MAX_STREAMS] = {};     // tq_decode's
+    void * chain_scratch[GGML_CUDA_MAX_STREAMS] = {}; // tq_chain's
     struct memory { void * data = nullptr; size_t size = 0; };
     memory acts[GGML_CUDA_MAX_STREAMS][GGML_CUDA_TQ_ACTS];
     int next_act[GGML_CUDA_MAX_STREAMS] = {};
@@ -115,8 +117,10 @@ int64_t ggml_cuda_tq_ld(const ggml_tensor * node);
 // Up to TQ_MAX_SEGMENTS such nodes of the same src1 values, which `act` holds.
 void ggml_cuda_tq_product(ggml_backend_cuda_context & ctx, const ggml_tensor * const * nodes, int n_nodes, const tq_act & act,
                           const tq_next * next);
-// Such nodes as the description of what comes next.
-tq_next ggml_cuda_tq_describe(const ggml_tensor * const * nodes, int n_nodes);
+// The matrices of such nodes and where their results go.
+void ggml_cuda_tq_segments(const ggml_tensor * const * nodes, int n_nodes, tq_segment * segments);
+// Runs these steps in one kernel; false where the device or the shapes do not allow it.
+bool ggml_cuda_tq_chain(ggml_backend_cuda_context & ctx, const tq_step * steps, int n_steps);
 
 #if GGML_CUDA_TQ_FUSE
 // tq-fuse.cu. When the graph's order may still be changed: products of one input follow each other, so that memory is given

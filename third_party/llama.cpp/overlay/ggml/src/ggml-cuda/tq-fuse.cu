@@ -3,13 +3,14 @@
 //   [ADD] + RMS_NORM + MUL   -> one kernel that ends in quantised activations -> q, k, v in one launch
 //   SWIGLU or GEGLU (split)  -> the same                                      -> down
 //   anything else            -> quantised once                                -> all matrices that read it
+//   up to 8 tokens: such sites that follow each other -> one kernel (tq-chain.cu)
 //   ROPE of q and k, SET_ROWS of k and v -> one kernel (tq-rope.cu)
 //
 // Before memory is given out, the matrices of a site are moved next to each other (ggml_cuda_tq_optimize).
 // Nodes are matched when the backend comes to them (ggml_cuda_tq_node), so that whatever upstream fused
 // before is behind us. A matrix that stands later in the graph is computed early only if no node in
-// between touches the memory it writes to. GGML_CUDA_TQ_FUSE=0 leaves every node to itself;
-// GGML_CUDA_TQ_DEBUG=1 prints a line a graph.
+// between touches the memory it writes to. GGML_CUDA_TQ_FUSE=0 leaves every node to itself,
+// GGML_CUDA_TQ_CHAIN=0 every site; GGML_CUDA_TQ_DEBUG=1 prints a line a graph.
 
 #include "tq-backend.cuh"
 #include "tq-fuse.cuh"
@@ -26,7 +27,6 @@
 namespace {
 
 constexpr int WINDOW      = 32; // nodes in which the other matrices of a site are looked for
-constexpr int NEXT_WINDOW = 96; // nodes in which the next site is looked for
 
 bool env_is(const char * name, int value) {
     const char * env = getenv(name);
@@ -188,18 +188,6 @@ nodes_t products_of(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, 
     return site;
 }
 
-// The site that follows: what reads the input of the first product after node i that is not done.
-nodes_t next_site(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i, const std::unordered_set<const ggml_tensor *> & done) {
-    const int end = std::min(graph->n_nodes, i + 1 + NEXT_WINDOW);
-    for (int k = i + 1; k < end; k++) {
-        const ggml_tensor * node = graph->nodes[k];
-        if (node->op == GGML_OP_MUL_MAT && tq_computes(node) && !done.count(node) && ggml_cuda_tq_is_product(ctx, node)) {
-            return products_of(ctx, graph, k - 1, node->src[1], done);
-        }
-    }
-    return {};
-}
-
 // Whether a tool may look at the inputs of these products: with an evaluation callback, a graph ends with the node asked for.
 bool may_be_looked_at(const ggml_cgraph * graph, const nodes_t & site) {
     for (int i = graph->n_nodes - 1; i >= 0; i--) {
@@ -210,96 +198,183 @@ bool may_be_looked_at(const ggml_cgraph * graph, const nodes_t & site) {
     return false;
 }
 
-// Launches the products of a site, up to TQ_MAX_SEGMENTS at a time, and notes them as done. `i`: the node after which the
-// next site is looked for.
-void launch_products(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i, const nodes_t & site, const tq_act & act) {
-    ggml_cuda_tq_state & state = ggml_cuda_tq_get(ctx);
-    state.done.insert(site.begin(), site.end());
-
-    const size_t n = site.size();
-    for (size_t first = 0; first < n; first += TQ_MAX_SEGMENTS) {
-        const size_t here = std::min<size_t>(TQ_MAX_SEGMENTS, n - first);
-        tq_next next = {};
-        if (act.layout == TQ_ACT_DECODE) { // only these kernels can fetch ahead
-            nodes_t after(site.begin() + first + here, site.end());
-            if (after.empty()) {
-                after = next_site(ctx, graph, i, state.done);
-            }
-            if (!after.empty() && ggml_cuda_tq_tokens(after[0]) <= TQ_DECODE_MAX) {
-                next = ggml_cuda_tq_describe(after.data(), (int) std::min<size_t>(TQ_MAX_SEGMENTS, after.size()));
-            }
-        }
-        ggml_cuda_tq_product(ctx, site.data() + first, (int) here, act, next.segments ? &next : nullptr);
-    }
-}
-
 // ---- sites ------------------------------------------------------------------------------------------------
 
 struct counters {
-    int norm = 0, glu = 0, grouped = 0, single = 0, rope = 0;
+    int norm = 0, glu = 0, grouped = 0, single = 0, rope = 0, chains = 0, chained = 0;
     std::string other; // names of ternary products that are not ours
 };
 
-bool run_norm_site(ggml_backend_cuda_context & ctx, ggml_cgraph * graph, int & i, counters & count) {
+// What makes some activations, and the products that take them.
+struct site_t {
+    tq_step step = {};       // act and segments are filled in when it is run
+    nodes_t products;
+    int     last   = 0;      // index of the last node that makes the activations; of the product, where nothing does
+    int64_t tokens = 0;
+    int     nb     = 0;
+};
+
+using done_t = std::unordered_set<const ggml_tensor *>;
+
+bool plan_norm(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i, const done_t & done, site_t & site) {
     norm_match m;
     if (!match_norm(graph, i, m)) {
         return false;
     }
     const ggml_tensor * mul = graph->nodes[m.mul];
-    ggml_cuda_tq_state & state = ggml_cuda_tq_get(ctx);
-    const nodes_t site = products_of(ctx, graph, m.mul, mul, state.done);
-    if (site.empty()) {
+    site.products = products_of(ctx, graph, m.mul, mul, done);
+    if (site.products.empty()) {
         return false;
     }
-    const bool write_norm = tq_used_elsewhere(graph, m.mul, (int) site.size()) || may_be_looked_at(graph, site);
+    const bool write_norm = tq_used_elsewhere(graph, m.mul, (int) site.products.size()) || may_be_looked_at(graph, site.products);
     if (!norm_memory_ok(graph, m, write_norm)) {
         return false;
     }
-    float eps;
-    memcpy(&eps, m.rms->op_params, sizeof(eps));
-    const tq_act act = ggml_cuda_tq_new_act(ctx, (int) ggml_nrows(mul), (int) (mul->ne[0] / TQ_BLOCK));
-    tq_quantize_norm((const float *) m.a->data, m.b ? (const float *) m.b->data : nullptr, (const float *) m.w->data, eps,
-        m.write_sum ? (float *) m.add->data : nullptr, write_norm ? (float *) mul->data : nullptr, act, ctx.stream());
-    launch_products(ctx, graph, m.mul, site, act);
-    count.norm++;
-    i = m.mul;
+    tq_step & step = site.step;
+    step.kind = TQ_STEP_NORM;
+    step.a    = (const float *) m.a->data;
+    step.b    = m.b ? (const float *) m.b->data : nullptr;
+    step.w    = (const float *) m.w->data;
+    step.sum  = m.write_sum ? (float *) m.add->data : nullptr;
+    step.out  = write_norm ? (float *) mul->data : nullptr;
+    memcpy(&step.eps, m.rms->op_params, sizeof(step.eps));
+    site.last   = m.mul;
+    site.tokens = ggml_nrows(mul);
+    site.nb     = (int) (mul->ne[0] / TQ_BLOCK);
     return true;
 }
 
-bool run_glu_site(ggml_backend_cuda_context & ctx, ggml_cgraph * graph, int i, counters & count) {
+bool plan_glu(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i, const done_t & done, site_t & site) {
     const ggml_tensor * node = graph->nodes[i];
     glu_match m;
     if (!match_glu(node, m)) {
         return false;
     }
-    ggml_cuda_tq_state & state = ggml_cuda_tq_get(ctx);
-    const nodes_t site = products_of(ctx, graph, i, node, state.done);
-    if (site.empty()) {
+    site.products = products_of(ctx, graph, i, node, done);
+    if (site.products.empty()) {
         return false;
     }
-    const bool write = tq_used_elsewhere(graph, i, (int) site.size()) || may_be_looked_at(graph, site);
+    const bool write = tq_used_elsewhere(graph, i, (int) site.products.size()) || may_be_looked_at(graph, site.products);
     if (write && (!tq_apart_or_same(node, m.gate) || !tq_apart_or_same(node, m.up))) {
         return false;
     }
-    const tq_act act = ggml_cuda_tq_new_act(ctx, (int) ggml_nrows(node), (int) (node->ne[0] / TQ_BLOCK));
-    tq_quantize_glu((const float *) m.gate->data, (const float *) m.up->data, m.ld_gate, m.ld_up, m.act,
-        write ? (float *) node->data : nullptr, act, ctx.stream());
-    launch_products(ctx, graph, i, site, act);
-    count.glu++;
+    tq_step & step = site.step;
+    step.kind = TQ_STEP_GLU;
+    step.a    = (const float *) m.gate->data;
+    step.b    = (const float *) m.up->data;
+    step.ld_a = m.ld_gate;
+    step.ld_b = m.ld_up;
+    step.gelu = m.act;
+    step.out  = write ? (float *) node->data : nullptr;
+    site.last   = i;
+    site.tokens = ggml_nrows(node);
+    site.nb     = (int) (node->ne[0] / TQ_BLOCK);
     return true;
 }
 
-bool run_plain_site(ggml_backend_cuda_context & ctx, ggml_cgraph * graph, int i, counters & count) {
+bool plan_plain(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i, const done_t & done, site_t & site) {
     const ggml_tensor * node = graph->nodes[i];
     if (node->op != GGML_OP_MUL_MAT || !ggml_cuda_tq_is_product(ctx, node)) {
         return false;
     }
     const ggml_tensor * src = node->src[1];
-    const nodes_t site = products_of(ctx, graph, i - 1, src, ggml_cuda_tq_get(ctx).done);
-    const tq_act act = ggml_cuda_tq_new_act(ctx, (int) ggml_cuda_tq_tokens(node), (int) (src->ne[0] / TQ_BLOCK));
-    tq_quantize((const float *) src->data, ggml_cuda_tq_ld(node), act, ctx.stream());
-    launch_products(ctx, graph, i, site, act);
-    (site.size() > 1 ? count.grouped : count.single)++;
+    site.products  = products_of(ctx, graph, i - 1, src, done);
+    site.step.kind = TQ_STEP_PLAIN;
+    site.step.a    = (const float *) src->data;
+    site.step.ld_a = ggml_cuda_tq_ld(node);
+    site.last   = i;
+    site.tokens = ggml_cuda_tq_tokens(node);
+    site.nb     = (int) (src->ne[0] / TQ_BLOCK);
+    return true;
+}
+
+bool plan(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i, const done_t & done, site_t & site) {
+    switch (graph->nodes[i]->op) {
+        case GGML_OP_ADD:
+        case GGML_OP_RMS_NORM: return plan_norm (ctx, graph, i, done, site);
+        case GGML_OP_GLU:      return plan_glu  (ctx, graph, i, done, site);
+        case GGML_OP_MUL_MAT:  return plan_plain(ctx, graph, i, done, site);
+        default:               return false;
+    }
+}
+
+void count_site(counters & count, const site_t & site) {
+    switch (site.step.kind) {
+        case TQ_STEP_NORM:  count.norm++; break;
+        case TQ_STEP_GLU:   count.glu++;  break;
+        case TQ_STEP_PLAIN: (site.products.size() > 1 ? count.grouped : count.single)++; break;
+    }
+}
+
+// One kernel for the activations, one for up to TQ_MAX_SEGMENTS products.
+void run_site(ggml_backend_cuda_context & ctx, const site_t & site) {
+    const tq_step & s = site.step;
+    const tq_act act = ggml_cuda_tq_new_act(ctx, (int) site.tokens, site.nb);
+    switch (s.kind) {
+        case TQ_STEP_NORM:  tq_quantize_norm(s.a, s.b, s.w, s.eps, s.sum, s.out, act, ctx.stream()); break;
+        case TQ_STEP_GLU:   tq_quantize_glu(s.a, s.b, s.ld_a, s.ld_b, s.gelu, s.out, act, ctx.stream()); break;
+        case TQ_STEP_PLAIN: tq_quantize(s.a, s.ld_a, act, ctx.stream()); break;
+    }
+    const size_t n = site.products.size();
+    for (size_t first = 0; first < n; first += TQ_MAX_SEGMENTS) {
+        ggml_cuda_tq_product(ctx, site.products.data() + first, (int) std::min<size_t>(TQ_MAX_SEGMENTS, n - first), act, nullptr);
+    }
+}
+
+// The sites that follow `first` with nothing to do in between, up to what one kernel takes: the same nodes in the same
+// order as one by one.
+std::vector<site_t> chain_from(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const site_t & first, done_t done) {
+    static const bool off = env_is("GGML_CUDA_TQ_CHAIN", 0);
+    std::vector<site_t> chain = { first };
+    if (off) {
+        return chain;
+    }
+    const auto fits = [](const site_t & s) { return s.tokens <= TQ_DECODE_MAX && s.products.size() <= TQ_MAX_SEGMENTS; };
+    while (fits(chain.back()) && chain.size() < TQ_CHAIN_STEPS) {
+        done.insert(chain.back().products.begin(), chain.back().products.end());
+        int k = chain.back().last;
+        do {
+            k = tq_next_node(graph, k);
+        } while (k < graph->n_nodes && done.count(graph->nodes[k]));
+        site_t next;
+        if (k >= graph->n_nodes || !plan(ctx, graph, k, done, next) || next.tokens != first.tokens || !fits(next)) {
+            break;
+        }
+        chain.push_back(next);
+    }
+    return chain;
+}
+
+// Runs the site at node i and those that can go in one kernel with it.
+bool run_sites(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int & i, counters & count) {
+    ggml_cuda_tq_state & state = ggml_cuda_tq_get(ctx);
+    site_t first;
+    if (!plan(ctx, graph, i, state.done, first)) {
+        return false;
+    }
+    std::vector<site_t> chain = chain_from(ctx, graph, first, state.done);
+    std::vector<tq_step> steps;
+    for (const site_t & site : chain) {
+        tq_step step = site.step;
+        if (chain.size() > 1) {
+            step.act        = ggml_cuda_tq_new_act(ctx, (int) site.tokens, site.nb);
+            step.n_segments = (int) site.products.size();
+            ggml_cuda_tq_segments(site.products.data(), step.n_segments, step.segments);
+        }
+        steps.push_back(step);
+    }
+    if (chain.size() > 1 && ggml_cuda_tq_chain(ctx, steps.data(), (int) steps.size())) {
+        count.chains++;
+        count.chained += (int) chain.size();
+    } else {
+        chain.resize(1);
+        run_site(ctx, first);
+    }
+    for (const site_t & site : chain) {
+        state.done.insert(site.products.begin(), site.products.end());
+        count_site(count, site);
+    }
+    i = chain.back().last;
     return true;
 }
 
@@ -325,8 +400,8 @@ void debug_print(const ggml_cgraph * graph, int i, counters & count, bool ours) 
         }
     }
     if (is_ternary_product(graph->nodes[i])) { // the last one
-        fprintf(stderr, "tq-fuse: %d nodes; sites after a norm %d, after a gated unit %d, of several matrices %d, of one %d; rotations with the cache %d; other ternary products:%s\n",
-            graph->n_nodes, count.norm, count.glu, count.grouped, count.single, count.rope, count.other.empty() ? " none" : count.other.c_str());
+        fprintf(stderr, "tq-fuse: %d nodes; sites after a norm %d, after a gated unit %d, of several matrices %d, of one %d; %d of them in %d chains; rotations with the cache %d; other ternary products:%s\n",
+            graph->n_nodes, count.norm, count.glu, count.grouped, count.single, count.chained, count.chains, count.rope, count.other.empty() ? " none" : count.other.c_str());
     }
 }
 
@@ -392,12 +467,8 @@ bool ggml_cuda_tq_node(ggml_backend_cuda_context & ctx, ggml_cgraph * cgraph, in
     bool ours = state.done.count(node) != 0;
     if (!ours) {
         switch (node->op) {
-            case GGML_OP_ADD:
-            case GGML_OP_RMS_NORM: ours = run_norm_site (ctx, cgraph, i, count); break;
-            case GGML_OP_GLU:      ours = run_glu_site  (ctx, cgraph, i, count); break;
-            case GGML_OP_MUL_MAT:  ours = run_plain_site(ctx, cgraph, i, count); break;
-            case GGML_OP_ROPE:     ours = !state.done.empty() && ggml_cuda_tq_rope(ctx, cgraph, i); count.rope += ours; break;
-            default: break;
+            case GGML_OP_ROPE: ours = !state.done.empty() && ggml_cuda_tq_rope(ctx, cgraph, i); count.rope += ours; break;
+            default:           ours = run_sites(ctx, cgraph, i, count); break;
         }
     }
     if (debug) {

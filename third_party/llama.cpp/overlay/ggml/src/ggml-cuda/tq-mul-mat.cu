@@ -48,12 +48,12 @@ static void * tq_allocate(ggml_cuda_tq_state & state, size_t size) {
     return data;
 }
 
-static void * tq_scratch(ggml_backend_cuda_context & ctx) {
-    ggml_cuda_tq_state & state = ggml_cuda_tq_get(ctx);
-    void *& scratch = state.scratch[ctx.curr_stream_no];
+// Device memory for one stream, zero at first.
+static void * tq_scratch(ggml_backend_cuda_context & ctx, void * (&of_streams)[GGML_CUDA_MAX_STREAMS], size_t size) {
+    void *& scratch = of_streams[ctx.curr_stream_no];
     if (scratch == nullptr) {
-        const size_t size = std::max(tq_decode_scratch_bytes(), (size_t) 1);
-        scratch = tq_allocate(state, size);
+        size    = std::max(size, (size_t) 1);
+        scratch = tq_allocate(ggml_cuda_tq_get(ctx), size);
         // not on the context's stream: a graph that is being recorded there would zero it again whenever it runs
         CUDA_CHECK(cudaMemsetAsync(scratch, 0, size, cudaStreamPerThread));
         CUDA_CHECK(cudaStreamSynchronize(cudaStreamPerThread));
@@ -130,7 +130,7 @@ static const uint8_t * tq_matrix(const ggml_tensor * t, int64_t offset) {
 
 static void tq_product(ggml_backend_cuda_context & ctx, const tq_segment * segments, int n_segments, const tq_act & act, const tq_next * next) {
     if (act.layout == TQ_ACT_DECODE) {
-        tq_decode(segments, n_segments, act, tq_scratch(ctx), next, ctx.stream());
+        tq_decode(segments, n_segments, act, tq_scratch(ctx, ggml_cuda_tq_get(ctx).scratch, tq_decode_scratch_bytes()), next, ctx.stream());
     } else {
         const auto & device = ggml_cuda_info().devices[ctx.device];
         tq_prefill(segments, n_segments, act, device.cc, device.nsm, ctx.stream());
@@ -163,28 +163,28 @@ int64_t ggml_cuda_tq_ld(const ggml_tensor * node) {
     return tq_flat_rows(node->src[1]).ld;
 }
 
-void ggml_cuda_tq_product(ggml_backend_cuda_context & ctx, const ggml_tensor * const * nodes, int n_nodes, const tq_act & act,
-                          const tq_next * next) {
+void ggml_cuda_tq_segments(const ggml_tensor * const * nodes, int n_nodes, tq_segment * segments) {
     GGML_ASSERT(n_nodes > 0 && n_nodes <= TQ_MAX_SEGMENTS);
-    tq_segment segments[TQ_MAX_SEGMENTS];
     for (int i = 0; i < n_nodes; ++i) {
         const ggml_tensor * w = nodes[i]->src[0];
         segments[i] = { tq_matrix(w, 0), (float *) nodes[i]->data, tq_flat_rows(nodes[i]).ld, (int) w->ne[1] };
     }
+}
+
+void ggml_cuda_tq_product(ggml_backend_cuda_context & ctx, const ggml_tensor * const * nodes, int n_nodes, const tq_act & act,
+                          const tq_next * next) {
+    tq_segment segments[TQ_MAX_SEGMENTS];
+    ggml_cuda_tq_segments(nodes, n_nodes, segments);
     tq_product(ctx, segments, n_nodes, act, next);
 }
 
-tq_next ggml_cuda_tq_describe(const ggml_tensor * const * nodes, int n_nodes) {
-    GGML_ASSERT(n_nodes > 0 && n_nodes <= TQ_MAX_SEGMENTS);
-    tq_next next = {};
-    next.segments = n_nodes;
-    next.nb       = (int) (nodes[0]->src[0]->ne[0] / TQ_BLOCK);
-    next.cols     = tq_act_cols((int) ggml_cuda_tq_tokens(nodes[0]));
-    for (int i = 0; i < n_nodes; ++i) {
-        next.w[i]    = tq_matrix(nodes[i]->src[0], 0);
-        next.rows[i] = (int) nodes[i]->src[0]->ne[1];
+bool ggml_cuda_tq_chain(ggml_backend_cuda_context & ctx, const tq_step * steps, int n_steps) {
+    if (!tq_chain_fits(steps, n_steps)) {
+        return false;
     }
-    return next;
+    tq_chain(steps, n_steps, tq_scratch(ctx, ggml_cuda_tq_get(ctx).chain_scratch, tq_chain_scratch_bytes()), ctx.stream());
+    CUDA_CHECK(cudaGetLastError());
+    return true;
 }
 
 bool ggml_cuda_tq_mul_mat(ggml_backend_cuda_context & ctx, const ggml_tensor * src0, const ggml_tensor * src1, ggml_tensor * dst) {
