@@ -8,7 +8,6 @@
 // (the file's bytes are never more than the tiles'). So a view's place is its distance from its root.
 
 #include "common.cuh"
-#include "tq-chain.cuh"
 #include "tq-kernels.cuh"
 
 #include <unordered_set>
@@ -90,16 +89,12 @@ constexpr int GGML_CUDA_TQ_ACTS = 4; // activations alive at once on a stream
 struct ggml_cuda_tq_state {
     int device = 0;
     void * scratch[GGML_CUDA_MAX_STREAMS] = {};     // tq_decode's
-    void * chain_scratch[GGML_CUDA_MAX_STREAMS] = {}; // tq_chain's
     struct memory { void * data = nullptr; size_t size = 0; };
     memory acts[GGML_CUDA_MAX_STREAMS][GGML_CUDA_TQ_ACTS];
     int next_act[GGML_CUDA_MAX_STREAMS] = {};
     std::vector<void *> owned;                      // all device memory above, and what it grew out of
 
-    // tq-fuse.cu's, reset by ggml_cuda_tq_begin: `act` holds the quantised values of act_src, and the products in `done`
-    // were computed with an earlier node.
-    const ggml_tensor * act_src = nullptr;
-    tq_act act = {};
+    // tq-fuse.cu's, reset by ggml_cuda_tq_begin: products that were computed with an earlier node
     std::unordered_set<const ggml_tensor *> done;
 };
 
@@ -115,12 +110,7 @@ bool ggml_cuda_tq_is_product(ggml_backend_cuda_context & ctx, const ggml_tensor 
 int64_t ggml_cuda_tq_tokens(const ggml_tensor * node);
 int64_t ggml_cuda_tq_ld(const ggml_tensor * node);
 // Up to TQ_MAX_SEGMENTS such nodes of the same src1 values, which `act` holds.
-void ggml_cuda_tq_product(ggml_backend_cuda_context & ctx, const ggml_tensor * const * nodes, int n_nodes, const tq_act & act,
-                          const tq_next * next);
-// The matrices of such nodes and where their results go.
-void ggml_cuda_tq_segments(const ggml_tensor * const * nodes, int n_nodes, tq_segment * segments);
-// Runs these steps in one kernel; false where the device or the shapes do not allow it.
-bool ggml_cuda_tq_chain(ggml_backend_cuda_context & ctx, const tq_step * steps, int n_steps);
+void ggml_cuda_tq_product(ggml_backend_cuda_context & ctx, const ggml_tensor * const * nodes, int n_nodes, const tq_act & act);
 
 #if GGML_CUDA_TQ_FUSE
 // tq-fuse.cu. When the graph's order may still be changed: products of one input follow each other, so that memory is given

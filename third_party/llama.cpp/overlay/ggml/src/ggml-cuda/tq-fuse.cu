@@ -3,14 +3,13 @@
 //   [ADD] + RMS_NORM + MUL   -> one kernel that ends in quantised activations -> q, k, v in one launch
 //   SWIGLU or GEGLU (split)  -> the same                                      -> down
 //   anything else            -> quantised once                                -> all matrices that read it
-//   up to 8 tokens: such sites that follow each other -> one kernel (tq-chain.cu)
 //   ROPE of q and k, SET_ROWS of k and v -> one kernel (tq-rope.cu)
 //
 // Before memory is given out, the matrices of a site are moved next to each other (ggml_cuda_tq_optimize).
 // Nodes are matched when the backend comes to them (ggml_cuda_tq_node), so that whatever upstream fused
 // before is behind us. A matrix that stands later in the graph is computed early only if no node in
-// between touches the memory it writes to. GGML_CUDA_TQ_FUSE=0 leaves every node to itself,
-// GGML_CUDA_TQ_CHAIN=0 every site; GGML_CUDA_TQ_DEBUG=1 prints a line a graph.
+// between touches the memory it writes to. GGML_CUDA_TQ_FUSE=0 leaves every node to itself;
+// GGML_CUDA_TQ_DEBUG=1 prints a line a graph.
 
 #include "tq-backend.cuh"
 #include "tq-fuse.cuh"
@@ -201,13 +200,26 @@ bool may_be_looked_at(const ggml_cgraph * graph, const nodes_t & site) {
 // ---- sites ------------------------------------------------------------------------------------------------
 
 struct counters {
-    int norm = 0, glu = 0, grouped = 0, single = 0, rope = 0, chains = 0, chained = 0;
+    int norm = 0, glu = 0, grouped = 0, single = 0, rope = 0;
     std::string other; // names of ternary products that are not ours
 };
 
-// What makes some activations, and the products that take them.
+enum step_kind { STEP_PLAIN, STEP_NORM, STEP_GLU };
+
+// What makes some activations (arguments as of tq_quantize, tq_quantize_norm, tq_quantize_glu), and the products that take
+// them.
 struct site_t {
-    tq_step step = {};       // act and segments are filled in when it is run
+    step_kind     kind = STEP_PLAIN;
+    const float * a    = nullptr; // x, a or gate
+    const float * b    = nullptr; // b or up
+    const float * w    = nullptr;
+    float       * sum  = nullptr;
+    float       * out  = nullptr; // the values that are quantised, where somebody else wants them
+    int64_t       ld_a = 0;
+    int64_t       ld_b = 0;
+    float         eps  = 0.0f;
+    int           gelu = 0;
+
     nodes_t products;
     int     last   = 0;      // index of the last node that makes the activations; of the product, where nothing does
     int64_t tokens = 0;
@@ -230,14 +242,13 @@ bool plan_norm(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i
     if (!norm_memory_ok(graph, m, write_norm)) {
         return false;
     }
-    tq_step & step = site.step;
-    step.kind = TQ_STEP_NORM;
-    step.a    = (const float *) m.a->data;
-    step.b    = m.b ? (const float *) m.b->data : nullptr;
-    step.w    = (const float *) m.w->data;
-    step.sum  = m.write_sum ? (float *) m.add->data : nullptr;
-    step.out  = write_norm ? (float *) mul->data : nullptr;
-    memcpy(&step.eps, m.rms->op_params, sizeof(step.eps));
+    site.kind = STEP_NORM;
+    site.a    = (const float *) m.a->data;
+    site.b    = m.b ? (const float *) m.b->data : nullptr;
+    site.w    = (const float *) m.w->data;
+    site.sum  = m.write_sum ? (float *) m.add->data : nullptr;
+    site.out  = write_norm ? (float *) mul->data : nullptr;
+    memcpy(&site.eps, m.rms->op_params, sizeof(site.eps));
     site.last   = m.mul;
     site.tokens = ggml_nrows(mul);
     site.nb     = (int) (mul->ne[0] / TQ_BLOCK);
@@ -258,14 +269,13 @@ bool plan_glu(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i,
     if (write && (!tq_apart_or_same(node, m.gate) || !tq_apart_or_same(node, m.up))) {
         return false;
     }
-    tq_step & step = site.step;
-    step.kind = TQ_STEP_GLU;
-    step.a    = (const float *) m.gate->data;
-    step.b    = (const float *) m.up->data;
-    step.ld_a = m.ld_gate;
-    step.ld_b = m.ld_up;
-    step.gelu = m.act;
-    step.out  = write ? (float *) node->data : nullptr;
+    site.kind = STEP_GLU;
+    site.a    = (const float *) m.gate->data;
+    site.b    = (const float *) m.up->data;
+    site.ld_a = m.ld_gate;
+    site.ld_b = m.ld_up;
+    site.gelu = m.act;
+    site.out  = write ? (float *) node->data : nullptr;
     site.last   = i;
     site.tokens = ggml_nrows(node);
     site.nb     = (int) (node->ne[0] / TQ_BLOCK);
@@ -279,9 +289,9 @@ bool plan_plain(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int 
     }
     const ggml_tensor * src = node->src[1];
     site.products  = products_of(ctx, graph, i - 1, src, done);
-    site.step.kind = TQ_STEP_PLAIN;
-    site.step.a    = (const float *) src->data;
-    site.step.ld_a = ggml_cuda_tq_ld(node);
+    site.kind = STEP_PLAIN;
+    site.a    = (const float *) src->data;
+    site.ld_a = ggml_cuda_tq_ld(node);
     site.last   = i;
     site.tokens = ggml_cuda_tq_tokens(node);
     site.nb     = (int) (src->ne[0] / TQ_BLOCK);
@@ -299,82 +309,37 @@ bool plan(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i, con
 }
 
 void count_site(counters & count, const site_t & site) {
-    switch (site.step.kind) {
-        case TQ_STEP_NORM:  count.norm++; break;
-        case TQ_STEP_GLU:   count.glu++;  break;
-        case TQ_STEP_PLAIN: (site.products.size() > 1 ? count.grouped : count.single)++; break;
+    switch (site.kind) {
+        case STEP_NORM:  count.norm++; break;
+        case STEP_GLU:   count.glu++;  break;
+        case STEP_PLAIN: (site.products.size() > 1 ? count.grouped : count.single)++; break;
     }
 }
 
 // One kernel for the activations, one for up to TQ_MAX_SEGMENTS products.
-void run_site(ggml_backend_cuda_context & ctx, const site_t & site) {
-    const tq_step & s = site.step;
-    const tq_act act = ggml_cuda_tq_new_act(ctx, (int) site.tokens, site.nb);
+void run_site(ggml_backend_cuda_context & ctx, const site_t & s) {
+    const tq_act act = ggml_cuda_tq_new_act(ctx, (int) s.tokens, s.nb);
     switch (s.kind) {
-        case TQ_STEP_NORM:  tq_quantize_norm(s.a, s.b, s.w, s.eps, s.sum, s.out, act, ctx.stream()); break;
-        case TQ_STEP_GLU:   tq_quantize_glu(s.a, s.b, s.ld_a, s.ld_b, s.gelu, s.out, act, ctx.stream()); break;
-        case TQ_STEP_PLAIN: tq_quantize(s.a, s.ld_a, act, ctx.stream()); break;
+        case STEP_NORM:  tq_quantize_norm(s.a, s.b, s.w, s.eps, s.sum, s.out, act, ctx.stream()); break;
+        case STEP_GLU:   tq_quantize_glu(s.a, s.b, s.ld_a, s.ld_b, s.gelu, s.out, act, ctx.stream()); break;
+        case STEP_PLAIN: tq_quantize(s.a, s.ld_a, act, ctx.stream()); break;
     }
-    const size_t n = site.products.size();
+    const size_t n = s.products.size();
     for (size_t first = 0; first < n; first += TQ_MAX_SEGMENTS) {
-        ggml_cuda_tq_product(ctx, site.products.data() + first, (int) std::min<size_t>(TQ_MAX_SEGMENTS, n - first), act, nullptr);
+        ggml_cuda_tq_product(ctx, s.products.data() + first, (int) std::min<size_t>(TQ_MAX_SEGMENTS, n - first), act);
     }
 }
 
-// The sites that follow `first` with nothing to do in between, up to what one kernel takes: the same nodes in the same
-// order as one by one.
-std::vector<site_t> chain_from(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const site_t & first, done_t done) {
-    static const bool off = env_is("GGML_CUDA_TQ_CHAIN", 0);
-    std::vector<site_t> chain = { first };
-    if (off) {
-        return chain;
-    }
-    const auto fits = [](const site_t & s) { return s.tokens <= TQ_DECODE_MAX && s.products.size() <= TQ_MAX_SEGMENTS; };
-    while (fits(chain.back()) && chain.size() < TQ_CHAIN_STEPS) {
-        done.insert(chain.back().products.begin(), chain.back().products.end());
-        int k = chain.back().last;
-        do {
-            k = tq_next_node(graph, k);
-        } while (k < graph->n_nodes && done.count(graph->nodes[k]));
-        site_t next;
-        if (k >= graph->n_nodes || !plan(ctx, graph, k, done, next) || next.tokens != first.tokens || !fits(next)) {
-            break;
-        }
-        chain.push_back(next);
-    }
-    return chain;
-}
-
-// Runs the site at node i and those that can go in one kernel with it.
-bool run_sites(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int & i, counters & count) {
+bool plan_and_run(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int & i, counters & count) {
     ggml_cuda_tq_state & state = ggml_cuda_tq_get(ctx);
-    site_t first;
-    if (!plan(ctx, graph, i, state.done, first)) {
+    site_t site;
+    if (!plan(ctx, graph, i, state.done, site)) {
         return false;
     }
-    std::vector<site_t> chain = chain_from(ctx, graph, first, state.done);
-    std::vector<tq_step> steps;
-    for (const site_t & site : chain) {
-        tq_step step = site.step;
-        if (chain.size() > 1) {
-            step.act        = ggml_cuda_tq_new_act(ctx, (int) site.tokens, site.nb);
-            step.n_segments = (int) site.products.size();
-            ggml_cuda_tq_segments(site.products.data(), step.n_segments, step.segments);
-        }
-        steps.push_back(step);
-    }
-    if (chain.size() > 1 && ggml_cuda_tq_chain(ctx, steps.data(), (int) steps.size())) {
-        count.chains++;
-        count.chained += (int) chain.size();
-    } else {
-        chain.resize(1);
-        run_site(ctx, first);
-    }
-    for (const site_t & site : chain) {
-        state.done.insert(site.products.begin(), site.products.end());
-        count_site(count, site);
-    }
-    i = chain.back().last;
+    run_site(ctx, site);
+    state.done.insert(site.products.begin(), site.products.end());
+    count_site(count, site);
+    i = site.last;
     return true;
 }
 
@@ -400,8 +365,8 @@ void debug_print(const ggml_cgraph * graph, int i, counters & count, bool ours) 
         }
     }
     if (is_ternary_product(graph->nodes[i])) { // the last one
-        fprintf(stderr, "tq-fuse: %d nodes; sites after a norm %d, after a gated unit %d, of several matrices %d, of one %d; %d of them in %d chains; rotations with the cache %d; other ternary products:%s\n",
-            graph->n_nodes, count.norm, count.glu, count.grouped, count.single, count.chained, count.chains, count.rope, count.other.empty() ? " none" : count.other.c_str());
+        fprintf(stderr, "tq-fuse: %d nodes; sites after a norm %d, after a gated unit %d, of several matrices %d, of one %d; rotations with the cache %d; other ternary products:%s\n",
+            graph->n_nodes, count.norm, count.glu, count.grouped, count.single, count.rope, count.other.empty() ? " none" : count.other.c_str());
     }
 }
 
@@ -468,7 +433,7 @@ bool ggml_cuda_tq_node(ggml_backend_cuda_context & ctx, ggml_cgraph * cgraph, in
     if (!ours) {
         switch (node->op) {
             case GGML_OP_ROPE: ours = !state.done.empty() && ggml_cuda_tq_rope(ctx, cgraph, i); count.rope += ours; break;
-            default:           ours = run_sites(ctx, cgraph, i, count); break;
+            default:           ours = plan_and_run(ctx, cgraph, i, count); break;
         }
     }
     if (debug) {

@@ -48,12 +48,13 @@ static void * tq_allocate(ggml_cuda_tq_state & state, size_t size) {
     return data;
 }
 
-// Device memory for one stream, zero at first.
-static void * tq_scratch(ggml_backend_cuda_context & ctx, void * (&of_streams)[GGML_CUDA_MAX_STREAMS], size_t size) {
-    void *& scratch = of_streams[ctx.curr_stream_no];
+// tq_decode's, of the current stream.
+static void * tq_scratch(ggml_backend_cuda_context & ctx) {
+    ggml_cuda_tq_state & state = ggml_cuda_tq_get(ctx);
+    void *& scratch = state.scratch[ctx.curr_stream_no];
     if (scratch == nullptr) {
-        size    = std::max(size, (size_t) 1);
-        scratch = tq_allocate(ggml_cuda_tq_get(ctx), size);
+        const size_t size = std::max(tq_decode_scratch_bytes(), (size_t) 1);
+        scratch = tq_allocate(state, size);
         // not on the context's stream: a graph that is being recorded there would zero it again whenever it runs
         CUDA_CHECK(cudaMemsetAsync(scratch, 0, size, cudaStreamPerThread));
         CUDA_CHECK(cudaStreamSynchronize(cudaStreamPerThread));
@@ -128,9 +129,9 @@ static const uint8_t * tq_matrix(const ggml_tensor * t, int64_t offset) {
     return tq_tiles(t) + (matrix*tile_rows + inside / TQ_TILE_ROWS) * (s.columns / TQ_BLOCK) * TQ_TILE_BYTES;
 }
 
-static void tq_product(ggml_backend_cuda_context & ctx, const tq_segment * segments, int n_segments, const tq_act & act, const tq_next * next) {
+static void tq_product(ggml_backend_cuda_context & ctx, const tq_segment * segments, int n_segments, const tq_act & act) {
     if (act.layout == TQ_ACT_DECODE) {
-        tq_decode(segments, n_segments, act, tq_scratch(ctx, ggml_cuda_tq_get(ctx).scratch, tq_decode_scratch_bytes()), next, ctx.stream());
+        tq_decode(segments, n_segments, act, tq_scratch(ctx), nullptr, ctx.stream());
     } else {
         const auto & device = ggml_cuda_info().devices[ctx.device];
         tq_prefill(segments, n_segments, act, device.cc, device.nsm, ctx.stream());
@@ -144,7 +145,7 @@ static void tq_mul_mat_rows(ggml_backend_cuda_context & ctx, const tq_segment & 
     const tq_act act = tq_make_act((int) n, nb, memory.get());
     tq_quantize(x, ld, act, ctx.stream());
     CUDA_CHECK(cudaGetLastError());
-    tq_product(ctx, &segment, 1, act, nullptr);
+    tq_product(ctx, &segment, 1, act);
 }
 
 bool ggml_cuda_tq_is_product(ggml_backend_cuda_context & ctx, const ggml_tensor * node) {
@@ -163,28 +164,14 @@ int64_t ggml_cuda_tq_ld(const ggml_tensor * node) {
     return tq_flat_rows(node->src[1]).ld;
 }
 
-void ggml_cuda_tq_segments(const ggml_tensor * const * nodes, int n_nodes, tq_segment * segments) {
+void ggml_cuda_tq_product(ggml_backend_cuda_context & ctx, const ggml_tensor * const * nodes, int n_nodes, const tq_act & act) {
     GGML_ASSERT(n_nodes > 0 && n_nodes <= TQ_MAX_SEGMENTS);
+    tq_segment segments[TQ_MAX_SEGMENTS];
     for (int i = 0; i < n_nodes; ++i) {
         const ggml_tensor * w = nodes[i]->src[0];
         segments[i] = { tq_matrix(w, 0), (float *) nodes[i]->data, tq_flat_rows(nodes[i]).ld, (int) w->ne[1] };
     }
-}
-
-void ggml_cuda_tq_product(ggml_backend_cuda_context & ctx, const ggml_tensor * const * nodes, int n_nodes, const tq_act & act,
-                          const tq_next * next) {
-    tq_segment segments[TQ_MAX_SEGMENTS];
-    ggml_cuda_tq_segments(nodes, n_nodes, segments);
-    tq_product(ctx, segments, n_nodes, act, next);
-}
-
-bool ggml_cuda_tq_chain(ggml_backend_cuda_context & ctx, const tq_step * steps, int n_steps) {
-    if (!tq_chain_fits(steps, n_steps)) {
-        return false;
-    }
-    tq_chain(steps, n_steps, tq_scratch(ctx, ggml_cuda_tq_get(ctx).chain_scratch, tq_chain_scratch_bytes()), ctx.stream());
-    CUDA_CHECK(cudaGetLastError());
-    return true;
+    tq_product(ctx, segments, n_nodes, act);
 }
 
 bool ggml_cuda_tq_mul_mat(ggml_backend_cuda_context & ctx, const ggml_tensor * src0, const ggml_tensor * src1, ggml_tensor * dst) {
