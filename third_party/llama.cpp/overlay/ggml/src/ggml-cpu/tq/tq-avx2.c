@@ -91,17 +91,23 @@ TQ_INLINE __m256i tq_mod(__m256i v, int n) {
 
 #define TQ_HALVES(...) _mm256_broadcastsi128_si256(_mm_setr_epi8(__VA_ARGS__))
 
-// The five base-3 digits of every byte; of bytes above 242 anything. Multiples of 9 and 27 below 81 differ in
-// their low four bits, by which the tables are looked up
+// The five base-3 digits of every byte; of bytes above 242 anything. v / 27 has the upper two: v*19 >> 9, for even
+// and odd bytes apart. Tables have the digits of 0..8; 9 and 18 differ in their low four bits
 TQ_INLINE void tq1_1_digits(__m256i v, __m256i * c) {
-    const __m256i p81 = tq_mod(v, 81);
-    const __m256i p27 = tq_mod(p81, 27);
-    const __m256i p9  = tq_mod(p27, 9);
-    c[0] = _mm256_shuffle_epi8(TQ_HALVES(0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 0, 0, 0, 0, 0, 0), p9);
-    c[1] = _mm256_shuffle_epi8(TQ_HALVES(0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0), p9);
-    c[2] = _mm256_shuffle_epi8(TQ_HALVES(0, 0, 2, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0), _mm256_sub_epi8(p27, p9));
-    c[3] = _mm256_shuffle_epi8(TQ_HALVES(0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 1, 0, 0, 0, 0), _mm256_sub_epi8(p81, p27));
-    c[4] = _mm256_and_si256(_mm256_sub_epi8(v, p81), _mm256_set1_epi8(3)); // 81*t & 3 = t
+    const __m256i unit   = TQ_HALVES(0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 0, 0, 0, 0, 0, 0);
+    const __m256i three  = TQ_HALVES(0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0);
+    const __m256i nines  = TQ_HALVES(0, 0, 2, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0);
+    const __m256i times  = TQ_HALVES(0, 27, 54, 81, 108, (char) 135, (char) 162, (char) 189, (char) 216, 0, 0, 0, 0, 0, 0, 0);
+    const __m256i even   = _mm256_srli_epi16(_mm256_maddubs_epi16(v, _mm256_set1_epi16(19)), 9);
+    const __m256i odd    = _mm256_srli_epi16(_mm256_maddubs_epi16(v, _mm256_set1_epi16(19 << 8)), 1);
+    const __m256i upper  = _mm256_or_si256(even, _mm256_and_si256(odd, _mm256_set1_epi16((short) 0xff00)));
+    const __m256i p27    = _mm256_sub_epi8(v, _mm256_shuffle_epi8(times, upper)); // v mod 27
+    const __m256i p9     = tq_mod(p27, 9);
+    c[0] = _mm256_shuffle_epi8(unit, p9);
+    c[1] = _mm256_shuffle_epi8(three, p9);
+    c[2] = _mm256_shuffle_epi8(nines, _mm256_sub_epi8(p27, p9));
+    c[3] = _mm256_shuffle_epi8(unit, upper);
+    c[4] = _mm256_shuffle_epi8(three, upper);
 }
 
 // (v >> 2*plane) & 3 of every byte

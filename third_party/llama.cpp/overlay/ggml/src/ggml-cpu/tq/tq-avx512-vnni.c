@@ -19,14 +19,14 @@ TQ_INLINE __m512i tq_plane(__m512i v, int plane) {
     return _mm512_and_si512(_mm512_srli_epi16(v, 2 * plane), _mm512_set1_epi8(3));
 }
 
-// Tables of 16 bytes, the same in every quarter: what a register can be looked up in without VBMI. Multiples of
-// 9 and 27 below 81 differ in their low four bits
+// Tables of 16 bytes, the same in every quarter: what a register can be looked up in without VBMI. Multiples of 9 below
+// 81 differ in their low four bits
 struct tq1_1_tables {
-    __m512i digit0, digit1; // of 0..8
-    __m512i digit2;         // of 0, 9, 18
-    __m512i digit3;         // of 0, 27, 54
-    __m512i low, high;      // 2-bit codes of 0..8; of 0, 9, 18, .. 72: tq1_1_codes
-    __m512i fifth;          // where the byte of lane 26 + g comes from
+    __m512i unit, three; // digits of 0..8
+    __m512i nines;       // the digit of 0, 9, 18
+    __m512i times;       // 27 times 0..8
+    __m512i low, high;   // 2-bit codes of 0..8; of 0, 9, 18, .. 72: tq1_1_codes
+    __m512i fifth;       // where the byte of lane 26 + g comes from
 };
 
 TQ_INLINE struct tq1_1_tables tq1_1_load_tables(void) {
@@ -35,7 +35,7 @@ TQ_INLINE struct tq1_1_tables tq1_1_load_tables(void) {
         QUARTERS(0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 0, 0, 0, 0, 0, 0),
         QUARTERS(0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0),
         QUARTERS(0, 0, 2, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0),
-        QUARTERS(0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 1, 0, 0, 0, 0),
+        QUARTERS(0, 27, 54, 81, 108, (char) 135, (char) 162, (char) 189, (char) 216, 0, 0, 0, 0, 0, 0, 0),
         QUARTERS(0, 1, 2, 4, 5, 6, 8, 9, 10, 0, 0, 0, 0, 0, 0, 0),
         QUARTERS(0, 0, 32, 0, 80, 0, (char) 128, 0, (char) 160, 16, 0, 64, 0, 96, 0, (char) 144),
         _mm512_inserti32x4(_mm512_inserti32x4(_mm512_set1_epi8(-1),
@@ -54,15 +54,18 @@ TQ_INLINE __m512i tq_mod(__m512i v, int n) {
     return _mm512_min_epu8(v, _mm512_min_epu8(once, twice));
 }
 
+// v / 27 has the upper two digits: v*19 >> 9, for even and odd bytes apart
 TQ_INLINE void tq1_1_digits(__m512i v, const struct tq1_1_tables * t, __m512i * c) {
-    const __m512i p81 = tq_mod(v, 81);
-    const __m512i p27 = tq_mod(p81, 27);
-    const __m512i p9  = tq_mod(p27, 9);
-    c[0] = _mm512_shuffle_epi8(t->digit0, p9);
-    c[1] = _mm512_shuffle_epi8(t->digit1, p9);
-    c[2] = _mm512_shuffle_epi8(t->digit2, _mm512_sub_epi8(p27, p9));
-    c[3] = _mm512_shuffle_epi8(t->digit3, _mm512_sub_epi8(p81, p27));
-    c[4] = _mm512_and_si512(_mm512_sub_epi8(v, p81), _mm512_set1_epi8(3)); // 81*t & 3 = t
+    const __m512i even  = _mm512_srli_epi16(_mm512_maddubs_epi16(v, _mm512_set1_epi16(19)), 9);
+    const __m512i odd   = _mm512_srli_epi16(_mm512_maddubs_epi16(v, _mm512_set1_epi16(19 << 8)), 1);
+    const __m512i upper = _mm512_mask_mov_epi8(even, 0xaaaaaaaaaaaaaaaaull, odd);
+    const __m512i p27   = _mm512_sub_epi8(v, _mm512_shuffle_epi8(t->times, upper)); // v mod 27
+    const __m512i p9    = tq_mod(p27, 9);
+    c[0] = _mm512_shuffle_epi8(t->unit, p9);
+    c[1] = _mm512_shuffle_epi8(t->three, p9);
+    c[2] = _mm512_shuffle_epi8(t->nines, _mm512_sub_epi8(p27, p9));
+    c[3] = _mm512_shuffle_epi8(t->unit, upper);
+    c[4] = _mm512_shuffle_epi8(t->three, upper);
 }
 
 TQ_INLINE __m512i tq1_1_codes(__m512i v, const struct tq1_1_tables * t) {

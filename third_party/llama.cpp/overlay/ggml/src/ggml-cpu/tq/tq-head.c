@@ -1,4 +1,4 @@
-// The head's matrix-vector product: a quarter of what a decoded token reads, and not ternary. llama.cpp's own dot
+// The head's matrix-vector product: a good part of what a decoded token reads, and not ternary. llama.cpp's own dot
 // product serves, row by row; only the order of the rows and the fetching are ours. See tq.h and KERNELS.md.
 
 #include "tq.h"
@@ -6,6 +6,8 @@
 #include "ggml-cpu-impl.h"
 #include "ggml-cpu.h"
 #include "ggml-impl.h"
+
+#if TQ_HAS_X86 // measured nowhere else
 
 #define TQ_HEAD_STREAMS   4
 // These rows' arithmetic is shorter than that of ternary ones, so that the first-level fetch starts earlier
@@ -45,8 +47,7 @@ bool ggml_tq_mul_mat_head(const struct ggml_compute_params * params, struct ggml
     const struct ggml_tensor * src0 = dst->src[0];
     const struct ggml_tensor * src1 = dst->src[1];
 
-    // x86 alone: measured nowhere else
-    if (!TQ_HAS_X86 || params->use_ref || !tq_is_head_type(src0->type) || src1->type != GGML_TYPE_F32 || ggml_nrows(src1) != 1 ||
+    if (params->use_ref || !tq_is_head_type(src0->type) || src0->extra || src1->type != GGML_TYPE_F32 || ggml_nrows(src1) != 1 ||
         ggml_nrows(src0) != src0->ne[1] || !ggml_is_contiguous(src0) || !ggml_is_contiguous(src1)) {
         return false;
     }
@@ -67,3 +68,13 @@ bool ggml_tq_mul_mat_head(const struct ggml_compute_params * params, struct ggml
     ggml_tq_share_rows(params, src0->ne[1], 1, tq_head_rows, &head);
     return true;
 }
+
+#else
+
+bool ggml_tq_mul_mat_head(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
+    (void) params;
+    (void) dst;
+    return false;
+}
+
+#endif

@@ -19,7 +19,8 @@
 // Rows that each thread takes for sure. With few columns it wants them in one piece, since a stream of memory reads
 // takes a while to start; the rest, in chunks, evens out threads that are held up
 static int64_t tq_own_rows(int64_t rows, int nth, int64_t ncols) {
-    return ncols > TQ_FEW_COLS ? 0 : nth == 1 ? rows : rows * 3 / 4 / nth / 32 * 32;
+    const int64_t unit = ncols < TQ_GEMM_MIN_COLS ? 4 : 32; // streams, or a tile
+    return ncols > TQ_FEW_COLS ? 0 : nth == 1 ? rows : rows * 3 / 4 / nth / unit * unit;
 }
 
 // Rows per chunk of the rest: small enough that every thread gets several

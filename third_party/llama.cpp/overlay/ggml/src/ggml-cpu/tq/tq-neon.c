@@ -113,9 +113,15 @@ TQ_INLINE void tq1_1_unpack(const uint8_t * qs, uint8x16_t * v0, uint8x16_t * v1
     *v1 = vorrq_u8(c1, vextq_u8(zero, vcombine_u8(last, vdup_n_u8(0)), 6));
 }
 
+// (v >> 2*plane) & 3 of every byte: the lowest plane needs no shift, the highest no mask
 TQ_INLINE int8x16_t tq_plane(uint8x16_t v, int plane) {
-    // a shift by a variable count, negative for right: the count is a constant after inlining
-    return vreinterpretq_s8_u8(vandq_u8(vshlq_u8(v, vdupq_n_s8((int8_t) (-2 * plane))), vdupq_n_u8(3)));
+    const uint8x16_t three = vdupq_n_u8(3);
+    switch (plane) {
+        case 0:  return vreinterpretq_s8_u8(vandq_u8(v, three));
+        case 1:  return vreinterpretq_s8_u8(vandq_u8(vshrq_n_u8(v, 2), three));
+        case 2:  return vreinterpretq_s8_u8(vandq_u8(vshrq_n_u8(v, 4), three));
+        default: return vreinterpretq_s8_u8(vshrq_n_u8(v, 6));
+    }
 }
 
 // 4 integer sums of c*q over a block
