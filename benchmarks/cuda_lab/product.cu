@@ -104,24 +104,18 @@ static void check_group(Checker & c, const Group & g, int n, const char * data) 
     std::vector<std::unique_ptr<Buffer<float>>> y;
     for (int shape = 0; shape <= STREAM_SHAPES; shape++) { // the last: registers
         bool registers = shape == STREAM_SHAPES;
-        if (!registers && (g.nb % stream_of(1, shape).unit != 0 || !device().streams)) continue;
+        if (!registers && (!device().streams || stages_of(stream_of(a.act.cols, shape), a.act.cols, g.nb) < 2)) continue;
         std::vector<tq_segment> s;
-        tq_next next = {};
         y.clear();
         for (size_t i = 0; i < g.parts.size(); i++) {
             int rows = g.parts[i]->M;
             y.emplace_back(new Buffer<float>((size_t) n * (rows + GAP), 0xff));
             s.push_back({g.w[i], y[i]->p, rows + GAP, rows});
-            next.w[i] = g.w[i]; next.rows[i] = rows;
         }
-        next.segments = g.parts.size(); next.nb = g.nb; next.cols = a.act.cols;
-        decode_policy policy;
-        policy.shape = shape;
-        policy.ahead = (size_t) (n % 3) << 20; // none, a little, more
         if (registers) run_registers(device(), s.data(), s.size(), a.act, 0);
-        else run_stream(device(), policy, s.data(), s.size(), a.act, c.scratch.p, n % 2 ? &next : nullptr, 0);
+        else run_stream(device(), {shape}, s.data(), s.size(), a.act, c.scratch.p, 0);
         CK(cudaDeviceSynchronize());
-        std::string name = g.name(n, registers ? "registers" : stream_names[shape]) + ", " + data;
+        std::string name = g.name(n, registers ? "registers" : stream_of(1, shape).name) + ", " + data;
         for (size_t i = 0; i < g.parts.size(); i++) {
             int rows = g.parts[i]->M;
             std::vector<float> h((size_t) n * (rows + GAP));
@@ -150,40 +144,35 @@ static void check_group(Checker & c, const Group & g, int n, const char * data) 
 static void check_repeats(Checker & c, int launches, int replays) {
     if (!device().streams) return;
     Group groups[2] = {Group({4090, 1000, 37}, 44, RANDOM), Group({500, 33}, 6, RANDOM)};
+    for (int shape = 0; shape < STREAM_SHAPES; shape++)
     for (int n : {1, 3, 8}) {
         Activations a(n, 44);
         std::vector<std::unique_ptr<Buffer<float>>> y;
-        auto call = [&](int i, cudaStream_t st, float * out, int64_t * total) {
+        auto call = [&](int i, cudaStream_t st, float * out) {
             const Group & g = groups[i % 3 == 2];
             tq_act act = a.act;
             act.nb = g.nb;
             launch(true, quantize_decode, dim3(g.nb, act.cols), 128, 0, st, (const float *) g.parts[0]->x + (i % 4) * QK, (int64_t) g.nb * QK / 2, n, a.q.p, a.head.p);
             std::vector<tq_segment> s;
             int64_t at = 0;
-            tq_next next = {};
             for (size_t k = 0; k < g.parts.size(); k++) {
                 int rows = g.parts[k]->M;
-                s.push_back({g.w[k], out ? out + at : nullptr, rows, rows});
+                s.push_back({g.w[k], out + at, rows, rows});
                 at += (int64_t) rows * n;
-                next.w[k] = g.w[k]; next.rows[k] = rows;
             }
-            next.segments = g.parts.size(); next.nb = g.nb; next.cols = act.cols;
-            if (total) { *total = at; return; }
-            decode_policy policy;
-            policy.ahead = (size_t) (i % 2) << 22;
-            run_stream(device(), policy, s.data(), s.size(), act, c.scratch.p, &next, st);
+            run_stream(device(), {shape}, s.data(), s.size(), act, c.scratch.p, st);
         };
         size_t most = (size_t) (4090 + 1000 + 37) * n;
         Buffer<float> out(most * launches, 0xff);
         std::vector<float> first, now(most * launches);
         // one by one, with everything at rest in between
-        for (int i = 0; i < launches; i++) { call(i, 0, out.p + most * i, nullptr); CK(cudaDeviceSynchronize()); }
+        for (int i = 0; i < launches; i++) { call(i, 0, out.p + most * i); CK(cudaDeviceSynchronize()); }
         CK(cudaMemcpy(now.data(), out.p, now.size() * 4, cudaMemcpyDeviceToHost));
         first = now;
         cudaStream_t st; cudaGraph_t graph; cudaGraphExec_t exec;
         CK(cudaStreamCreate(&st));
         CK(cudaStreamBeginCapture(st, cudaStreamCaptureModeGlobal));
-        for (int i = 0; i < launches; i++) call(i, st, out.p + most * i, nullptr);
+        for (int i = 0; i < launches; i++) call(i, st, out.p + most * i);
         CK(cudaStreamEndCapture(st, &graph));
         CK(cudaGraphInstantiate(&exec, graph, 0));
         for (int r = 0; r < replays; r++) {
@@ -192,7 +181,7 @@ static void check_repeats(Checker & c, int launches, int replays) {
             CK(cudaGraphLaunch(exec, st));
             CK(cudaStreamSynchronize(st));
             CK(cudaMemcpy(now.data(), out.p, now.size() * 4, cudaMemcpyDeviceToHost));
-            c.expect(memcmp(now.data(), first.data(), now.size() * 4) == 0, "graph replay " + std::to_string(r) + ", n=" + std::to_string(n) + ": other bits than one by one");
+            c.expect(memcmp(now.data(), first.data(), now.size() * 4) == 0, std::string("graph replay, ") + stream_of(1, shape).name + ", n=" + std::to_string(n) + ": other bits than one by one");
         }
         CK(cudaGraphExecDestroy(exec)); CK(cudaGraphDestroy(graph)); CK(cudaStreamDestroy(st));
         c.expect_clear_scratch("graph replays");
@@ -282,7 +271,7 @@ struct Model { const char * name; int layers, copies; int hidden, ffn; };
 struct Layers {
     const Model & m;
     int n;
-    decode_policy policy;
+    decode_policy policy, odd; // of products 0 and 2, and 1 and 3
     int64_t spin_cycles; // between the first product and the second; 0: no kernel
     bool backend;        // what comes before each product: tq-act.cu's norms and gated unit, or only our quantisation
     uint8_t * w; float * x, * y; int * out;
@@ -291,7 +280,7 @@ struct Layers {
     Buffer<float> norm{8 * 8192};
     std::vector<std::pair<std::vector<int>, int>> sites; // rows of the matrices, columns
     Layers(const Model & m_, int n_, const decode_policy & p, int64_t spin_, bool backend_, uint8_t * w_, float * x_, float * y_, int * out_, uint64_t * s) :
-        m(m_), n(n_), policy(p), spin_cycles(spin_), backend(backend_), w(w_), x(x_), y(y_), out(out_), scratch(s), hidden(n_, m_.hidden / QK), ffn(n_, m_.ffn / QK),
+        m(m_), n(n_), policy(p), odd(p), spin_cycles(spin_), backend(backend_), w(w_), x(x_), y(y_), out(out_), scratch(s), hidden(n_, m_.hidden / QK), ffn(n_, m_.ffn / QK),
         sites{{{m.hidden, m.hidden, m.hidden}, m.hidden}, {{m.hidden}, m.hidden}, {{m.ffn, m.ffn}, m.hidden}, {{m.hidden}, m.ffn}} {}
     size_t bytes() const {
         size_t b = 0;
@@ -312,7 +301,7 @@ struct Layers {
     }
     void layer(int i, cudaStream_t st) {
         for (int k = 0; k < 4; k++) {
-            tq_next now = site(4 * i + k), next = site(4 * i + k + 1);
+            tq_next now = site(4 * i + k);
             tq_segment s[TQ_MAX_SEGMENTS];
             float * to = y;
             for (int j = 0; j < now.segments; j++) { s[j] = {now.w[j], to, now.rows[j], now.rows[j]}; to += (size_t) now.rows[j] * n; }
@@ -322,35 +311,35 @@ struct Layers {
             else if (k % 2 == 0) tq_quantize_norm(x, x + m.hidden * n, x, 1e-5f, norm.p, nullptr, a.act, st); // any numbers will do
             else if (k == 1) tq_quantize(x, m.hidden, a.act, st);
             else tq_quantize_glu(x, x, m.ffn, m.ffn, 0, nullptr, a.act, st);
-            run_stream(device(), policy, s, now.segments, a.act, scratch, &next, st);
+            run_stream(device(), k % 2 ? odd : policy, s, now.segments, a.act, scratch, st);
         }
     }
 };
 
-// Each product of a 65B layer by itself, many times in a row: what a launch costs without the others, and (the same weights
-// again and again, as far as they fit into L2) what the multiprocessors could do.
+// Each product of a layer by itself, many times in a row: what a launch costs without the others, and (the same weights
+// again and again, as far as they fit into L2) what the multiprocessors could do. Without the quantisation L2 keeps the
+// activations: a lower bound.
 static void bench_sites(Layers & l, double rate) {
-    printf("%-16s %2s %-10s %6s %10s %10s %10s %6s\n", "product alone", "n", "shape", "next", "quantised", "us", "same w", "share");
+    printf("%-16s %2s %-10s %10s %10s %10s %6s\n", "product alone", "n", "shape", "quantised", "us", "same w", "share");
     for (int k = 0; k < 4; k++)
-        for (int shape : {W8U4S2, W12U2S4, W8U2S3})
-            for (int next_mb : {0, 16}) {
-                l.policy.shape = shape; l.policy.next_ahead = (size_t) next_mb << 20;
-                auto run = [&](bool quantise, bool same) {
-                    return time_graph(l.m.copies * 4, [&](int i, cudaStream_t st) {
-                        tq_next now = l.site(same ? k : 4 * i + k), next = l.site(same ? k : 4 * (i + 1) + k);
-                        tq_segment s[TQ_MAX_SEGMENTS];
-                        float * to = l.y;
-                        for (int j = 0; j < now.segments; j++) { s[j] = {now.w[j], to, now.rows[j], now.rows[j]}; to += (size_t) now.rows[j] * l.n; }
-                        Activations & a = k == 3 ? l.ffn : l.hidden;
-                        if (quantise) a.quantize(l.x, l.sites[k].second, st);
-                        run_stream(device(), l.policy, s, now.segments, a.act, l.scratch, &next, st);
-                    }, 7);
-                };
-                double bytes = 0, us = run(false, false);
-                for (int r : l.sites[k].first) bytes += (double) r * l.sites[k].second / QK * 36;
-                printf("%dx %6dx%-6d  %2d %-10s %6d %10.2f %10.2f %10.2f %6.2f\n", (int) l.sites[k].first.size(), l.sites[k].first[0], l.sites[k].second,
-                       l.n, stream_names[shape], next_mb, run(true, false), us, run(false, true), bytes / us / 1e3 / rate);
-            }
+        for (int shape = 0; shape < STREAM_SHAPES; shape++) {
+            Activations & a = k == 3 ? l.ffn : l.hidden;
+            if (stages_of(stream_of(a.act.cols, shape), a.act.cols, a.act.nb) < 2) continue;
+            auto run = [&](bool quantise, bool same) {
+                return time_graph(l.m.copies * 4, [&](int i, cudaStream_t st) {
+                    tq_next now = l.site(same ? k : 4 * i + k);
+                    tq_segment s[TQ_MAX_SEGMENTS];
+                    float * to = l.y;
+                    for (int j = 0; j < now.segments; j++) { s[j] = {now.w[j], to, now.rows[j], now.rows[j]}; to += (size_t) now.rows[j] * l.n; }
+                    if (quantise) a.quantize(l.x, l.sites[k].second, st);
+                    run_stream(device(), {shape}, s, now.segments, a.act, l.scratch, st);
+                }, 7);
+            };
+            double bytes = 0, us = run(false, false);
+            for (int r : l.sites[k].first) bytes += (double) r * l.sites[k].second / QK * 36;
+            printf("%dx %6dx%-6d  %2d %-10s %10.2f %10.2f %10.2f %6.2f\n", (int) l.sites[k].first.size(), l.sites[k].first[0], l.sites[k].second,
+                   l.n, stream_of(1, shape).name, run(true, false), us, run(false, true), bytes / us / 1e3 / rate);
+        }
 }
 
 static void bench(bool quick) {
@@ -369,30 +358,30 @@ static void bench(bool quick) {
     CK(cudaDeviceGetAttribute(&khz, cudaDevAttrClockRate, 0));
     double rate = streaming();
     printf("streaming read of 1 GiB: %.0f GB/s, clock %d MHz\n", rate, khz / 1000);
-    for (int n : {1, 4, 8}) { // times without the quantisation let L2 keep the activations: a lower bound
+    for (int n : {1, 2, 4, 8}) {
+        if (quick) continue;
         Layers l(models[3], n, decode_policy{}, 0, false, w.p, x.p, y.p, out.p, scratch.p);
         bench_sites(l, rate);
     }
     printf("gap: microseconds of a kernel between the first product and the second, in the layer's time\n"
            "before: what comes before each product, our quantisation alone or the backend's kernels (norm, gated unit)\n");
-    printf("%-4s %2s %-8s %-10s %6s %6s %4s %9s %7s %6s\n", "", "n", "before", "shape", "ahead", "next", "gap", "us/layer", "GB/s", "share");
-    std::vector<std::pair<int, int>> leads = {{0, 0}, {0, 8}, {0, 16}, {0, 24}, {0, 32}, {8, 8}, {16, 16}, {24, 24}, {8, 16}, {4, 16}};
-    for (bool backend : {true, false})
-        for (auto & m : models)
-            for (int n : {1, 2, 4, 8})
-                for (int shape = 0; shape < STREAM_SHAPES; shape++)
-                    for (auto & lead : leads)
+    printf("%-4s %2s %-8s %-8s %-8s %4s %9s %7s %6s\n", "", "n", "before", "shape", "else", "gap", "us/layer", "GB/s", "share");
+    for (auto & m : models)
+        for (int n : {1, 2, 4, 8})
+            for (int shape = -1; shape < STREAM_SHAPES; shape++)
+                for (int fallback : {-1, (int) P8U2})
+                    for (bool backend : {true, false})
                         for (int gap : {0, 10}) {
-                            if (m.hidden / QK % stream_of(1, shape).unit) continue; // where only ffn does not fit, it takes the shape of the table
-                            if (shape == W8U1S4 && lead.second) continue;
-                            if (n > 1 && n < 8 && (lead.second % 16 || gap || !backend)) continue;
-                            if ((quick || !backend) && lead.second % 16) continue;
-                            decode_policy p;
-                            p.shape = shape; p.ahead = (size_t) lead.first << 20; p.next_ahead = (size_t) lead.second << 20;
-                            Layers l(m, n, p, (int64_t) gap * khz / 1000, backend, w.p, x.p, y.p, out.p, scratch.p);
+                            auto fits = [&](int s, int columns) { return s >= 0 && stages_of(stream_of(tq_act_cols(n), s), tq_act_cols(n), columns / QK) >= 2; };
+                            if (shape >= 0 && !fits(shape, m.hidden)) continue;
+                            if (fallback >= 0 && (shape < 0 || fits(shape, m.ffn)) && shape != A10U2) continue; // would make no difference
+                            if ((gap || !backend) && (n > 1 || quick)) continue;
+                            Layers l(m, n, {shape, fallback}, (int64_t) gap * khz / 1000, backend, w.p, x.p, y.p, out.p, scratch.p);
+                            if (shape == A10U2 && fallback < 0) l.odd.shape = B10U4; // these two fit together, but neither beside itself
                             double us = time_graph(m.copies * 2, [&](int i, cudaStream_t st) { l.layer(i, st); }, 7);
-                            printf("%-4s %2d %-8s %-10s %6d %6d %4d %9.1f %7.0f %6.2f\n", m.name, n, backend ? "backend" : "quantise", stream_names[shape],
-                                   lead.first, lead.second, gap, us, l.bytes() / us / 1e3, l.bytes() / us / 1e3 / rate);
+                            printf("%-4s %2d %-8s %-8s %-8s %4d %9.1f %7.0f %6.2f\n", m.name, n, backend ? "backend" : "quantise",
+                                   shape < 0 ? "table" : stream_of(1, shape).name, fallback < 0 ? "" : stream_of(1, fallback).name, gap, us,
+                                   l.bytes() / us / 1e3, l.bytes() / us / 1e3 / rate);
                         }
     printf("streaming read again: %.0f GB/s\n", streaming());
 }

@@ -24,31 +24,45 @@ constexpr int MAX_BLOCKS  = 4; // thread blocks of a multiprocessor that any sha
 // ---- the shapes of thread blocks ----------------------------------------------------------------------
 struct stream_kernel {
     void (*run)(tq_stream_args);
-    int threads, unit, shared, blocks; // blocks: for each multiprocessor
+    const char * name;
+    int  threads, warps, unit, tiles;
+    int  blocks;   // for each multiprocessor
+    int  budget;   // bytes of shared memory of one
+    int  stage;    // bytes of a stage
+    int  rest;     // shared memory beside stages and activations
+    bool x_shared; // activations in shared memory
 };
 
-template <int N, int WARPS, int UNIT, int STAGES, int BLOCKS> stream_kernel make_stream() {
-    using Shape = tq_stream_shape<N, WARPS, UNIT, STAGES>;
+template <int N, int WARPS, int UNIT, int TILES, bool X_SHARED, int BLOCKS, int BUDGET_KIB, int BOUND, int MIN_BLOCKS>
+stream_kernel make_stream(const char * name) {
+    using Shape = tq_stream_shape<N, WARPS, UNIT, TILES>;
     static_assert(BLOCKS <= MAX_BLOCKS, "scratch is too small");
-    return {tq_decode_stream<N, WARPS, UNIT, STAGES, BLOCKS>, Shape::THREADS, UNIT, Shape::SHARED, BLOCKS};
+    return {tq_decode_stream<N, WARPS, UNIT, TILES, X_SHARED, BOUND, MIN_BLOCKS>, name, Shape::THREADS, WARPS, UNIT, TILES, BLOCKS,
+            BUDGET_KIB * 1024, Shape::STAGE, Shape::RING_AT, X_SHARED};
 }
 
-// Chunks of 4 blocks where a row has a multiple of 4: fewest instructions beside the arithmetic. Few warps and stages are
-// enough, and leave room for the thread blocks of the next kernel.
-enum stream_shape { W8U4S2, W12U2S4, W8U2S3, W8U1S4, STREAM_SHAPES };
-const char * const stream_names[STREAM_SHAPES] = {"w8u4s2x2", "w12u2s4x2", "w8u2s3x3", "w8u1s4x3"};
+enum stream_shape { W8U4, W8U4D, P8U2, P8U2D, P8U1, P8U4, A10U2, B10U4, STREAM_SHAPES };
 
 template <int N> stream_kernel stream_by_shape(int shape) {
     switch (shape) {
-        case W8U4S2:  return make_stream<N, 8, 4, 2, 2>();
-        case W12U2S4: return make_stream<N, 12, 2, 4, 2>();
-        case W8U2S3:  return make_stream<N, 8, 2, 3, 3>();
-        default:      return make_stream<N, 8, 1, 4, 3>();
+        case W8U4:  return make_stream<N, 8, 4, 1, false, 2, 48, 320, 2>("w8u4");
+        case W8U4D: return make_stream<N, 8, 4, 1, false, 2, 100, 320, 2>("w8u4d");
+        case P8U2:  return make_stream<N, 8, 2, 2, false, 2, 80, 320, 2>("p8u2");
+        case P8U2D: return make_stream<N, 8, 2, 2, false, 2, 110, 320, 2>("p8u2d");
+        case P8U1:  return make_stream<N, 8, 1, 2, false, 2, 80, 320, 2>("p8u1");
+        case P8U4:  return make_stream<N, 8, 4, 2, false, 2, 110, 320, 2>("p8u4");
+        case A10U2: return make_stream<N, 10, 2, 1, true, 1, 120, 640, 2>("a10u2");
+        default:    return make_stream<N, 10, 4, 1, false, 1, 100, 448, 1>("b10u4");
     }
 }
 stream_kernel stream_of(int cols, int shape) {
     return cols == 1 ? stream_by_shape<1>(shape) : cols == 2 ? stream_by_shape<2>(shape) :
            cols == 4 ? stream_by_shape<4>(shape) : stream_by_shape<8>(shape);
+}
+int x_bytes(const stream_kernel & k, int cols, int nb) { return k.x_shared ? nb * cols * (TQ_BLOCK + (int) sizeof(tq_act_head)) : 0; }
+// As many stages as there is room for; fewer than two: this shape cannot take it.
+int stages_of(const stream_kernel & k, int cols, int nb) {
+    return nb % k.unit ? 0 : std::min(TQ_MAX_STAGES, (k.budget - k.rest - x_bytes(k, cols, nb)) / k.stage);
 }
 int token_index(int cols) { return cols == 1 ? 0 : cols == 2 ? 1 : cols == 4 ? 2 : 3; }
 
@@ -70,7 +84,7 @@ device_info & device() {
         int major;
         cudaFuncAttributes code;
         TQ_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id));
-        TQ_CHECK(cudaFuncGetAttributes(&code, (const void *) stream_of(1, W8U4S2).run));
+        TQ_CHECK(cudaFuncGetAttributes(&code, (const void *) stream_of(1, W8U4).run));
         d.dependent = major >= 9;
         d.streams   = major >= 9 && code.ptxVersion >= 90;
         TQ_CHECK(cudaDeviceGetAttribute(&d.multiprocessors, cudaDevAttrMultiProcessorCount, id));
@@ -84,9 +98,9 @@ int slots(device_info & d, int cols, int shape) {
     if (n == 0) {
         const stream_kernel k = stream_of(cols, shape);
         int each;
-        TQ_CHECK(cudaFuncSetAttribute((const void *) k.run, cudaFuncAttributeMaxDynamicSharedMemorySize, k.shared));
-        TQ_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, (const void *) k.run, k.threads, k.shared));
-        if (each == 0) { fprintf(stderr, "tq_decode: a thread block of shape %s does not fit on this device\n", stream_names[shape]); abort(); }
+        TQ_CHECK(cudaFuncSetAttribute((const void *) k.run, cudaFuncAttributeMaxDynamicSharedMemorySize, k.budget));
+        TQ_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, (const void *) k.run, k.threads, k.budget));
+        if (each == 0) { fprintf(stderr, "tq_decode: a thread block of shape %s does not fit on this device\n", k.name); abort(); }
         n = std::min(each, k.blocks) * d.multiprocessors;
     }
     return n;
@@ -107,67 +121,42 @@ template <class Args> void launch(const device_info & d, void (*kernel)(Args), d
 }
 
 // ---- the cut ------------------------------------------------------------------------------------------
-// What one may choose; the tables below choose for tq_decode, the lab tries others.
+// What the lab may choose; tq_decode takes what the table gives.
 struct decode_policy {
-    int    shape = -1;      // of thread blocks; -1: by the table
-    size_t ahead = 0;       // bytes of the whole grid that L2 is to be ahead of the copies
-    size_t next_ahead = 16 << 20; // bytes of the next product to fetch before its time
+    int shape = -1, fallback = -1; // of thread blocks, and where the first cannot take the row; -1: by the table
 };
 
-int tiles_of(const int * rows, int n) {
-    int tiles = 0;
-    for (int i = 0; i < n; i++) { tiles += (rows[i] + TQ_TILE_ROWS - 1) / TQ_TILE_ROWS; }
-    return tiles;
-}
-
 int choose_shape(const decode_policy & policy, int cols, int nb) {
-    if (policy.shape >= 0 && nb % stream_of(cols, policy.shape).unit == 0) { return policy.shape; }
-    return nb % 4 == 0 ? W8U4S2 : nb % 2 == 0 ? W8U2S3 : W8U1S4;
-}
-
-// A run is at least one tile long: then no tile has more than two of them.
-tq_cut make_cut(device_info & d, int cols, int shape, int nb, int tiles) {
-    const int unit = stream_of(cols, shape).unit, grid = std::min(slots(d, cols, shape), tiles), chunks = tiles * (nb / unit);
-    return {grid, chunks / grid, chunks % grid, unit * TQ_TILE_BYTES};
-}
-
-// Where the matrices of a stream lie and end.
-tq_bytes make_bytes(const uint8_t * const * w, const int * rows, int n, int nb) {
-    tq_bytes bytes = {};
-    for (int i = 0; i < n; i++) {
-        bytes.w[i]    = w[i];
-        bytes.size[i] = (int64_t) tiles_of(rows + i, 1) * nb * TQ_TILE_BYTES;
+    for (int shape : {policy.shape, policy.fallback, (int) W8U4, (int) P8U2}) {
+        if (shape >= 0 && stages_of(stream_of(cols, shape), cols, nb) >= 2) { return shape; }
     }
-    return bytes;
+    return P8U1;
 }
 
 // ---- launches -----------------------------------------------------------------------------------------
+int tiles_of(int rows) { return (rows + TQ_TILE_ROWS - 1) / TQ_TILE_ROWS; }
+
 void run_stream(device_info & d, const decode_policy & policy, const tq_segment * segments, int n_segments, const tq_act & act,
-                void * scratch, const tq_next * next, cudaStream_t stream) {
+                void * scratch, cudaStream_t stream) {
+    const int           shape = choose_shape(policy, act.cols, act.nb);
+    const stream_kernel k     = stream_of(act.cols, shape);
     tq_stream_args a = {};
-    const uint8_t * w[TQ_MAX_SEGMENTS] = {};
-    for (int i = 0, end = 0; i < TQ_MAX_SEGMENTS; i++) {
+    int groups = 0;
+    for (int i = 0; i < TQ_MAX_SEGMENTS; i++) {
         const tq_segment s = i < n_segments ? segments[i] : tq_segment{};
-        end += tiles_of(&s.rows, 1);
-        w[i] = s.w; a.y[i] = s.y; a.ld[i] = s.ld; a.rows[i] = s.rows; a.tile_end[i] = end;
+        groups += (tiles_of(s.rows) + k.tiles - 1) / k.tiles;
+        a.w[i] = s.w; a.y[i] = s.y; a.ld[i] = s.ld; a.rows[i] = s.rows; a.group_end[i] = groups;
     }
-    const int shape = choose_shape(policy, act.cols, act.nb);
-    const stream_kernel k = stream_of(act.cols, shape);
-    a.weights     = make_bytes(w, a.rows, n_segments, act.nb);
-    a.cut         = make_cut(d, act.cols, shape, act.nb, a.tile_end[TQ_MAX_SEGMENTS - 1]);
-    a.tile_chunks = act.nb / k.unit;
-    a.x           = (const uint4 *) act.q;
-    a.head        = (const tq_act_head *) act.aux;
-    a.scratch     = (uint64_t *) scratch;
-    a.tokens      = act.n;
-    a.ahead       = (int) (policy.ahead / a.cut.grid) / 16 * 16;
-    if (next && next->segments > 0 && next->cols <= TQ_DECODE_MAX) {
-        const int next_shape = choose_shape(policy, next->cols, next->nb);
-        a.next       = make_bytes(next->w, next->rows, next->segments, next->nb);
-        a.next_cut   = make_cut(d, next->cols, next_shape, next->nb, tiles_of(next->rows, next->segments));
-        a.next_ahead = (int) (policy.next_ahead / a.next_cut.grid) / 16 * 16;
-    }
-    launch(d, k.run, dim3(a.cut.grid), k.threads, k.shared, a, stream);
+    a.group_chunks = act.nb / k.unit;
+    a.stages       = stages_of(k, act.cols, act.nb);
+    a.tokens       = act.n;
+    a.x            = (const uint4 *) act.q;
+    a.head         = (const tq_act_head *) act.aux;
+    a.scratch      = (uint64_t *) scratch;
+    // a run is at least one group long: then no group has more than two of them
+    const int grid = std::min(slots(d, act.cols, shape), groups), chunks = groups * a.group_chunks;
+    a.cut = {grid, chunks / grid, chunks % grid, k.stage / k.warps};
+    launch(d, k.run, dim3(grid), k.threads, k.rest + a.stages * k.stage + x_bytes(k, act.cols, act.nb), a, stream);
 }
 
 template <int N> void run_registers(const device_info & d, const tq_registers_args & a, int tiles, cudaStream_t stream) {
@@ -183,7 +172,7 @@ void run_registers(const device_info & d, const tq_segment * segments, int n_seg
     int tiles = 0;
     for (int i = 0; i < TQ_MAX_SEGMENTS; i++) {
         const tq_segment s = i < n_segments ? segments[i] : tq_segment{};
-        tiles += tiles_of(&s.rows, 1);
+        tiles += tiles_of(s.rows);
         a.w[i] = s.w; a.y[i] = s.y; a.ld[i] = s.ld; a.rows[i] = s.rows; a.tile_end[i] = tiles;
     }
     a.x      = (const uint4 *) act.q;
@@ -206,12 +195,12 @@ size_t tq_decode_scratch_bytes() {
     return (size_t) device().multiprocessors * MAX_BLOCKS * TQ_SHARED_WORDS * sizeof(uint64_t);
 }
 
-void tq_decode(const tq_segment * segments, int n_segments, const tq_act & act, void * scratch, const tq_next * next,
+void tq_decode(const tq_segment * segments, int n_segments, const tq_act & act, void * scratch, const tq_next *,
                cudaStream_t stream) {
     std::lock_guard<std::mutex> lock(device_mutex);
     device_info & d = device();
     if (d.streams) {
-        run_stream(d, decode_policy{}, segments, n_segments, act, scratch, next, stream);
+        run_stream(d, decode_policy{}, segments, n_segments, act, scratch, stream);
     } else {
         run_registers(d, segments, n_segments, act, stream);
     }
@@ -220,7 +209,7 @@ void tq_decode(const tq_segment * segments, int n_segments, const tq_act & act, 
 void tq_decode_experts(const tq_experts & e, cudaStream_t stream) {
     std::lock_guard<std::mutex> lock(device_mutex);
     const device_info & d = device();
-    const dim3 grid(tiles_of(&e.rows, 1), e.used * e.tokens);
+    const dim3 grid(tiles_of(e.rows), e.used * e.tokens);
     if (e.nb <= 8) {
         launch(d, tq_decode_experts_kernel<4, 1>, grid, 4 * 32, 0, e, stream);
     } else {

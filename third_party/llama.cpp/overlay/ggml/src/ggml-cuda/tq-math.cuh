@@ -4,7 +4,8 @@
 // that the decode kernels need by name.
 //
 // Lane L of a warp has g = L / 4 and t = L % 4, as the fragments of mma.sync have it: it holds weights of
-// rows g and g + 8, activations of token g, and results of tokens 2t and 2t + 1.
+// rows g and g + 8, activations of column g, and results of columns 2t and 2t + 1. Eight tokens are these eight
+// columns; up to four are the even ones, so that a lane has one result for each of its rows and not two.
 
 #include "tq-kernels.cuh"
 
@@ -54,10 +55,10 @@ constexpr int TQ_FLOAT_START = 0x4B400000; // an int below 2^22 added to this, r
 // The codes are masked where they lie, not shifted: plane p then counts 4^p fold, and a chain of
 // multiply-adds puts the four sums together once per block.
 template <int N> struct tq_math {
-    static constexpr int RESULTS = N == 1 ? 1 : 2;               // tokens whose results a lane keeps, for each of its two rows
+    static constexpr int RESULTS = N <= 4 ? 1 : 2;               // tokens whose results a lane keeps, for each of its two rows
     static constexpr int X_STEP  = N * TQ_BLOCK / sizeof(uint4); // uint4 of activations of one block
 
-    static __device__ __forceinline__ int token(int t, int i) { return N == 1 ? t : 2 * t + i; }
+    static __device__ __forceinline__ int token(int t, int i) { return N <= 4 ? t : 2 * t + i; }
 
     struct lane_activations {
         uint4 lo, hi;
@@ -67,7 +68,7 @@ template <int N> struct tq_math {
         // already on the card.
         __device__ __forceinline__ void load(const uint4 * x, const tq_act_head * h, int lane) {
             const int     g = lane >> 2, t = lane & 3;
-            const uint4 * p = x + min(g, N - 1) * 4 + t;
+            const uint4 * p = x + min(N <= 4 ? g / 2 : g, N - 1) * 4 + t;
             lo = p[0];
             hi = p[N * 4];
 #pragma unroll
