@@ -126,23 +126,29 @@ static int g_sms;
 static std::vector<Plan> plans_for(int n, bool with_auto) {
     std::vector<Plan> out;
     const int width = tq_prefill_width(std::min(n, TQ_PREFILL_BN));
-    auto add = [&](bool wg, int rows, int split) {
-        out.push_back({wg, false, {rows, width, split}, std::string(wg ? "wgmma " : "mma ") + std::to_string(rows) + "x" + std::to_string(width) + (wg ? "/" + std::to_string(split) : "")});
+    auto add = [&](bool wg, int rows, int split, int tail = 0) {
+        out.push_back({wg, false, {rows, width, split, tail, 0}, std::string(wg ? "wgmma " : "mma ") + std::to_string(rows) + "x" + std::to_string(width) +
+                       (wg ? "/" + std::to_string(split) : "") + (tail ? "+" + std::to_string(tail) : "")});
     };
     if (with_auto) { out.push_back({true, true, {}, "wgmma auto"}); out.push_back({false, true, {}, "mma auto"}); }
     for (int rows : {128, 192})
         if (rows == 128 || width == 128)
             for (int split : {1, 2, 4})
                 if (split <= width / 8) add(true, rows, split);
+    for (int tail : {2, 4})
+        if (tail <= width / 8) { add(true, 128, 1, tail); if (width == 128) add(true, 192, 1, tail); }
     if (width == 128) { add(false, 64, 1); add(false, 128, 1); }
     if (width == 64) add(false, 64, 1);
     if (width == 32) add(false, 64, 1);
     if (width == 16) add(false, 128, 1);
     return out;
 }
-static void launch_plan(const Plan & p, const tq_segment * seg, int segs, const tq_act & act, cudaStream_t st) {
-    if (p.wgmma) tq_prefill_wgmma(seg, segs, act, g_sms, p.automatic ? nullptr : &p.plan, st);
-    else tq_prefill_mma(seg, segs, act, g_sms, p.automatic ? nullptr : &p.plan, st);
+// few: a second launch even where one would do
+static void launch_plan(const Plan & p, const tq_segment * seg, int segs, const tq_act & act, cudaStream_t st, bool few = false) {
+    tq_prefill_plan plan = p.plan;
+    plan.first = few && plan.tail ? 2 : 0;
+    if (p.wgmma) tq_prefill_wgmma(seg, segs, act, p.automatic ? nullptr : &plan, st);
+    else tq_prefill_mma(seg, segs, act, g_sms, p.automatic ? nullptr : &plan, st);
 }
 
 // ---- check -----------------------------------------------------------------------------------------------------
@@ -174,10 +180,10 @@ static int check(bool small) {
                         reference64<<<dim3(rows, n), 128>>>(x.q8, x.ds, ref[s], rows, nb, kind, 11 * cases + s);
                     }
                     for (const Plan & p : plans_for(n, true)) {
-                        if (p.plan.split > nb) continue;
+                        if (std::max(p.plan.split, p.plan.tail) > nb) continue;
                         for (int s = 0; s < segs; s++) CK(cudaMemset(seg[s].y, 0xff, (size_t) seg[s].ld * tokens * 4));
                         CK(cudaMemset(verdict, 0, sizeof *verdict));
-                        launch_plan(p, seg, segs, x.act, 0);
+                        launch_plan(p, seg, segs, x.act, 0, true);
                         for (int s = 0; s < segs; s++)
                             judge<<<dim3(tq_ceil((int) seg[s].ld, 128), tokens), 128>>>(seg[s].y, seg[s].ld, ref[s], seg[s].rows, n, tokens, verdict);
                         Verdict v;
@@ -283,6 +289,24 @@ static void bench(bool quick) {
     }
 }
 
+// One launch of a plan on 65B's o, for a profiler.
+static int profile(const std::string & name, int n) {
+    const int M = 8192, nb = 64;
+    Activations x(n, nb, K_RANDOM, 5);
+    uint8_t * w; float * y;
+    CK(cudaMalloc(&w, (size_t) M / 16 * nb * TQ_TILE_BYTES)); CK(cudaMalloc(&y, (size_t) M * n * 4));
+    make_tiles<<<dim3(M / 16, nb), 32>>>(w, M, nb, K_RANDOM, 1);
+    const tq_segment seg = {w, y, M, M};
+    for (const Plan & p : plans_for(n, false))
+        if (p.name == name) {
+            launch_plan(p, &seg, 1, x.act, 0);
+            CK(cudaDeviceSynchronize());
+            return 0;
+        }
+    fprintf(stderr, "no plan %s for %d tokens\n", name.c_str(), n);
+    return 2;
+}
+
 int main(int argc, char ** argv) {
     const std::string what = argc > 1 ? argv[1] : "", more = argc > 2 ? argv[2] : "";
     cudaDeviceProp prop;
@@ -291,6 +315,7 @@ int main(int argc, char ** argv) {
     printf("%s, %d multiprocessors, wgmma %s\n", prop.name, g_sms, tq_prefill_wgmma_built() ? "built" : "not built");
     if (what == "check") return check(more == "small") | (more == "small" ? 0 : repeat());
     if (what == "bench") { bench(more == "quick"); return 0; }
-    fprintf(stderr, "usage: prefill_product check [small] | bench [quick]\n");
+    if (what == "profile" && argc == 4) return profile(more, atoi(argv[3]));
+    fprintf(stderr, "usage: prefill_product check [small] | bench [quick] | profile PLAN TOKENS\n");
     return 2;
 }

@@ -10,6 +10,7 @@
 
 #if defined(GGML_CUDA_TQ_SM90A)
 
+#include <algorithm>
 #include <climits>
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -194,7 +195,12 @@ __device__ __forceinline__ void produce(const tq_prefill_args & args, const uint
     for (int i = 0; i < first; i++) {
         copy_weights(i);
     }
-    asm volatile("griddepcontrol.wait;" ::: "memory"); // weights do not depend on the kernel before, activations do
+    // Weights do not depend on the kernel before, activations do. The next launch may begin when they are there: where it is
+    // the second of the same product, it reads them without waiting for this one.
+    if (!args.second) {
+        asm volatile("griddepcontrol.wait;" ::: "memory");
+    }
+    asm volatile("griddepcontrol.launch_dependents;");
     for (int i = 0; i < first; i++) {
         copy_activations(i);
     }
@@ -202,6 +208,9 @@ __device__ __forceinline__ void produce(const tq_prefill_args & args, const uint
         barrier_wait(bar.empty + i % S::stages, (i / S::stages - 1) & 1);
         copy_weights(i);
         copy_activations(i);
+    }
+    if (args.second) {
+        asm volatile("griddepcontrol.wait;" ::: "memory"); // whoever waits for this launch waits for the first as well
     }
 }
 
@@ -398,7 +407,7 @@ __global__ void __launch_bounds__(S::threads, S::min_blocks) prefill_wgmma(const
     __shared__ uint64_t storage[2 * S::stages + 4];
     const barriers bar = {storage, storage + S::stages, storage + 2 * S::stages, storage + 2 * S::stages + 2};
     const int split = args.split, rank = blockIdx.x, group = args.group0 + blockIdx.y;
-    int tile = blockIdx.z;
+    int tile = args.tile0 + blockIdx.z;
     const tq_segment & seg = tq_prefill_find(args, tile);
     const int lo = (int) ((int64_t) args.nb * rank / split), hi = (int) ((int64_t) args.nb * (rank + 1) / split);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -415,7 +424,6 @@ __global__ void __launch_bounds__(S::threads, S::min_blocks) prefill_wgmma(const
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
-    asm volatile("griddepcontrol.launch_dependents;");
     if (split > 1) {
         cluster_arrive(); // by the time anybody writes to another's shared memory, all have begun
     }
@@ -460,84 +468,114 @@ __global__ void __launch_bounds__(S::threads, S::min_blocks) prefill_wgmma(const
 #endif
 }
 
+// Clusters of `split` thread blocks that run at the same time on this device, and attributes set on the first call.
 template <class S>
-void launch(const tq_segment * segments, int n_segments, const tq_act & act, int group0, int groups, int split,
-            cudaStream_t stream) {
-    static bool ready[64]; // of each device
+int clusters(int split) {
+    constexpr int DEVICES = 64;
+    static int known[DEVICES][3];
     int device;
     tq_prefill_check(cudaGetDevice(&device), "cudaGetDevice");
-    if (device >= 64 || !ready[device]) {
-        tq_prefill_check(cudaFuncSetAttribute(prefill_wgmma<S>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                              S::shared_bytes(2) > S::shared_bytes(4) ? S::shared_bytes(2) : S::shared_bytes(4)),
-                         "shared memory");
-        if (device < 64) {
-            ready[device] = true;
-        }
+    int & count = known[device % DEVICES][split / 2];
+    if (!count) {
+        constexpr int most = std::max({S::shared_bytes(1), S::shared_bytes(2), S::shared_bytes(4)});
+        tq_prefill_check(cudaFuncSetAttribute(prefill_wgmma<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "shared memory");
+        cudaLaunchConfig_t config = {};
+        config.gridDim          = dim3(split);
+        config.blockDim         = dim3(S::threads);
+        config.dynamicSmemBytes = S::shared_bytes(split);
+        cudaLaunchAttribute attribute;
+        attribute.id = cudaLaunchAttributeClusterDimension;
+        attribute.val.clusterDim = {(unsigned) split, 1, 1};
+        config.attrs    = &attribute;
+        config.numAttrs = 1;
+        tq_prefill_check(cudaOccupancyMaxActiveClusters(&count, prefill_wgmma<S>, &config), "clusters");
+        count = std::max(count, 1);
     }
-    const tq_prefill_args args = tq_prefill_describe(segments, n_segments, act, S::rows, group0, split);
+    return count;
+}
+
+template <class S>
+void launch(const tq_prefill_args & args, int groups, int tiles, cudaStream_t stream) {
     cudaLaunchConfig_t config = {};
-    config.gridDim          = dim3(split, groups, args.tile_end[TQ_MAX_SEGMENTS - 1]);
+    config.gridDim          = dim3(args.split, groups, tiles);
     config.blockDim         = dim3(S::threads);
-    config.dynamicSmemBytes = S::shared_bytes(split);
+    config.dynamicSmemBytes = S::shared_bytes(args.split);
     config.stream           = stream;
     cudaLaunchAttribute attribute[2];
     attribute[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute[0].val.programmaticStreamSerializationAllowed = 1;
     attribute[1].id = cudaLaunchAttributeClusterDimension;
-    attribute[1].val.clusterDim = {(unsigned) split, 1, 1};
+    attribute[1].val.clusterDim = {(unsigned) args.split, 1, 1};
     config.attrs    = attribute;
-    config.numAttrs = split > 1 ? 2 : 1;
+    config.numAttrs = args.split > 1 ? 2 : 1;
     tq_prefill_check(cudaLaunchKernelEx(&config, prefill_wgmma<S>, args), "launch");
 }
 
 // ---- choice ----------------------------------------------------------------------------------------------
 struct variant {
     int rows, tokens;
-    int slots; // thread blocks of a multiprocessor
-    int step, fixed; // estimated clocks of a block of 128 columns; of beginning and end
-    void (*run)(const tq_segment *, int, const tq_act &, int, int, int, cudaStream_t);
+    int step, fixed; // measured clocks of a block of 128 columns, and of beginning and end
+    int (*clusters)(int);
+    void (*run)(const tq_prefill_args &, int, int, cudaStream_t);
 };
 
 template <class S> constexpr variant make_variant(int step, int fixed) {
     // 227 KB of a multiprocessor, of which every thread block's barriers and 1 KB for the system go off.
     static_assert(S::min_blocks * (S::shared_bytes(1) + 2048) <= 228 * 1024, "shared memory of one part of K");
     static_assert(S::shared_bytes(2) + 1024 <= 227 * 1024 && S::shared_bytes(4) + 1024 <= 227 * 1024, "shared memory of parts of K");
-    return {S::rows, S::tokens, S::min_blocks, step, fixed, launch<S>};
+    return {S::rows, S::tokens, step, fixed, clusters<S>, launch<S>};
 }
 
 const variant VARIANTS[] = {
-    make_variant<shape<2, 128, 6, 1>>(800, 4000),
-    make_variant<shape<3, 128, 5, 1>>(1150, 4000),
-    make_variant<shape<2, 64, 8, 1>>(480, 3500),
-    make_variant<shape<2, 32, 10, 2>>(500, 3500),
-    make_variant<shape<2, 16, 12, 2>>(400, 3500),
+    make_variant<shape<2, 128, 6, 1>>(1530, 14000),
+    make_variant<shape<3, 128, 5, 1>>(2100, 12000),
+    make_variant<shape<2, 64, 8, 1>>(1700, 4000),
+    make_variant<shape<2, 32, 10, 2>>(1750, 2000),
+    make_variant<shape<2, 16, 12, 2>>(1700, 2000),
 };
 
-// The time that a launch is thought to take, in clocks.
-int64_t estimate(const variant & v, const tq_segment * segments, int n_segments, int nb, int groups, int split, int sms) {
-    const int64_t blocks = (int64_t) tq_prefill_tiles(segments, n_segments, v.rows) * groups * split;
-    const int64_t slots  = (int64_t) (split > 2 ? sms / split * split : sms) * v.slots;
-    return (blocks + slots - 1) / slots * ((int64_t) tq_ceil(nb, split) * v.step + v.fixed + (split > 1 ? 2000 : 0));
+// The tiles of rows that the first of two launches takes: as many as fill the multiprocessors whole times.
+int first_tiles(const variant & v, int tiles, int groups) {
+    const int slots = v.clusters(1);
+    return (int) ((int64_t) tiles * groups / slots * slots / groups);
 }
 
-void launch_groups(const tq_segment * segments, int n_segments, const tq_act & act, int group0, int groups, int tokens, int sms,
-                   const tq_prefill_plan * plan, cudaStream_t stream) {
+// The time that tiles are thought to take, in clocks.
+int64_t estimate(const variant & v, int64_t tiles, int nb, int split) {
+    const int64_t slots = v.clusters(split);
+    return (tiles + slots - 1) / slots * ((int64_t) tq_ceil(nb, split) * v.step + v.fixed) + (split - 1) * 2000;
+}
+
+int64_t estimate(const variant & v, const tq_prefill_plan & plan, int tiles, int groups, int nb) {
+    if (!plan.tail) {
+        return estimate(v, (int64_t) tiles * groups, nb, plan.split);
+    }
+    const int64_t first = first_tiles(v, tiles, groups);
+    return estimate(v, first * groups, nb, plan.split) + estimate(v, (tiles - first) * groups, nb, plan.tail);
+}
+
+void launch_groups(const tq_segment * segments, int n_segments, const tq_act & act, int group0, int groups, int tokens,
+                   const tq_prefill_plan * wanted, cudaStream_t stream) {
     const variant * best = nullptr;
-    int best_split = 1;
+    tq_prefill_plan plan = {};
     int64_t best_time = INT64_MAX;
     for (const variant & v : VARIANTS) {
-        if (plan ? v.rows != plan->rows || v.tokens != plan->tokens : v.tokens != tokens) {
+        if (wanted ? v.rows != wanted->rows || v.tokens != wanted->tokens : v.tokens != tokens) {
             continue;
         }
-        for (int split = 1; split <= 4 && split <= act.nb && split <= v.tokens / 8; split *= 2) {
-            if (plan && split != plan->split) {
-                continue;
-            }
-            const int64_t time = estimate(v, segments, n_segments, act.nb, groups, split, sms);
-            if (time < best_time) {
-                best = &v;
-                best_split = split;
-                best_time = time;
+        const int tiles = tq_prefill_tiles(segments, n_segments, v.rows), most = std::min({4, act.nb, v.tokens / 8});
+        for (int split = 1; split <= most; split *= 2) {
+            for (int tail = 0; tail <= (split == 1 ? most : 0); tail += tail ? tail : 2) {
+                const tq_prefill_plan p = {v.rows, v.tokens, split, tail, wanted ? wanted->first : 0};
+                if (wanted && (wanted->split != split || wanted->tail != tail)) {
+                    continue;
+                }
+                const int64_t time = estimate(v, p, tiles, groups, act.nb);
+                if (time < best_time) {
+                    best = &v;
+                    plan = p;
+                    best_time = time;
+                }
             }
         }
     }
@@ -545,7 +583,18 @@ void launch_groups(const tq_segment * segments, int n_segments, const tq_act & a
         fprintf(stderr, "tq_prefill: no such plan\n");
         abort();
     }
-    best->run(segments, n_segments, act, group0, groups, best_split, stream);
+    const int tiles = tq_prefill_tiles(segments, n_segments, plan.rows);
+    const int first = !plan.tail ? tiles : plan.first ? std::min(plan.first, tiles) : first_tiles(*best, tiles, groups);
+    tq_prefill_args args = tq_prefill_describe(segments, n_segments, act, plan.rows, group0, plan.split);
+    if (first) {
+        best->run(args, groups, first, stream);
+    }
+    if (first < tiles) {
+        args.tile0  = first;
+        args.split  = plan.tail;
+        args.second = first > 0;
+        best->run(args, groups, tiles - first, stream);
+    }
 }
 
 } // namespace
@@ -554,17 +603,17 @@ bool tq_prefill_wgmma_built() {
     return true;
 }
 
-void tq_prefill_wgmma(const tq_segment * segments, int n_segments, const tq_act & act, int sms, const tq_prefill_plan * plan,
+void tq_prefill_wgmma(const tq_segment * segments, int n_segments, const tq_act & act, const tq_prefill_plan * plan,
                       cudaStream_t stream) {
     // A last group of few tokens gets a launch of its own with a narrower kernel.
     const int rest  = act.n % TQ_PREFILL_BN;
     const int width = tq_prefill_width(rest);
     const int whole = plan ? tq_ceil(act.n, TQ_PREFILL_BN) : act.n / TQ_PREFILL_BN + (rest && width == TQ_PREFILL_BN);
     if (whole) {
-        launch_groups(segments, n_segments, act, 0, whole, TQ_PREFILL_BN, sms, plan, stream);
+        launch_groups(segments, n_segments, act, 0, whole, TQ_PREFILL_BN, plan, stream);
     }
     if (!plan && rest && width < TQ_PREFILL_BN) {
-        launch_groups(segments, n_segments, act, act.n / TQ_PREFILL_BN, 1, width, sms, nullptr, stream);
+        launch_groups(segments, n_segments, act, act.n / TQ_PREFILL_BN, 1, width, nullptr, stream);
     }
 }
 
@@ -574,7 +623,7 @@ bool tq_prefill_wgmma_built() {
     return false;
 }
 
-void tq_prefill_wgmma(const tq_segment *, int, const tq_act &, int, const tq_prefill_plan *, cudaStream_t) {
+void tq_prefill_wgmma(const tq_segment *, int, const tq_act &, const tq_prefill_plan *, cudaStream_t) {
     fprintf(stderr, "tq_prefill: built without sm_90a\n");
     abort();
 }

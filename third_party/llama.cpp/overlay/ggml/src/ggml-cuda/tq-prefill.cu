@@ -305,7 +305,7 @@ void tq_prefill_mma(const tq_segment * segments, int n_segments, const tq_act & 
 const char * tq_prefill(const tq_segment * segments, int n_segments, const tq_act & act, int cc, int sms, cudaStream_t stream) {
     // Code for sm_90a runs on 9.0 and on nothing else.
     if (cc == 900 && tq_prefill_wgmma_built()) {
-        tq_prefill_wgmma(segments, n_segments, act, sms, nullptr, stream);
+        tq_prefill_wgmma(segments, n_segments, act, nullptr, stream);
         return "wgmma";
     }
     tq_prefill_mma(segments, n_segments, act, sms, nullptr, stream);

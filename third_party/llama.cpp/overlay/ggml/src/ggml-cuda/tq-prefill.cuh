@@ -7,11 +7,14 @@
 #include <cstdio>
 #include <cstdlib>
 
-// How one launch is cut: thread blocks of `rows` x `tokens`, K in `split` parts.
+// How a product is cut: thread blocks of `rows` x `tokens`, K in `split` parts; what does not fill the multiprocessors
+// once more goes to a second launch with K in `tail` parts (0: all in one).
 struct tq_prefill_plan {
     int rows;
     int tokens;
     int split;
+    int tail;
+    int first; // tiles of rows in the first of two launches (0: as many as fill the multiprocessors)
 };
 
 // One launch, as the kernels take it.
@@ -23,13 +26,15 @@ struct tq_prefill_args {
     int             nb;
     int             n;      // tokens in all
     int             group0; // first group of this launch
+    int             tile0;  // first tile of this launch
+    bool            second; // the launch before is the first part of the same product
     int             split;
 };
 
 // tq-prefill-wgmma.cu. Whether its kernels were compiled in (sm_90a), and the launch; `plan` null: choose.
 bool tq_prefill_wgmma_built();
-void tq_prefill_wgmma(const tq_segment * segments, int n_segments, const tq_act & act, int sms,
-                      const tq_prefill_plan * plan, cudaStream_t stream);
+void tq_prefill_wgmma(const tq_segment * segments, int n_segments, const tq_act & act, const tq_prefill_plan * plan,
+                      cudaStream_t stream);
 // tq-prefill.cu: mma.sync; split is always 1.
 void tq_prefill_mma(const tq_segment * segments, int n_segments, const tq_act & act, int sms,
                     const tq_prefill_plan * plan, cudaStream_t stream);
