@@ -27,6 +27,9 @@ examples:
                                                 1.875 bits a weight: smallest, needs our llama.cpp
   pt2-export model.gguf --type q2_k             2.625 bits, runs on any llama.cpp
   pt2-export model.gguf --embedding-type q4_k --output-type q6_k
+  pt2-export model.gguf --type tq1_1 --target-bpw 2.1
+                                                the most sensitive tensors in Q2_K to Q4_K, chosen
+                                                by what python -m quantize.measure has measured
   pt2-export model.gguf --split-max-size 2G     model-00001-of-0000N.gguf
 
 then: pt2-llama run llama-cli -m model.gguf -p "The river"
@@ -69,9 +72,13 @@ def _parser() -> argparse.ArgumentParser:
     option("--type", "TYPE", what, type=str.lower, choices=TYPES, default=d.type)
     shown = f"{DEFAULT_EMBEDDING_TYPE}, or the head's type where they are one tensor"
     type_option("--embedding-type", "of the token embeddings", d.embedding_type, shown)
-    type_option("--output-type", "of the head", d.output_type, d.output_type)
+    type_option("--output-type", "of the head", d.output_type, d.head())
     what = "of linears that cannot be ternary"
     type_option("--fallback-type", what, d.fallback_type, d.fallback_type)
+    what = "choose types per tensor so that the file has at most SIZE, such as 1.7G or 21.8M"
+    option("--target-size", "SIZE", what)
+    what = "the same, in bits of the file per parameter"
+    option("--target-bpw", "BITS", what, type=float, default=0.0)
     option("--split-max-size", "SIZE", "files of at most SIZE of tensors, such as 500M or 2G")
     for name, dest, what in (
         ("--strict", "strict", "fail if a linear of a decoder block would not be ternary"),
@@ -93,6 +100,8 @@ def _run(args: argparse.Namespace) -> int:
         verify=args.verify,
         split_max_size=parse_size(args.split_max_size) if args.split_max_size else 0,
         overwrite=args.overwrite,
+        target_size=parse_size(args.target_size, "--target-size") if args.target_size else 0,
+        target_bpw=args.target_bpw,
     )
     artifact = args.artifact or newest_artifact(Path())
     from rich.console import Console
@@ -170,9 +179,11 @@ def _show(console: Any, report: ExportReport, config: ExportConfig) -> None:
             f"{100 * report.error:.2f}% RMS of the weights, from rounding alpha and mu to Q2_K's "
             f"scales (worst: {100 * report.errors[worst]:.2f}%, {worst})"
         )
-    if report.tied and config.embedding_type not in (None, config.output_type):
+    if report.mixed is not None:
+        lines["mixed precision"] = report.mixed
+    elif report.tied and config.embedding_type not in (None, config.head()):
         lines["note"] = (
-            f"embeddings and head are one tensor here: --output-type {config.output_type} is not "
+            f"embeddings and head are one tensor here: --output-type {config.head()} is not "
             f"used, the type is {config.embedding_type}"
         )
     if len(report.files) == 1 and config.split_max_size:

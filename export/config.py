@@ -37,7 +37,7 @@ ORDINARY_TYPES: dict[str, str | None] = {
 DEFAULT_EMBEDDING_TYPE = "q4_k"
 DEFAULT_OUTPUT_TYPE = "q5_k"
 
-_SIZE = re.compile(r"(\d+)([KMG]?)", re.IGNORECASE)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)([KMG]?)B?", re.IGNORECASE)
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3}
 
 
@@ -50,7 +50,11 @@ class ExportConfig:
             (2.625 bpw, runs on an unmodified llama.cpp).
         embedding_type: of the token embeddings, and of the head where the two are one tensor. None
             is q4_k, or ``output_type`` where they are one.
-        output_type: of the head.
+        output_type: of the head; None is q5_k.
+        target_size: bytes that the file may have; types are then chosen per tensor
+            (:mod:`export.mixed`), embeddings and head included unless their type is given. 0: no
+            target.
+        target_bpw: the same in bits of the file per parameter.
         fallback_type: of linears that the quantiser kept or whose width the type cannot hold.
         strict: make such a fallback an error.
         verify: compare the model with the artifact's fingerprint, and the written file with what
@@ -61,12 +65,14 @@ class ExportConfig:
 
     type: str = "tq2_1"
     embedding_type: str | None = None
-    output_type: str = DEFAULT_OUTPUT_TYPE
+    output_type: str | None = None
     fallback_type: str = "q8_0"
     strict: bool = False
     verify: bool = True
     split_max_size: int = 0
     overwrite: bool = False
+    target_size: int = 0
+    target_bpw: float = 0.0
 
     def __post_init__(self) -> None:
         for name, allowed in {
@@ -75,7 +81,7 @@ class ExportConfig:
             "output_type": ORDINARY_TYPES,
             "fallback_type": ORDINARY_TYPES,
         }.items():
-            if name == "embedding_type" and self.embedding_type is None:
+            if name in ("embedding_type", "output_type") and getattr(self, name) is None:
                 continue
             value = str(getattr(self, name)).lower()
             if value not in allowed:
@@ -84,24 +90,42 @@ class ExportConfig:
             object.__setattr__(self, name, value)
         if self.split_max_size < 0:
             raise PT2Error(f"--split-max-size must not be negative: {self.split_max_size}")
+        if self.target_size and self.target_bpw:
+            raise PT2Error("--target-size and --target-bpw exclude each other")
+        if self.target_size < 0 or not 0 <= self.target_bpw <= 32:
+            raise PT2Error("--target-size must not be negative, --target-bpw must lie in 0 to 32")
+        if self.targeted and self.type == "q2_k":
+            raise PT2Error("--target-size and --target-bpw need --type tq1_1 or tq2_1")
+
+    @property
+    def targeted(self) -> bool:
+        """Whether types are chosen to fit a size."""
+        return bool(self.target_size or self.target_bpw)
+
+    def head(self) -> str:
+        """The type of the head."""
+        return self.output_type or DEFAULT_OUTPUT_TYPE
 
     def embeddings(self, tied: bool) -> str:
         """The type of the token embeddings; ``tied`` says that they are the head as well."""
-        return self.embedding_type or (self.output_type if tied else DEFAULT_EMBEDDING_TYPE)
+        return self.embedding_type or (self.head() if tied else DEFAULT_EMBEDDING_TYPE)
 
     def identity(self) -> dict[str, Any]:
         """The settings that shape the file's content, for its metadata."""
-        keys = ("type", "embedding_type", "output_type", "fallback_type")
-        return {k: v for k, v in asdict(self).items() if k in keys}
+        keys = ["type", "embedding_type", "output_type", "fallback_type"]
+        keys += ["target_size", "target_bpw"] if self.targeted else []
+        values = {k: v for k, v in asdict(self).items() if k in keys}
+        return {**values, "output_type": self.head()}
 
 
-def parse_size(text: str) -> int:
-    """``"2G"`` -> 2000000000; decimal units, as llama.cpp's splitting tools read them.
+def parse_size(text: str, option: str = "--split-max-size") -> int:
+    """``"2G"`` -> 2000000000, ``"21.8MB"`` -> 21800000; decimal units, as llama.cpp's tools read.
 
     Raises:
         PT2Error: not a size.
     """
     match = _SIZE.fullmatch(text.strip())
-    if match is None or int(match[1]) == 0:
-        raise PT2Error(f"--split-max-size {text!r} is not a size such as 500M or 2G")
-    return int(match[1]) * _UNITS[match[2].upper()]
+    size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
+    if size == 0:
+        raise PT2Error(f"{option} {text!r} is not a size such as 500M or 2G")
+    return size

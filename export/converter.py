@@ -54,11 +54,15 @@ class CarrierTensor:
 
 @dataclass
 class Carrier:
-    """What the converter made: architecture, metadata and tensors, in file order."""
+    """What the converter made: architecture, metadata and tensors, in file order.
+
+    ``header_bytes`` is the size of its metadata and list of tensors in a GGUF file.
+    """
 
     arch: str
     fields: dict[str, tuple[Any, gguf.GGUFValueType, gguf.GGUFValueType | None]]
     tensors: list[CarrierTensor]
+    header_bytes: int = 0
 
 
 def run_converter(
@@ -140,7 +144,7 @@ def read_carrier(path: Path, ternary: dict[str, tuple[int, int]]) -> Carrier:
     if lost:
         raise PT2Error(f"llama.cpp's converter drops {lost[0]}: this architecture is unsupported")
     arch = reader.fields["general.architecture"].contents()
-    return Carrier(arch, dict(_fields(reader)), tensors)
+    return Carrier(arch, dict(_fields(reader)), tensors, int(reader.data_offset))
 
 
 def _stand_in_number(name: str, data: NDArray[np.float32]) -> int | None:

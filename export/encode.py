@@ -16,6 +16,7 @@ from export.config import ORDINARY_TYPES, ExportConfig
 from export.converter import Carrier, CarrierTensor
 from export.fold import FoldPlan
 from export.ggml import Ggml, type_of
+from export.mixed import Choice
 from export.types import BLOCK, F16, TERNARY_TYPES, U8, weights
 from quantize.artifact import TernaryMatrix
 from quantize.common import PT2Error
@@ -48,13 +49,15 @@ class Item:
 
 
 def plan_items(
-    carrier: Carrier, config: ExportConfig, ggml: Ggml, kept: Mapping[str, str]
-) -> list[Item]:
+    carrier: Carrier, config: ExportConfig, ggml: Ggml, kept: Mapping[str, str],
+    mixed: Choice | None = None,
+) -> list[Item]:  # fmt: skip
     """Choose the types.
 
     Args:
         carrier: the converter's output.
         kept: Hugging Face module name -> reason, the linears that the quantiser left alone.
+        mixed: types chosen to fit a size, in place of ``config``'s.
 
     Raises:
         PT2Error: with ``strict``, the first linear that would not be ternary.
@@ -66,7 +69,7 @@ def plan_items(
     tied = all(t.name != HEAD for t in carrier.tensors)
     items = []
     for tensor in carrier.tensors:
-        item = _plan(tensor, config, reasons, tied)
+        item = _plan(tensor, config, reasons, tied, mixed or Choice())
         fitting = _fit(item.type, tensor.shape[-1], ggml)
         if fitting != item.type:
             note = f"{tensor.shape[-1]} columns are no whole {item.type.name} blocks"
@@ -83,11 +86,16 @@ def plan_items(
     return items
 
 
-def _plan(tensor: CarrierTensor, config: ExportConfig, kept: Mapping[str, str], tied: bool) -> Item:
+def _plan(
+    tensor: CarrierTensor, config: ExportConfig, kept: Mapping[str, str], tied: bool, mixed: Choice
+) -> Item:
     def item(name: str, reason: str | None, fallback: bool = False) -> Item:
         return Item(tensor, type_of(name), 0, reason, fallback)
 
     if tensor.source is not None:
+        better = mixed.linears.get(tensor.source.removesuffix(".weight"))
+        if better is not None:
+            return item(better, "original weights, chosen for the target size")
         unit = q2k.SUPER if config.type == "q2_k" else BLOCK
         if tensor.shape[-1] % unit == 0:
             return item(config.type, None)
@@ -97,9 +105,9 @@ def _plan(tensor: CarrierTensor, config: ExportConfig, kept: Mapping[str, str], 
         return item("f32", "norm, bias or constant")
     if tensor.name == EMBEDDING:
         what = "token embeddings and head" if tied else "token embeddings"
-        return item(config.embeddings(tied), what)
+        return item(mixed.tables.get("embedding") or config.embeddings(tied), what)
     if tensor.name == HEAD:
-        return item(config.output_type, "head")
+        return item(mixed.tables.get("head") or config.head(), "head")
     if tensor.name in kept:
         return item(config.fallback_type, f"kept: {kept[tensor.name]}", fallback=True)
     if tensor.name.endswith(".weight") and len(tensor.shape) == 2:
@@ -113,6 +121,14 @@ def _fit(kind: gguf.GGMLQuantizationType, cols: int, ggml: Ggml) -> gguf.GGMLQua
         substitute = ORDINARY_TYPES.get(kind.name.lower()) or "f16"
         kind = type_of(substitute)
     return kind
+
+
+def row_order(tensor: CarrierTensor, plan: FoldPlan) -> NDArray[Any]:
+    """Which row of the source's weight each row of a linear is: the fold's order, and on top of it
+    the converter's."""
+    assert tensor.rows is not None and tensor.source is not None
+    folded = plan.rows.get(tensor.source)
+    return tensor.rows if folded is None else folded[tensor.rows]
 
 
 @dataclass
@@ -132,11 +148,9 @@ class TernaryRows:
     @classmethod
     def make(cls, tensor: CarrierTensor, matrix: TernaryMatrix, plan: FoldPlan) -> TernaryRows:
         """Put the rows of an artifact's matrix into the order of the fold, then the converter's."""
-        assert tensor.rows is not None and tensor.source is not None
         if (matrix.rows, matrix.cols) != tensor.shape:
             raise PT2Error(f"{matrix.name} in the artifact does not fit the model's shape")
-        folded = plan.rows.get(tensor.source)
-        order = tensor.rows if folded is None else folded[tensor.rows]
+        order = row_order(tensor, plan)
         codes = (matrix.codes() + np.int8(1)).view(np.uint8)
         return cls(codes[order], matrix.alpha[order], matrix.mu[order])
 
@@ -174,9 +188,13 @@ def encode_ternary(
 
 
 def encode_ordinary(
-    values: NDArray[np.float32], kind: gguf.GGMLQuantizationType, ggml: Ggml, name: str
-) -> NDArray[Any]:
+    values: NDArray[np.float32], kind: gguf.GGMLQuantizationType, ggml: Ggml, name: str,
+    importance: NDArray[np.float32] | None = None,
+) -> NDArray[Any]:  # fmt: skip
     """Encode float32 ``[..., cols]`` with ggml's own functions; uint8, or float32 for F32.
+
+    Args:
+        importance: float32 ``[cols]``, see :meth:`Ggml.quantize`.
 
     Raises:
         PT2Error: NaN or infinity among the values.
@@ -185,4 +203,4 @@ def encode_ordinary(
         raise PT2Error(f"tensor {name} has NaN or Inf in it; mend the source model")
     if kind == F32_TYPE:
         return np.ascontiguousarray(values, dtype=np.float32)
-    return ggml.quantize(values, kind)
+    return ggml.quantize(values, kind, importance)

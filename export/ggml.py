@@ -76,10 +76,19 @@ class Ggml:
         """Bytes of a row of ``cols`` elements, a whole number of blocks."""
         return int(self._lib.ggml_row_size(type_id, cols))
 
-    def quantize(self, values: NDArray[np.float32], type_id: int) -> NDArray[np.uint8]:
-        """Quantise float32 ``[..., cols]`` to uint8 ``[..., row bytes]``, without an imatrix.
+    def quantize(
+        self,
+        values: NDArray[np.float32],
+        type_id: int,
+        importance: NDArray[np.float32] | None = None,
+    ) -> NDArray[np.uint8]:
+        """Quantise float32 ``[..., cols]`` to uint8 ``[..., row bytes]``.
 
         All cores work on it, on parts of several rows: the bytes do not depend on their number.
+
+        Args:
+            importance: float32 ``[cols]``, how much an error in each column counts (what
+                llama.cpp calls an imatrix); None: all the same.
         """
         cols = values.shape[-1]
         rows = values.size // cols
@@ -87,12 +96,18 @@ class Ggml:
         flat = values.reshape(rows, cols)
         self._lib.ggml_quantize_init(type_id)
         step = max(1, _CHUNK_VALUES // cols)
+        matrix = None
+        if importance is not None:
+            if importance.shape != (cols,):
+                raise ValueError(f"importance {importance.shape} for {cols} columns")
+            importance = np.ascontiguousarray(importance, dtype=np.float32)
+            matrix = importance.ctypes.data
 
         def part(first: int) -> None:
             source = np.ascontiguousarray(flat[first : first + step], dtype=np.float32)
             target = out[first : first + step]
             self._lib.ggml_quantize_chunk(
-                type_id, source.ctypes.data, target.ctypes.data, 0, len(source), cols, None
+                type_id, source.ctypes.data, target.ctypes.data, 0, len(source), cols, matrix
             )
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:

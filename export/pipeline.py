@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
+from numpy.typing import NDArray
 
 from export import types
 from export.checks import (
@@ -24,6 +26,7 @@ from export.checks import (
 from export.config import ExportConfig
 from export.converter import Carrier, check_tokenizer, run_converter
 from export.encode import (
+    EMBEDDING,
     HEAD,
     Item,
     TernaryRows,
@@ -31,16 +34,21 @@ from export.encode import (
     encode_ordinary,
     encode_ternary,
     plan_items,
+    row_order,
 )
 from export.fold import FoldPlan, Heads, fold_plan
 from export.ggml import Ggml
+from export.mixed import Choice, choose
 from export.q2k import WeightError
 from export.verify import verify_files
 from export.writer import Metadata, write_gguf
+from quantize import sensitivity
 from quantize.artifact import Artifact, TernaryMatrix
 from quantize.checkpoint import Checkpoint
 
 PT2_VERSION = 1
+HF_EMBEDDING, HF_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+HEADER_SPARE = 8192  # our own metadata and the padding between tensors
 _FILE_TYPE = {"tq2_1": 120, "tq1_1": 121, "q2_k": int(gguf.LlamaFileType.MOSTLY_Q2_K)}
 
 
@@ -60,6 +68,7 @@ class ExportReport:
         error: the same over all of them (None unless Q2_K).
         verified: whether the file was read back and compared.
         tied: whether the embeddings serve as the head too.
+        mixed: what was chosen to fit a target size, in words (None: no target).
     """
 
     files: list[Path]
@@ -74,6 +83,7 @@ class ExportReport:
     error: float | None = None
     verified: bool = False
     tied: bool = False
+    mixed: str | None = None
 
     @property
     def bpw(self) -> float:
@@ -121,6 +131,8 @@ def export_gguf(
     check_tokenizer(model.path)
     ggml = _library(config)
     source = _Ternary.read(artifact, model, progress)
+    if config.targeted:
+        source.measured()  # before the long work
     check_group_size(source.group_size(), config.type)
     if config.verify:
         check_model(artifact, model, progress)
@@ -131,17 +143,58 @@ def export_gguf(
             _llama_source(), model.path, work, source.shapes(), source.plan, artifact.replaced()
         )
         progress("converting metadata and tokenizer", 1, 1)
-        items = plan_items(carrier, config, ggml, artifact.kept)
+        mixed = None
+        if config.targeted:
+            mixed = _mixed(config, carrier, source, ggml, progress)
+        items = plan_items(carrier, config, ggml, artifact.kept, mixed)
         report = _write(out, work, carrier, items, source, config, ggml, progress)
+    if mixed is not None:
+        _check_target(report, config)
+        report.mixed = mixed.summary(source.measured().kl)
     return report
+
+
+def _mixed(
+    config: ExportConfig, carrier: Carrier, source: _Ternary, ggml: Ggml, progress: Progress
+) -> Choice:
+    """Choose the types that fit the target, with what metadata and small tensors leave of it."""
+    shapes = {n.removesuffix(".weight"): s for n, s in source.shapes().items()}
+    ordinary = {t.name: t for t in carrier.tensors if t.source is None}
+    tables = {"embedding": HF_EMBEDDING, **({"head": HF_HEAD} if HEAD in ordinary else {})}
+    # Everything else has its size already: plan it, tables and linears left out.
+    items = plan_items(carrier, config, ggml, source.artifact.kept)
+    chosen = (HEAD, EMBEDDING)
+    others = [i for i in items if i.tensor.source is None and i.tensor.name not in chosen]
+    parameters = sum(i.elements for i in items)
+    target = config.target_size or int(config.target_bpw * parameters / 8)
+    fixed = sum(i.nbytes for i in others) + carrier.header_bytes + HEADER_SPARE
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        progress("choosing types", done, len(shapes) + len(tables))
+
+    return choose(
+        config, source.measured(), shapes, source.original, tables, ggml, target - fixed, step
+    )
+
+
+def _check_target(report: ExportReport, config: ExportConfig) -> None:
+    target = config.target_size or config.target_bpw * report.parameters / 8
+    if report.file_bytes > target:  # the allowance for metadata was too small
+        raise AssertionError(f"{report.file_bytes} bytes written for a target of {target}")
 
 
 class _Ternary:
     """The artifact's matrices, one block in memory at a time, and where their rows go."""
 
-    def __init__(self, artifact: Artifact, plan: FoldPlan, home: dict[str, int]) -> None:
-        self.artifact, self.plan, self._home = artifact, plan, home
+    def __init__(
+        self, artifact: Artifact, model: Checkpoint, plan: FoldPlan, home: dict[str, int]
+    ) -> None:
+        self.artifact, self.model, self.plan, self._home = artifact, model, plan, home
         self._block: tuple[int, dict[str, TernaryMatrix]] = (-1, {})
+        self._measured: sensitivity.Sensitivity | None = None
 
     @classmethod
     def read(cls, artifact: Artifact, model: Checkpoint, progress: Progress) -> _Ternary:
@@ -155,7 +208,7 @@ class _Ternary:
         check_shapes(artifact, model, list(home))
         heads = Heads.from_config(model.raw_config)
         plan = fold_plan(model.tensors, heads, artifact.residual_perm, orders)
-        return cls(artifact, plan, home)
+        return cls(artifact, model, plan, home)
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Checkpoint tensor name -> (rows, cols)."""
@@ -168,12 +221,37 @@ class _Ternary:
 
     def rows(self, item: Item) -> TernaryRows:
         """The weight of an item, its rows in the file's order."""
+        return TernaryRows.make(item.tensor, self._matrix(item), self.plan)
+
+    def original(self, name: str) -> NDArray[np.float32]:
+        """A tensor of the source model, or what a refinement has put in its place, float32."""
+        replaced = self.artifact.replaced()
+        return replaced[name] if name in replaced else self.model.read(name).float().numpy()
+
+    def original_rows(self, item: Item) -> NDArray[np.float32]:
+        """The original weight of an item, rows and columns in the file's order."""
+        assert item.tensor.source is not None
+        weight = self.original(item.tensor.source)
+        return weight[row_order(item.tensor, self.plan)][:, self._matrix(item).perm]
+
+    def energy(self, item: Item) -> NDArray[np.float32]:
+        """The mean square of each input of an item, in the file's order."""
+        matrix = self._matrix(item)
+        return self.measured().linears[matrix.name].energy[matrix.perm]
+
+    def measured(self) -> sensitivity.Sensitivity:
+        """The artifact's sensitivities; PT2Error where they have not been measured."""
+        if self._measured is None:
+            self._measured = sensitivity.read(self.artifact)
+        return self._measured
+
+    def _matrix(self, item: Item) -> TernaryMatrix:
         assert item.tensor.source is not None
         module = item.tensor.source.removesuffix(".weight")
         index = self._home[module]
         if self._block[0] != index:
             self._block = (index, self.artifact.block(index))
-        return TernaryRows.make(item.tensor, self._block[1][module], self.plan)
+        return self._block[1][module]
 
 
 def _write(
@@ -199,6 +277,9 @@ def _write(
         if item.tensor.source is None:
             assert item.tensor.data is not None
             return encode_ordinary(item.tensor.data, item.type, ggml, item.tensor.name)
+        if item.reason is not None and not item.fallback:  # mixed precision
+            weight, energy = source.original_rows(item), source.energy(item)
+            return encode_ordinary(weight, item.type, ggml, item.tensor.name, energy)
         data, error = encode_ternary(source.rows(item), item.type, ggml)
         if error is not None:
             errors[item.tensor.name] = error

@@ -380,7 +380,7 @@ def remove_leftovers(path: Path, *, everything: bool = False) -> None:
 
     Only names that this module writes are touched.
     """
-    ours = r"(manifest\.json|run\.json|(global|replaced|block-\d{5})\.safetensors)"
+    ours = r"(manifest\.json|run\.json|(global|replaced|sensitivity|block-\d{5})\.safetensors)"
     patterns = [rf"\.{ours}\..*\.tmp"] + ([ours] if everything else [])
     # The manifest goes first: without it the rest is no artifact, should we be killed half way.
     for file in sorted(path.iterdir(), key=lambda f: f.name != MANIFEST):

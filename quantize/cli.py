@@ -82,6 +82,8 @@ def build_parser() -> argparse.ArgumentParser:
     text.add_argument("--calibration", metavar="TEXT", help="see below (wikitext2)")
     text.add_argument("--samples", type=int, help="windows of text (128)")
     text.add_argument("--seqlen", type=int, help="tokens in a window (2048)")
+    text.add_argument("--sensitivity", type=int, metavar="N", help="more windows, to measure what "
+                      "each linear costs, for pt2-export --target-size (0)")  # fmt: skip
     text.add_argument("--seed", type=int, help="of the windows and of the random order (0)")
     _switch(text, "bos", "put the BOS token in front of every window (no)")
 

@@ -51,6 +51,9 @@ class Config:
         samples, seqlen: calibration windows and tokens in each.
         bos: put the model's BOS token in front of every calibration window.
         order_samples: windows from which the foldable order's activation energies are taken.
+        sensitivity: windows of text, beyond those of the calibration, from which is measured at the
+            end what each linear costs the model (:mod:`quantize.measure`), for pt2-export's mixed
+            precision (0: not measured).
         skip: regular expression; linears whose name it matches are left as they are.
         device, dtype: of the forward pass. The quantiser's arithmetic is float32 and float64.
         threads: CPU threads (0: as torch chooses).
@@ -77,6 +80,7 @@ class Config:
     seqlen: int = 2048
     bos: bool = False
     order_samples: int = 16
+    sensitivity: int = 0
     skip: str | None = None
     device: str = "auto"
     dtype: str = "float32"
@@ -92,7 +96,8 @@ class Config:
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("device", self.device, DEVICES)
         least = {"itf_steps": 1, "reround": 0, "rounds": 0, "sweeps": 0, "samples": 1, "seqlen": 2,
-                 "order_samples": 1, "threads": 0, "seed": 0, "batch_size": 1}  # fmt: skip
+                 "order_samples": 1, "sensitivity": 0, "threads": 0, "seed": 0,
+                 "batch_size": 1}  # fmt: skip
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise PT2Error(f"setting {name} must be at least {low}, not {getattr(self, name)}")

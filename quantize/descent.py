@@ -32,6 +32,9 @@ SUB_BLOCK = 32
 # A sweep that moves a smaller share of T than this is the last one.
 SETTLED = 1e-4
 SETTLING_SWEEPS = 4  # at most so many without noise after those with it
+# Record the inner loop as a CUDA graph. Off: written but not yet checked on a GPU
+# (benchmarks/closed_form.py does).
+RECORD = False
 # The solve stays this close (relative to the diagonal) to the grid it starts from, which decides
 # where T cannot tell alpha from mu.
 RIDGE = 1e-6
@@ -228,9 +231,11 @@ def _graph(k: int, rows: int, device: torch.device) -> _Graph:
 def descend_block(
     t: Tensor, centre: Tensor, gradient: Tensor, h: Tensor, step: Tensor, alpha: Tensor
 ) -> Tensor:
-    """:func:`_descend_block`, on a GPU as a recorded graph; what it returns is valid until the next
-    call."""
-    run = _graph(*t.shape, t.device) if t.is_cuda else _descend_block
+    """:func:`_descend_block`, with ``RECORD`` on a GPU as a recorded graph.
+
+    What it returns is valid until the next call.
+    """
+    run = _graph(*t.shape, t.device) if RECORD and t.is_cuda else _descend_block
     return run(t, centre, gradient, h, step, alpha)
 
 

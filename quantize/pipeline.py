@@ -113,8 +113,8 @@ def ternarize(
             run.get("fingerprint"), lambda count: reporter.step("checksum", count)
         )
         calibration = load_calibration(
-            config.calibration, checkpoint.path, samples=config.samples, seqlen=config.seqlen,
-            vocab=model.config.vocab_size, seed=config.seed, bos=config.bos,
+            config.calibration, checkpoint.path, samples=config.samples + config.sensitivity,
+            seqlen=config.seqlen, vocab=model.config.vocab_size, seed=config.seed, bos=config.bos,
         )  # fmt: skip
         reporter.done()
         identity = {
@@ -129,12 +129,31 @@ def ternarize(
             out, identity
         )
         worker = _Run(model, config, writer, reporter, run)
-        worker.blocks(calibration.tokens)
+        worker.blocks(calibration.tokens[: config.samples])
+        if config.sensitivity:
+            _measure(
+                out, checkpoint, calibration.tokens[config.samples :], config, device, reporter
+            )
     seconds = time.monotonic() - began
     manifest = writer.manifest
     return Result(
         out, manifest["matrices"], manifest["kept"], config.block_size, seconds, reporter.warnings
     )
+
+
+def _measure(
+    out: Path, checkpoint: Checkpoint, tokens: Tensor, config: Config, device: str,
+    reporter: Reporter,
+) -> None:  # fmt: skip
+    from quantize import measure, sensitivity  # measure imports this module
+
+    artifact = Artifact.open(out)
+    result = measure.measure(
+        artifact, checkpoint, tokens, device=device, dtype=config.dtype,
+        batch_size=config.batch_size, reporter=reporter,
+    )  # fmt: skip
+    sensitivity.write(artifact, result)
+    reporter.note(measure.summary(result))
 
 
 class SiteMoments:
