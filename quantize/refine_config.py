@@ -44,7 +44,7 @@ class RefineConfig:
     micro_batch: int = 8
     seqlen: int = 512
     lr: float = 5e-3
-    lr_codes: float = 5e-3
+    lr_codes: float = 2e-3
     lr_tables: float = 2e-3
     norms: bool = True
     embeddings: bool = False
