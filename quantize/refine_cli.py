@@ -26,7 +26,8 @@ what moves:
 
 memory on the GPU, bytes per ternary weight: 2 (the teacher) and, with T frozen, 1 (the codes);
 with T moving 8 (latents float32, their gradient and first moment bfloat16). Activations of one
---micro-batch come on top, small with --checkpointing. 7B: about 25 GB frozen, 75 GB moving.
+--micro-batch come on top, small with --checkpointing. For a 7B that is, by calculation, some 25 GB
+frozen and 75 GB moving; benchmarks/refine_cost.py measures it with random weights.
 
 next: pt2-export model.gguf --from OUT
 """

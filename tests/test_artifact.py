@@ -124,7 +124,7 @@ DAMAGE = {
     "manifest cut": (lambda a: (a / "manifest.json").write_text('{"format'), "not valid JSON"),
     "manifest list": (lambda a: (a / "manifest.json").write_text("[]"), "not the manifest"),
     "foreign": (lambda a: edit(a / "manifest.json", format="gguf"), "not the manifest"),
-    "newer": (lambda a: edit(a / "manifest.json", format_version=2), "format version 2"),
+    "newer": (lambda a: edit(a / "manifest.json", format_version=3), "format version 3"),
     "files wrong": (lambda a: edit(a / "manifest.json", files=[]), "'files' is missing"),
     "incomplete": (lambda a: edit(a / "manifest.json", complete=False), "not complete"),
     "no global": (lambda a: (a / "global.safetensors").unlink(), "global.safetensors"),
