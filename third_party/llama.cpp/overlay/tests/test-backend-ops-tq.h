@@ -85,7 +85,7 @@ struct test_tq_block : public test_case {
     }
 };
 
-// The way of q, k and v from their matrices into a cache of 256 rows, and attention over it.
+// The way of q, k and v from their matrices into a cache of 256 rows, attention over it, and the product with its output.
 struct test_tq_attention : public test_case {
     const ggml_type type;
     const int64_t   n;        // tokens
@@ -94,16 +94,17 @@ struct test_tq_attention : public test_case {
     const int64_t   heads_kv;
     const int       mode;     // of ROPE
     const bool      factors;  // frequency factors, and extrapolation
+    const int       output;   // 0: no product after attention, 1: one, 2: another node reads its values as well
     const int64_t   width = 256;
     const int64_t   cells = 256;
 
     std::vector<ggml_tensor *> checked;
 
-    test_tq_attention(ggml_type type, int64_t n, int64_t head, int64_t heads, int64_t heads_kv, int mode, bool factors)
-        : type(type), n(n), head(head), heads(heads), heads_kv(heads_kv), mode(mode), factors(factors) {}
+    test_tq_attention(ggml_type type, int64_t n, int64_t head, int64_t heads, int64_t heads_kv, int mode, bool factors, int output = 0)
+        : type(type), n(n), head(head), heads(heads), heads_kv(heads_kv), mode(mode), factors(factors), output(output) {}
 
     std::string vars() override {
-        return VARS_TO_STR7(type, n, head, heads, heads_kv, mode, factors);
+        return VARS_TO_STR8(type, n, head, heads, heads_kv, mode, factors, output);
     }
 
     std::string op_desc(ggml_tensor * t) override {
@@ -115,7 +116,8 @@ struct test_tq_attention : public test_case {
 
     std::vector<ggml_tensor *> fusion_test_nodes() override { return checked; }
 
-    double max_nmse_err() override { return 1e-3; }
+    // with the product, as TQ_BLOCK's
+    double max_nmse_err() override { return output ? 5e-3 : 1e-3; }
 
     ggml_tensor * build_graph(ggml_context * ctx) override {
         ggml_tensor * x    = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, width, n);
@@ -146,7 +148,19 @@ struct test_tq_attention : public test_case {
         checked.push_back(q);
         ggml_tensor * k = cached(rotated(matrix(heads_kv)));
         ggml_tensor * v = cached(matrix(heads_kv));
-        ggml_tensor * out = ggml_flash_attn_ext(ctx, ggml_permute(ctx, q, 0, 2, 1, 3), k, v, nullptr, 1.0f / sqrtf((float) head), 0.0f, 0.0f);
+        ggml_tensor * mask = nullptr;
+        if (output) {
+            mask = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, cells, n);
+            ggml_set_name(mask, "mask");
+        }
+        ggml_tensor * out = ggml_flash_attn_ext(ctx, ggml_permute(ctx, q, 0, 2, 1, 3), k, v, mask, 1.0f / sqrtf((float) head), 0.0f, 0.0f);
+        if (output) {
+            ggml_tensor * values = ggml_reshape_2d(ctx, out, head * heads, n);
+            out = ggml_mul_mat(ctx, ggml_new_tensor_2d(ctx, type, head * heads, width), values);
+            if (output == 2) {
+                out = ggml_add(ctx, out, ggml_mul_mat(ctx, ggml_new_tensor_2d(ctx, GGML_TYPE_F16, head * heads, width), values));
+            }
+        }
         ggml_set_name(out, "out");
         checked.push_back(out);
         return out;
@@ -164,6 +178,13 @@ struct test_tq_attention : public test_case {
                 std::vector<int64_t> data(n);
                 for (int64_t i = 0; i < n; i++) {
                     data[i] = (i * 37 + 5) % cells; // each row once
+                }
+                ggml_backend_tensor_set(t, data.data(), 0, ggml_nbytes(t));
+            } else if (strcmp(t->name, "mask") == 0) { // some keys hidden, and all of the last 100
+                std::vector<ggml_fp16_t> data(cells * n);
+                for (int64_t i = 0; i < cells * n; i++) {
+                    const int64_t key = i % cells;
+                    data[i] = ggml_fp32_to_fp16(key >= cells - 100 || (key + i / cells) % 3 == 1 ? -INFINITY : 0.0f);
                 }
                 ggml_backend_tensor_set(t, data.data(), 0, ggml_nbytes(t));
             } else if (strcmp(t->name, "freq") == 0) {
@@ -187,6 +208,13 @@ static void add_tq_block_cases(std::vector<std::unique_ptr<test_case>> & test_ca
                 test_cases.emplace_back(new test_tq_attention(type, n, 128, 4, 4, mode, false));
                 test_cases.emplace_back(new test_tq_attention(type, n, 64, 6, 2, mode, true));
             }
+        }
+        for (int64_t n : { 1, 3, 8, 9 }) {
+            for (int output : { 1, 2 }) {
+                test_cases.emplace_back(new test_tq_attention(type, n, 128, 4, 4, GGML_ROPE_TYPE_NORMAL, false, output));
+                test_cases.emplace_back(new test_tq_attention(type, n, 128, 16, 2, GGML_ROPE_TYPE_NEOX, false, output));
+            }
+            test_cases.emplace_back(new test_tq_attention(type, n, 64, 6, 2, GGML_ROPE_TYPE_NORMAL, false, 1)); // another head size
         }
         test_cases.emplace_back(new test_tq_block(type, 1, 4096));
         test_cases.emplace_back(new test_tq_block(type, 16, 4096));

@@ -2,6 +2,7 @@
 //
 //   [ADD] + RMS_NORM + MUL   -> one kernel that ends in quantised activations -> q, k, v in one launch
 //   SWIGLU or GEGLU (split)  -> the same                                      -> down
+//   FLASH_ATTN_EXT, decode   -> the same (tq-attn.cu)                         -> o
 //   anything else            -> quantised once                                -> all matrices that read it
 //   ROPE of q and k, SET_ROWS of k and v -> one kernel (tq-rope.cu)
 //
@@ -11,6 +12,7 @@
 // between touches the memory it writes to. GGML_CUDA_TQ_FUSE=0 leaves every node to itself;
 // GGML_CUDA_TQ_DEBUG=1 prints a line a graph.
 
+#include "tq-attn.cuh"
 #include "tq-backend.cuh"
 #include "tq-fuse.cuh"
 
@@ -136,6 +138,47 @@ bool match_glu(const ggml_tensor * node, glu_match & m) {
     return m.ld_gate > 0 && m.ld_up > 0;
 }
 
+// Attention as tq-attn.cu computes it: one sequence, keys and values in F16, one mask for all heads, nothing else.
+bool match_attention(const ggml_tensor * node, tq_attention & a) {
+    const ggml_tensor * q    = node->src[0];
+    const ggml_tensor * k    = node->src[1];
+    const ggml_tensor * v    = node->src[2];
+    const ggml_tensor * mask = node->src[3];
+    float scale, max_bias, softcap;
+    memcpy(&scale,    (const float *) node->op_params + 0, sizeof(float));
+    memcpy(&max_bias, (const float *) node->op_params + 1, sizeof(float));
+    memcpy(&softcap,  (const float *) node->op_params + 2, sizeof(float));
+    const int32_t few_keys = ggml_get_op_params_i32(node, 4); // sparse attention
+    if (node->src[4] || max_bias != 0.0f || softcap != 0.0f || few_keys != 0 || !is_f32(node) || !ggml_is_contiguous(node) || !is_f32(q) ||
+            k->type != GGML_TYPE_F16 || v->type != GGML_TYPE_F16 || q->nb[0] != sizeof(float) || k->nb[0] != sizeof(half) || v->nb[0] != sizeof(half) ||
+            q->ne[0] != TQ_HEAD || k->ne[0] != TQ_HEAD || v->ne[0] != TQ_HEAD || q->ne[3] != 1 || k->ne[3] != 1 || v->ne[3] != 1 ||
+            v->ne[1] != k->ne[1] || v->ne[2] != k->ne[2] || q->ne[1] > TQ_DECODE_MAX || k->ne[1] > TQ_ATTENTION_KEYS) {
+        return false;
+    }
+    if (mask && (mask->type != GGML_TYPE_F16 || mask->nb[0] != sizeof(half) || mask->ne[0] < k->ne[1] || mask->ne[1] < q->ne[1] ||
+            mask->ne[2] != 1 || mask->ne[3] != 1)) {
+        return false;
+    }
+    a.q          = (const float *) q->data;
+    a.q_token    = (int64_t) q->nb[1];
+    a.q_head     = (int64_t) q->nb[2];
+    a.k          = (const half *) k->data;
+    a.k_key      = (int64_t) k->nb[1];
+    a.k_head     = (int64_t) k->nb[2];
+    a.v          = (const half *) v->data;
+    a.v_key      = (int64_t) v->nb[1];
+    a.v_head     = (int64_t) v->nb[2];
+    a.mask       = mask ? (const half *) mask->data : nullptr;
+    a.mask_token = mask ? (int64_t) mask->nb[1] : 0;
+    a.scale      = scale;
+    a.tokens     = (int) q->ne[1];
+    a.heads      = (int) q->ne[2];
+    a.heads_kv   = (int) k->ne[2];
+    a.keys       = (int) k->ne[1];
+    a.out        = (float *) node->data;
+    return tq_attention_fits(a);
+}
+
 // ---- the matrices of a site -----------------------------------------------------------------------------
 
 using nodes_t = std::vector<const ggml_tensor *>;
@@ -200,11 +243,11 @@ bool may_be_looked_at(const ggml_cgraph * graph, const nodes_t & site) {
 // ---- sites ------------------------------------------------------------------------------------------------
 
 struct counters {
-    int norm = 0, glu = 0, grouped = 0, single = 0, rope = 0;
+    int norm = 0, glu = 0, attention = 0, grouped = 0, single = 0, rope = 0;
     std::string other; // names of ternary products that are not ours
 };
 
-enum step_kind { STEP_PLAIN, STEP_NORM, STEP_GLU };
+enum step_kind { STEP_PLAIN, STEP_NORM, STEP_GLU, STEP_ATTENTION };
 
 // What makes some activations (arguments as of tq_quantize, tq_quantize_norm, tq_quantize_glu), and the products that take
 // them.
@@ -219,6 +262,7 @@ struct site_t {
     int64_t       ld_b = 0;
     float         eps  = 0.0f;
     int           gelu = 0;
+    tq_attention  attention = {};
 
     nodes_t products;
     int     last   = 0;      // index of the last node that makes the activations; of the product, where nothing does
@@ -282,6 +326,43 @@ bool plan_glu(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i,
     return true;
 }
 
+bool plan_attention(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i, const done_t & done, site_t & site) {
+    const ggml_tensor * node = graph->nodes[i];
+    if (!match_attention(node, site.attention)) {
+        return false;
+    }
+    // the products read a view that has the heads of a token as one row
+    int k = i + 1;
+    while (k < graph->n_nodes && !tq_computes(graph->nodes[k]) && graph->nodes[k]->src[0] != node) {
+        k++;
+    }
+    const ggml_tensor * rows = k < graph->n_nodes ? graph->nodes[k] : nullptr;
+    if (!rows || (rows->op != GGML_OP_RESHAPE && rows->op != GGML_OP_VIEW) || rows->src[0] != node || rows->data != node->data ||
+            !ggml_is_contiguous(rows) || rows->ne[0] != node->ne[0] * node->ne[1] || ggml_nelements(rows) != ggml_nelements(node)) {
+        return false;
+    }
+    site.products = products_of(ctx, graph, i, rows, done);
+    if (site.products.empty()) {
+        return false;
+    }
+    const bool write = tq_used_elsewhere(graph, i, 1) || ggml_node_get_use_count(graph, k) != (int) site.products.size() ||
+        (rows->flags & GGML_TENSOR_FLAG_OUTPUT) || may_be_looked_at(graph, site.products);
+    if (!write) {
+        site.attention.out = nullptr;
+    } else {
+        for (const ggml_tensor * s : node->src) {
+            if (s && tq_overlap(node, s)) {
+                return false;
+            }
+        }
+    }
+    site.kind   = STEP_ATTENTION;
+    site.last   = i;
+    site.tokens = site.attention.tokens;
+    site.nb     = site.attention.heads;
+    return true;
+}
+
 bool plan_plain(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i, const done_t & done, site_t & site) {
     const ggml_tensor * node = graph->nodes[i];
     if (node->op != GGML_OP_MUL_MAT || !ggml_cuda_tq_is_product(ctx, node)) {
@@ -303,6 +384,7 @@ bool plan(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i, con
         case GGML_OP_ADD:
         case GGML_OP_RMS_NORM: return plan_norm (ctx, graph, i, done, site);
         case GGML_OP_GLU:      return plan_glu  (ctx, graph, i, done, site);
+        case GGML_OP_FLASH_ATTN_EXT: return plan_attention(ctx, graph, i, done, site);
         case GGML_OP_MUL_MAT:  return plan_plain(ctx, graph, i, done, site);
         default:               return false;
     }
@@ -312,6 +394,7 @@ void count_site(counters & count, const site_t & site) {
     switch (site.kind) {
         case STEP_NORM:  count.norm++; break;
         case STEP_GLU:   count.glu++;  break;
+        case STEP_ATTENTION: count.attention++; break;
         case STEP_PLAIN: (site.products.size() > 1 ? count.grouped : count.single)++; break;
     }
 }
@@ -322,6 +405,7 @@ void run_site(ggml_backend_cuda_context & ctx, const site_t & s) {
     switch (s.kind) {
         case STEP_NORM:  tq_quantize_norm(s.a, s.b, s.w, s.eps, s.sum, s.out, act, ctx.stream()); break;
         case STEP_GLU:   tq_quantize_glu(s.a, s.b, s.ld_a, s.ld_b, s.gelu, s.out, act, ctx.stream()); break;
+        case STEP_ATTENTION: tq_quantize_attention(s.attention, act, ctx.stream()); break;
         case STEP_PLAIN: tq_quantize(s.a, s.ld_a, act, ctx.stream()); break;
     }
     const size_t n = s.products.size();
@@ -365,8 +449,8 @@ void debug_print(const ggml_cgraph * graph, int i, counters & count, bool ours) 
         }
     }
     if (is_ternary_product(graph->nodes[i])) { // the last one
-        fprintf(stderr, "tq-fuse: %d nodes; sites after a norm %d, after a gated unit %d, of several matrices %d, of one %d; rotations with the cache %d; other ternary products:%s\n",
-            graph->n_nodes, count.norm, count.glu, count.grouped, count.single, count.rope, count.other.empty() ? " none" : count.other.c_str());
+        fprintf(stderr, "tq-fuse: %d nodes; sites after a norm %d, after a gated unit %d, after attention %d, of several matrices %d, of one %d; rotations with the cache %d; other ternary products:%s\n",
+            graph->n_nodes, count.norm, count.glu, count.attention, count.grouped, count.single, count.rope, count.other.empty() ? " none" : count.other.c_str());
     }
 }
 
