@@ -16,6 +16,7 @@
 #   STREAM    program that measures the memory's reading rate (default: stream_read.cu, built by nvcc if
 #             there is one; torch's sum otherwise)
 #   BENCH     the command (default: pt2-bench)
+#   BIG_TYPES types of the largest shape in `core` (default: all six, or three where WORK is too small)
 #   BIG, MIDDLE, SMALL   shapes (default: 65b, "30b 13b", 7b); VARIANT=cpu tries the script without a GPU
 set -u
 usage() { sed -n '2,/^set/{/^set/!p}' "$0" | sed 's/^# \{0,1\}//'; exit 2; }
@@ -65,8 +66,8 @@ room() { df -Pk "$WORK" | awk 'NR == 2 {print int($4 / 1048576)}'; }
 
 plain="-p 128 -n 256 --pg 128,256"
 if [ "$PLAN" = core ]; then
-    types=$ALL
-    if [ "$BIG" = 65b ] && [ "$(room)" -lt 104 ]; then
+    types=${BIG_TYPES:-$ALL}
+    if [ "$BIG" = 65b ] && [ "$types" = $ALL ] && [ "$(room)" -lt 104 ]; then
         say "$WORK has $(room) GiB: $BIG is measured in three types only"
         types=$CORE
     fi
