@@ -5,7 +5,7 @@
 //   nvcc -O3 -std=c++17 -gencode arch=compute_90a,code=sm_90a -I $OVERLAY -o product product.cu $OVERLAY/tq-act.cu
 //   ./product check [small]     against float64; "small" is for compute-sanitizer
 //   ./product bench [quick]     layers of LLaMA's shapes in a CUDA graph, with dependent launch
-#include "tq-decode.cu" // for its policy, which the backend does not show
+#include "tq-decode.cu" // for its shapes, which the backend does not show
 #include "layouts.cuh"
 #include <cstring>
 #include <memory>
@@ -104,7 +104,7 @@ static void check_group(Checker & c, const Group & g, int n, const char * data) 
     std::vector<std::unique_ptr<Buffer<float>>> y;
     for (int shape = 0; shape <= STREAM_SHAPES; shape++) { // the last: registers
         bool registers = shape == STREAM_SHAPES;
-        if (!registers && (!device().streams || stages_of(stream_of(a.act.cols, shape), a.act.cols, g.nb) < 2)) continue;
+        if (!registers && (!device().streams || g.nb % stream_of(1, shape).unit != 0)) continue;
         std::vector<tq_segment> s;
         y.clear();
         for (size_t i = 0; i < g.parts.size(); i++) {
@@ -113,7 +113,7 @@ static void check_group(Checker & c, const Group & g, int n, const char * data) 
             s.push_back({g.w[i], y[i]->p, rows + GAP, rows});
         }
         if (registers) run_registers(device(), s.data(), s.size(), a.act, 0);
-        else run_stream(device(), {shape}, s.data(), s.size(), a.act, c.scratch.p, 0);
+        else run_stream(device(), shape, s.data(), s.size(), a.act, c.scratch.p, 0);
         CK(cudaDeviceSynchronize());
         std::string name = g.name(n, registers ? "registers" : stream_of(1, shape).name) + ", " + data;
         for (size_t i = 0; i < g.parts.size(); i++) {
@@ -160,7 +160,7 @@ static void check_repeats(Checker & c, int launches, int replays) {
                 s.push_back({g.w[k], out + at, rows, rows});
                 at += (int64_t) rows * n;
             }
-            run_stream(device(), {shape}, s.data(), s.size(), act, c.scratch.p, st);
+            run_stream(device(), g.nb % stream_of(1, shape).unit ? choose_shape(act.cols, g.nb) : shape, s.data(), s.size(), act, c.scratch.p, st);
         };
         size_t most = (size_t) (4090 + 1000 + 37) * n;
         Buffer<float> out(most * launches, 0xff);
@@ -239,7 +239,7 @@ static int check(bool small) {
     if (small) {
         all({100, 16, 33}, 8, RANDOM, some);
         all({17}, 5, RANDOM, some);
-        all({700}, 2, RANDOM, {2});
+        all({4400}, 4, RANDOM, {1, 8}); // more tiles than thread blocks: some are shared
         check_repeats(c, 6, 1);
         check_experts(c, 37, 12);
     } else {
@@ -268,50 +268,54 @@ __global__ void spin(int64_t cycles, int * out) {
 
 struct Model { const char * name; int layers, copies; int hidden, ffn; };
 
+// The matrices of a site, one after the other in memory.
+struct Site {
+    int n;
+    const uint8_t * w[TQ_MAX_SEGMENTS];
+    int rows[TQ_MAX_SEGMENTS], columns;
+};
+
 struct Layers {
     const Model & m;
     int n;
-    decode_policy policy, odd; // of products 0 and 2, and 1 and 3
+    int shape;           // of thread blocks; -1: what the backend takes
     int64_t spin_cycles; // between the first product and the second; 0: no kernel
     bool backend;        // what comes before each product: tq-act.cu's norms and gated unit, or only our quantisation
     uint8_t * w; float * x, * y; int * out;
     uint64_t * scratch;
     Activations hidden, ffn;
     Buffer<float> norm{8 * 8192};
-    std::vector<std::pair<std::vector<int>, int>> sites; // rows of the matrices, columns
-    Layers(const Model & m_, int n_, const decode_policy & p, int64_t spin_, bool backend_, uint8_t * w_, float * x_, float * y_, int * out_, uint64_t * s) :
-        m(m_), n(n_), policy(p), odd(p), spin_cycles(spin_), backend(backend_), w(w_), x(x_), y(y_), out(out_), scratch(s), hidden(n_, m_.hidden / QK), ffn(n_, m_.ffn / QK),
-        sites{{{m.hidden, m.hidden, m.hidden}, m.hidden}, {{m.hidden}, m.hidden}, {{m.ffn, m.ffn}, m.hidden}, {{m.hidden}, m.ffn}} {}
-    size_t bytes() const {
-        size_t b = 0;
-        for (auto & s : sites) for (int r : s.first) b += (size_t) r / 16 * (s.second / QK) * TQ_TILE_BYTES;
-        return b;
-    }
-    // Site i of all layers: its matrices, one after the other in memory.
-    tq_next site(int i) const {
-        tq_next s = {};
-        size_t at = bytes() * (i / 4 % m.copies);
-        for (int k = 0; k < i % 4; k++) for (int r : sites[k].first) at += (size_t) r / 16 * (sites[k].second / QK) * TQ_TILE_BYTES;
-        for (int r : sites[i % 4].first) {
-            s.w[s.segments] = w + at; s.rows[s.segments++] = r;
-            at += (size_t) r / 16 * (sites[i % 4].second / QK) * TQ_TILE_BYTES;
-        }
-        s.nb = sites[i % 4].second / QK; s.cols = tq_act_cols(n);
+    Layers(const Model & m_, int n_, int shape_, int64_t spin_, bool backend_, uint8_t * w_, float * x_, float * y_, int * out_, uint64_t * s) :
+        m(m_), n(n_), shape(shape_), spin_cycles(spin_), backend(backend_), w(w_), x(x_), y(y_), out(out_), scratch(s), hidden(n_, m_.hidden / QK), ffn(n_, m_.ffn / QK) {}
+    static size_t size(int rows, int columns) { return (size_t) rows / 16 * (columns / QK) * TQ_TILE_BYTES; }
+    size_t bytes() const { return size(4 * m.hidden, m.hidden) + size(2 * m.ffn, m.hidden) + size(m.hidden, m.ffn); }
+    // The k-th product of a layer.
+    Site site(int layer, int k) const {
+        const Site sites[4] = {{3, {}, {m.hidden, m.hidden, m.hidden}, m.hidden}, {1, {}, {m.hidden}, m.hidden}, {2, {}, {m.ffn, m.ffn}, m.hidden}, {1, {}, {m.hidden}, m.ffn}};
+        size_t at = bytes() * (layer % m.copies);
+        for (int i = 0; i < k; i++) for (int j = 0; j < sites[i].n; j++) at += size(sites[i].rows[j], sites[i].columns);
+        Site s = sites[k];
+        for (int j = 0; j < s.n; j++) { s.w[j] = w + at; at += size(s.rows[j], s.columns); }
         return s;
+    }
+    void product(int layer, int k, bool activations, cudaStream_t st) {
+        Site site_ = site(layer, k);
+        tq_segment s[TQ_MAX_SEGMENTS];
+        float * to = y;
+        for (int j = 0; j < site_.n; j++) { s[j] = {site_.w[j], to, site_.rows[j], site_.rows[j]}; to += (size_t) site_.rows[j] * n; }
+        Activations & a = k == 3 ? ffn : hidden;
+        if (!activations) {}
+        else if (!backend) a.quantize(x, site_.columns, st);
+        else if (k % 2 == 0) tq_quantize_norm(x, x + m.hidden * n, x, 1e-5f, norm.p, nullptr, a.act, st); // any numbers will do
+        else if (k == 1) tq_quantize(x, m.hidden, a.act, st);
+        else tq_quantize_glu(x, x, m.ffn, m.ffn, 0, nullptr, a.act, st);
+        bool fits = shape >= 0 && a.act.nb % stream_of(1, shape).unit == 0;
+        run_stream(device(), fits ? shape : choose_shape(a.act.cols, a.act.nb), s, site_.n, a.act, scratch, st);
     }
     void layer(int i, cudaStream_t st) {
         for (int k = 0; k < 4; k++) {
-            tq_next now = site(4 * i + k);
-            tq_segment s[TQ_MAX_SEGMENTS];
-            float * to = y;
-            for (int j = 0; j < now.segments; j++) { s[j] = {now.w[j], to, now.rows[j], now.rows[j]}; to += (size_t) now.rows[j] * n; }
-            Activations & a = k == 3 ? ffn : hidden;
             if (k == 1 && spin_cycles) spin<<<1, 32, 0, st>>>(spin_cycles, out);
-            if (!backend) a.quantize(x, sites[k].second, st);
-            else if (k % 2 == 0) tq_quantize_norm(x, x + m.hidden * n, x, 1e-5f, norm.p, nullptr, a.act, st); // any numbers will do
-            else if (k == 1) tq_quantize(x, m.hidden, a.act, st);
-            else tq_quantize_glu(x, x, m.ffn, m.ffn, 0, nullptr, a.act, st);
-            run_stream(device(), k % 2 ? odd : policy, s, now.segments, a.act, scratch, st);
+            product(i, k, true, st);
         }
     }
 };
@@ -319,27 +323,16 @@ struct Layers {
 // Each product of a layer by itself, many times in a row: what a launch costs without the others, and (the same weights
 // again and again, as far as they fit into L2) what the multiprocessors could do. Without the quantisation L2 keeps the
 // activations: a lower bound.
-static void bench_sites(Layers & l, double rate) {
-    printf("%-16s %2s %-10s %10s %10s %10s %6s\n", "product alone", "n", "shape", "quantised", "us", "same w", "share");
-    for (int k = 0; k < 4; k++)
-        for (int shape = 0; shape < STREAM_SHAPES; shape++) {
-            Activations & a = k == 3 ? l.ffn : l.hidden;
-            if (stages_of(stream_of(a.act.cols, shape), a.act.cols, a.act.nb) < 2) continue;
-            auto run = [&](bool quantise, bool same) {
-                return time_graph(l.m.copies * 4, [&](int i, cudaStream_t st) {
-                    tq_next now = l.site(same ? k : 4 * i + k);
-                    tq_segment s[TQ_MAX_SEGMENTS];
-                    float * to = l.y;
-                    for (int j = 0; j < now.segments; j++) { s[j] = {now.w[j], to, now.rows[j], now.rows[j]}; to += (size_t) now.rows[j] * l.n; }
-                    if (quantise) a.quantize(l.x, l.sites[k].second, st);
-                    run_stream(device(), {shape}, s, now.segments, a.act, l.scratch, st);
-                }, 7);
-            };
-            double bytes = 0, us = run(false, false);
-            for (int r : l.sites[k].first) bytes += (double) r * l.sites[k].second / QK * 36;
-            printf("%dx %6dx%-6d  %2d %-10s %10.2f %10.2f %10.2f %6.2f\n", (int) l.sites[k].first.size(), l.sites[k].first[0], l.sites[k].second,
-                   l.n, stream_of(1, shape).name, run(true, false), us, run(false, true), bytes / us / 1e3 / rate);
-        }
+static void bench_products(Layers & l, double rate) {
+    for (int k = 0; k < 4; k++) {
+        auto run = [&](bool quantise, bool same) {
+            return time_graph(l.m.copies * 4, [&](int i, cudaStream_t st) { l.product(same ? 0 : i, k, quantise, st); }, 7);
+        };
+        Site s = l.site(0, k);
+        double bytes = (double) s.n * Layers::size(s.rows[0], s.columns), us = run(false, false);
+        printf("%-4s %dx %6dx%-6d  %2d %-12s %10.2f %10.2f %10.2f %6.2f\n", l.m.name, s.n, s.rows[0], s.columns,
+               l.n, l.shape < 0 ? "backend's" : stream_of(1, l.shape).name, run(true, false), us, run(false, true), bytes / us / 1e3 / rate);
+    }
 }
 
 static void bench(bool quick) {
@@ -358,31 +351,28 @@ static void bench(bool quick) {
     CK(cudaDeviceGetAttribute(&khz, cudaDevAttrClockRate, 0));
     double rate = streaming();
     printf("streaming read of 1 GiB: %.0f GB/s, clock %d MHz\n", rate, khz / 1000);
-    for (int n : {1, 2, 4, 8}) {
-        if (quick) continue;
-        Layers l(models[3], n, decode_policy{}, 0, false, w.p, x.p, y.p, out.p, scratch.p);
-        bench_sites(l, rate);
-    }
-    printf("gap: microseconds of a kernel between the first product and the second, in the layer's time\n"
+    printf("%-22s %2s %-12s %10s %10s %10s %6s\n", "one product", "n", "shape", "quantised", "us", "same w", "share");
+    for (auto & m : models)
+        for (int n : {1, 2, 4, 8})
+            for (int shape = quick ? STREAM_SHAPES : 0; shape < STREAM_SHAPES; shape++) {
+                Layers l(m, n, shape, 0, false, w.p, x.p, y.p, out.p, scratch.p);
+                bench_products(l, rate);
+            }
+    printf("layers: gap, microseconds of a kernel between the first product and the second, in the layer's time;\n"
            "before: what comes before each product, our quantisation alone or the backend's kernels (norm, gated unit)\n");
-    printf("%-4s %2s %-8s %-8s %-8s %4s %9s %7s %6s\n", "", "n", "before", "shape", "else", "gap", "us/layer", "GB/s", "share");
+    printf("%-4s %2s %-8s %-12s %4s %9s %7s %6s %16s\n", "", "n", "before", "shape", "gap", "us/layer", "GB/s", "share", "linears, tok/s");
     for (auto & m : models)
         for (int n : {1, 2, 4, 8})
             for (int shape = -1; shape < STREAM_SHAPES; shape++)
-                for (int fallback : {-1, (int) P8U2})
-                    for (bool backend : {true, false})
-                        for (int gap : {0, 10}) {
-                            auto fits = [&](int s, int columns) { return s >= 0 && stages_of(stream_of(tq_act_cols(n), s), tq_act_cols(n), columns / QK) >= 2; };
-                            if (shape >= 0 && !fits(shape, m.hidden)) continue;
-                            if (fallback >= 0 && (shape < 0 || fits(shape, m.ffn)) && shape != A10U2) continue; // would make no difference
-                            if ((gap || !backend) && (n > 1 || quick)) continue;
-                            Layers l(m, n, {shape, fallback}, (int64_t) gap * khz / 1000, backend, w.p, x.p, y.p, out.p, scratch.p);
-                            if (shape == A10U2 && fallback < 0) l.odd.shape = B10U4; // these two fit together, but neither beside itself
-                            double us = time_graph(m.copies * 2, [&](int i, cudaStream_t st) { l.layer(i, st); }, 7);
-                            printf("%-4s %2d %-8s %-8s %-8s %4d %9.1f %7.0f %6.2f\n", m.name, n, backend ? "backend" : "quantise",
-                                   shape < 0 ? "table" : stream_of(1, shape).name, fallback < 0 ? "" : stream_of(1, fallback).name, gap, us,
-                                   l.bytes() / us / 1e3, l.bytes() / us / 1e3 / rate);
-                        }
+                for (bool backend : {true, false})
+                    for (int gap : {0, 10}) {
+                        if ((gap || !backend || shape >= 0) && (n > 1 || shape >= 0) && quick) continue;
+                        Layers l(m, n, shape, (int64_t) gap * khz / 1000, backend, w.p, x.p, y.p, out.p, scratch.p);
+                        double us = time_graph(m.copies * 2, [&](int i, cudaStream_t st) { l.layer(i, st); }, 7);
+                        printf("%-4s %2d %-8s %-12s %4d %9.1f %7.0f %6.2f %16.0f\n", m.name, n, backend ? "backend" : "quantise",
+                               shape < 0 ? "backend's" : stream_of(1, shape).name, gap, us, l.bytes() / us / 1e3, l.bytes() / us / 1e3 / rate,
+                               n * 1e6 / us / m.layers);
+                    }
     printf("streaming read again: %.0f GB/s\n", streaming());
 }
 

@@ -3,28 +3,83 @@
 // Decode on sm_90 and newer: one stream of bulk copies for each thread block.
 //
 // The blocks of all tiles of all matrices lie in one row, and every thread block takes an equal run of them,
-// also across the ends of tiles and matrices. A producer warp keeps some stages of WARPS chunks (UNIT
-// blocks each) in flight by bulk copies, WARPS warps take a chunk each, and a last warp adds their sums up
-// tile by tile.
+// also across the ends of tiles and matrices. A producer warp keeps some stages of WARPS chunks in flight by
+// bulk copies, WARPS warps take a chunk each, and a last warp adds their sums up. A chunk is UNIT
+// columns of blocks of a group: one tile, or two that share the activations in registers.
 //
-// Tiles that two thread blocks share. A run is at least a tile long (make_cut), so no more than two share one. The one that
-// has the end of the tile begins its run with it; it sends its sums as {value, 1} words of 64 bits, which a
-// reader sees whole or not at all, to the one before, whose last tile it is and which writes y and
+// Groups that two thread blocks share. A run is at least a group long (run_stream), so no more than two share one. The
+// one that has the end of the group begins its run with it; it sends its sums as {value, 1} words of 64 bits, which a
+// reader sees whole or not at all, to the one before, whose last group it is and which writes y and
 // clears the words for the next launch. So y needs no zeros, no atomics, and is summed in one order.
 // Nobody waits for long: the words are sent at the beginning of a run and wanted at the end of another.
 // No deadlock: sending waits for nobody, and the grid is no larger than what the device holds at once. Where other
 // kernels hold part of it, thread blocks start in order, and the only one here that can be waiting for one not
 // yet started is the last one started: all others come to their end and make room.
-//
-// DRAM is kept busy where one product ends and the next begins: the thread blocks of the next product fit beside
-// these, and their producers, which wait for nobody, fill their rings.
 
-#include "tq-stream.cuh"
+#include "tq-math.cuh"
+
+// ---- barriers and bulk copies -----------------------------------------------------------------------
+static __device__ __forceinline__ uint32_t tq_shared(const void * p) { return (uint32_t) __cvta_generic_to_shared(p); }
+static __device__ __forceinline__ void tq_barrier_init(uint64_t * b, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(tq_shared(b)), "r"(count) : "memory");
+}
+// Bytes that are to come in this phase: with the one arrival that it needs, or without (then tq_barrier_arrive follows).
+static __device__ __forceinline__ void tq_barrier_expect(uint64_t * b, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(tq_shared(b)), "r"(bytes) : "memory");
+}
+static __device__ __forceinline__ void tq_barrier_expect_more(uint64_t * b, int bytes) {
+    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(tq_shared(b)), "r"(bytes) : "memory");
+}
+static __device__ __forceinline__ void tq_barrier_arrive(uint64_t * b) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(tq_shared(b)) : "memory");
+}
+static __device__ __forceinline__ void tq_barrier_wait(uint64_t * b, int parity) {
+    asm volatile("{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@!p bra again;\n}"
+                 ::"r"(tq_shared(b)), "r"(parity) : "memory");
+}
+// A warp arrives as one, by its first lane. compute-sanitizer's racecheck does not see that the others are ordered by
+// __syncwarp: for it each lane arrives by itself (TQ_RACECHECK).
+#ifdef TQ_RACECHECK
+constexpr int TQ_WARP_ARRIVALS = 32;
+#else
+constexpr int TQ_WARP_ARRIVALS = 1;
+#endif
+static __device__ __forceinline__ void tq_barrier_arrive_warp(uint64_t * b, int lane) {
+    __syncwarp();
+    if (lane < TQ_WARP_ARRIVALS) { tq_barrier_arrive(b); }
+}
+// Weights are read once, so what was copied is the first to leave L2: what was fetched ahead stays.
+static __device__ __forceinline__ uint64_t tq_evict_first() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+static __device__ __forceinline__ void tq_bulk_copy(void * to, const void * from, int bytes, uint64_t * b, uint64_t policy) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+                 ::"r"(tq_shared(to)), "l"(from), "r"(bytes), "r"(tq_shared(b)), "l"(policy) : "memory");
+}
+// ---- words between thread blocks ------------------------------------------------------------------
+static __device__ __forceinline__ void tq_word_write(uint64_t * p, uint64_t v) {
+    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
+}
+static __device__ __forceinline__ uint64_t tq_word_read(const uint64_t * p) {
+    uint64_t v;
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+    return v;
+}
 
 // ---- what a launch takes ----------------------------------------------------------------------------
 constexpr int TQ_MAX_STAGES   = 12;
+constexpr int TQ_SHARED_WORDS = 2 * TQ_TILE_ROWS * TQ_DECODE_MAX; // that a thread block may send to the one before
 
-// A group is one tile or two that share the activations in registers. Its chunks are UNIT columns of blocks of each.
+// How a stream of chunks is cut into `grid` runs: the first `longer` have run + 1, the others `run`.
+struct tq_cut {
+    int grid, run, longer;
+
+    __host__ __device__ int first(int b) const { return b * run + (b < longer ? b : longer); }
+    __host__ __device__ int length(int b) const { return run + (b < longer); }
+};
+
 struct tq_stream_args {
     const uint8_t     * w[TQ_MAX_SEGMENTS];
     float             * y[TQ_MAX_SEGMENTS];
@@ -57,7 +112,7 @@ template <int N, int WARPS, int UNIT, int TILES> struct tq_stream_shape {
     static constexpr int COLUMN  = ROWS + 4;   // floats from token to token: t = 0..3 fall on different banks
     static constexpr int SUMS    = N * COLUMN; // of one warp
 
-    // Shared memory: barriers, sums [2][WARPS][token][row], the ring, and activations where these are copied.
+    // Shared memory: barriers, sums [2][WARPS][token][row], the ring.
     static constexpr int BARRIERS = 2 * TQ_MAX_STAGES + 4; // stages filled, stages used; sums written, sums added up
     static constexpr int SUMS_AT  = BARRIERS * 8;
     static constexpr int RING_AT  = (SUMS_AT + 2 * WARPS * SUMS * 4 + 127) / 128 * 128;
@@ -183,29 +238,11 @@ static __device__ __forceinline__ void tq_stream_sum(const tq_stream_args & a, c
     }
 }
 
-// All threads of the warps that multiply: the activations of all columns to shared memory.
-template <int THREADS> static __device__ __forceinline__ void tq_copy_activations(uint4 * to, const uint4 * from, int n) {
-    for (int i = threadIdx.x; i < n; i += 4 * THREADS) { // four loads under way
-        uint4 v[4];
-#pragma unroll
-        for (int k = 0; k < 4; k++) {
-            if (i + k * THREADS < n) { v[k] = from[i + k * THREADS]; }
-        }
-#pragma unroll
-        for (int k = 0; k < 4; k++) {
-            if (i + k * THREADS < n) { to[i + k * THREADS] = v[k]; }
-        }
-    }
-}
-
-// X_SHARED: activations are copied to shared memory first. BOUND, MIN_BLOCKS: limit the registers, so that the thread blocks of the
-// next kernels (its activations, the next product) fit beside these and fill their rings while this one runs.
-template <int N, int WARPS, int UNIT, int TILES, bool X_SHARED, int BOUND, int MIN_BLOCKS>
-static __global__ void __launch_bounds__(BOUND, MIN_BLOCKS) tq_decode_stream(const __grid_constant__ tq_stream_args a) {
+template <int N, int WARPS, int UNIT, int TILES, int MIN_BLOCKS>
+static __global__ void __launch_bounds__(WARPS * 32 + 64, MIN_BLOCKS) tq_decode_stream(const __grid_constant__ tq_stream_args a) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     using Shape = tq_stream_shape<N, WARPS, UNIT, TILES>;
     using Math  = tq_math<N>;
-    static_assert(BOUND >= Shape::THREADS, "a bound for fewer threads than there are");
     static_assert(Shape::ROWS * N <= TQ_SHARED_WORDS, "scratch is too small");
     extern __shared__ __align__(128) uint8_t shared[];
     uint64_t * const ready = (uint64_t *) shared, * const spent = ready + TQ_MAX_STAGES;
@@ -243,40 +280,26 @@ static __global__ void __launch_bounds__(BOUND, MIN_BLOCKS) tq_decode_stream(con
         return;
     }
 
-    const uint4       * x    = a.x;
-    const tq_act_head * head = a.head;
-    if (X_SHARED) {
-        uint4   * xs = (uint4 *) (ring + a.stages * Shape::STAGE);
-        const int nb = a.group_chunks * UNIT, x_count = nb * Math::X_STEP;
-        tq_copy_activations<WARPS * 32>(xs, a.x, x_count);
-        tq_copy_activations<WARPS * 32>(xs + x_count, (const uint4 *) a.head, nb * N);
-        asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory"); // among these warps only
-        x    = xs;
-        head = (const tq_act_head *) (xs + x_count);
-    }
     const int       g = lane >> 2, t = lane & 3;
     const uint8_t * mine = ring + warp * Shape::CHUNK;
     int             slot = 0, phase = 0, q = first + warp, c = q - group * a.group_chunks; // c: q in its group
     for (int i = 0; group * a.group_chunks < end; group++, i++, c -= a.group_chunks) {
         float acc[TILES][2][Math::RESULTS] = {};
         for (; c < a.group_chunks && q < end; c += WARPS, q += WARPS) {
-            const uint4       * xp = x + c * (UNIT * Math::X_STEP);
-            const tq_act_head * hp = head + c * (UNIT * N);
+            const uint4       * xp = a.x + c * (UNIT * Math::X_STEP);
+            const tq_act_head * hp = a.head + c * (UNIT * N);
             const uint8_t     * wp = mine + slot * Shape::STAGE;
-            typename Math::lane_activations v[X_SHARED ? 1 : UNIT];
-            if (!X_SHARED) { // far away: asked for before the weights are waited for
+            typename Math::lane_activations v[UNIT];
 #pragma unroll
-                for (int u = 0; u < UNIT; u++) { v[X_SHARED ? 0 : u].load(xp + u * Math::X_STEP, hp + u * N, lane); }
-            }
+            for (int u = 0; u < UNIT; u++) { v[u].load(xp + u * Math::X_STEP, hp + u * N, lane); } // far away, so before the wait
             tq_barrier_wait(ready + slot, phase);
-#pragma unroll(X_SHARED && UNIT > 2 ? 2 : UNIT) // registers
+#pragma unroll
             for (int u = 0; u < UNIT; u++) {
-                if (X_SHARED) { v[0].load(xp + u * Math::X_STEP, hp + u * N, lane); }
 #pragma unroll
                 for (int k = 0; k < TILES; k++) {
                     tq_lane_weights w;
                     w.load(wp + k * Shape::LAYER + u * TQ_TILE_BYTES, lane);
-                    Math::block(acc[k], w, v[X_SHARED ? 0 : u]);
+                    Math::block(acc[k], w, v[u]);
                 }
             }
             tq_barrier_arrive_warp(spent + slot, lane);

@@ -113,21 +113,11 @@ struct tq_segment {
     int             rows;
 };
 
-// What the next product in the graph will read, so that this one can fetch its beginning into L2.
-struct tq_next {
-    int             segments; // 0: not known
-    const uint8_t * w[TQ_MAX_SEGMENTS];
-    int             rows[TQ_MAX_SEGMENTS];
-    int             nb;
-    int             cols;     // of its activations (decides how it is cut)
-};
-
 // tq-decode.cu: 1 to 8 tokens, up to 3 matrices with the same input, one launch. `scratch` is device memory of
 // tq_decode_scratch_bytes(), zero before its first use, not shared by streams. sm_90 and newer stream through shared
 // memory, sm_80 to 89 load to registers; y is written by one thread in one order, so results repeat to the bit.
 size_t tq_decode_scratch_bytes();
-void tq_decode(const tq_segment * segments, int n_segments, const tq_act & act, void * scratch, const tq_next * next,
-               cudaStream_t stream);
+void tq_decode(const tq_segment * segments, int n_segments, const tq_act & act, void * scratch, cudaStream_t stream);
 // Experts: pair p (0..pairs-1) has token row ids' expert and activation column; see tq-decode.cu
 // w: experts one after the other, `expert_bytes` apart; ids[p % used * ids_stride0 + p / used * ids_stride1] is the expert of
 // slot p % used of token p / used; the activations of pair p are token (shared ? p / used : p) of `acts`, quantised

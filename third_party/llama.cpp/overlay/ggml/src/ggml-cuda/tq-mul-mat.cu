@@ -131,7 +131,7 @@ static const uint8_t * tq_matrix(const ggml_tensor * t, int64_t offset) {
 
 static void tq_product(ggml_backend_cuda_context & ctx, const tq_segment * segments, int n_segments, const tq_act & act) {
     if (act.layout == TQ_ACT_DECODE) {
-        tq_decode(segments, n_segments, act, tq_scratch(ctx), nullptr, ctx.stream());
+        tq_decode(segments, n_segments, act, tq_scratch(ctx), ctx.stream());
     } else {
         const auto & device = ggml_cuda_info().devices[ctx.device];
         tq_prefill(segments, n_segments, act, device.cc, device.nsm, ctx.stream());
