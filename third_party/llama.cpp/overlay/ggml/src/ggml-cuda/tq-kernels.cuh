@@ -118,11 +118,9 @@ struct tq_segment {
 // memory, sm_80 to 89 load to registers; y is written by one thread in one order, so results repeat to the bit.
 size_t tq_decode_scratch_bytes();
 void tq_decode(const tq_segment * segments, int n_segments, const tq_act & act, void * scratch, cudaStream_t stream);
-// Experts: pair p (0..pairs-1) has token row ids' expert and activation column; see tq-decode.cu
-// w: experts one after the other, `expert_bytes` apart; ids[p % used * ids_stride0 + p / used * ids_stride1] is the expert of
-// slot p % used of token p / used; the activations of pair p are token (shared ? p / used : p) of `acts`, quantised
-// with cols = 1 each (decode layout for one token, `act_stride` bytes of q and head apart);
-// y + (p / used)*ld_token + (p % used)*ld_slot.
+// Experts, chosen on the device. Pair p (0 .. used*tokens - 1) is slot p % used of token p / used: expert
+// ids[slot*ids_slot + token*ids_token] of `w`, experts `expert_bytes` apart; activations of one token in decode layout,
+// those of the token (shared) or of the pair, nb*TQ_BLOCK bytes of q and nb heads apart; y[token*ld_token + slot*ld_slot + row].
 struct tq_experts {
     const uint8_t * w; size_t expert_bytes; int rows; int nb;
     const int32_t * ids; int64_t ids_slot, ids_token; int used, tokens;
