@@ -42,6 +42,7 @@ def markdown(rows: list[Row], reference: str | None = None) -> str:
         columns.append((task, lambda r, t=task: _accuracy(r.tasks.get(t))))
     if any(r.tasks for r in rows):
         columns.append(("average", lambda r: _percent(r.average())))
+    columns = [(title, cell) for title, cell in columns if any(cell(r) for r in rows)]
     lines = ["| " + " | ".join(title for title, _ in columns) + " |"]
     lines.append("|---" * len(columns) + "|")
     lines += ["| " + " | ".join(cell(r) for _, cell in columns) + " |" for r in rows]

@@ -167,7 +167,7 @@ def test_bad_input_is_one_line(arguments, message, capsys):
 def test_the_average_is_over_the_tasks():
     row = Row("m", "hf", 10, tasks={"a": {"acc": 0.5}, "b": {"acc": 0.7}, "c": {"f1": 1.0}})
     assert row.average() == pytest.approx(0.6)
-    assert "| m | 0.00 | 50.00 | 70.00 |  | 60.00 |" in markdown([row])
+    assert "| m | 0.00 | 50.00 | 70.00 | 60.00 |" in markdown([row])
 
 
 def test_texts_have_their_names():
