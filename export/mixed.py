@@ -48,7 +48,8 @@ class Choice:
     Attributes:
         linears: Hugging Face module name -> type, where it is not the ternary one.
         tables: ``embedding`` and ``head`` -> type.
-        divergence: estimated KL divergence from full precision, nats per token.
+        divergence: the ternary model's KL divergence from full precision, nats per token, less the
+            single gains: a figure to compare choices by, since together they gain more or less.
         nbytes: of all tensors that were chosen for.
     """
 
@@ -58,13 +59,17 @@ class Choice:
     nbytes: int = 0
 
     def summary(self, ternary: float) -> str:
-        """One line for people; ``ternary`` is the divergence with every linear ternary."""
+        """One line for people.
+
+        Args:
+            ternary: the divergence with every linear ternary and the tables in full precision.
+        """
         counts = Counter(self.linears.values())
         parts = [f"{n} linears {kind.upper()}" for kind, n in sorted(counts.items())]
         parts += [f"{table} {kind.upper()}" for table, kind in self.tables.items()]
         return (
-            f"{', '.join(parts)}; estimated KL divergence {self.divergence:.4f} nats per token "
-            f"(all linears ternary, tables in full precision: {ternary:.4f})"
+            f"{', '.join(parts)}; measured one by one, they save {ternary - self.divergence:.4f} "
+            f"of the KL divergence of {ternary:.4f} nats per token"
         )
 
 

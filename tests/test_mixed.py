@@ -212,16 +212,16 @@ def test_files_fit_their_target_and_larger_ones_lose_less(measured, tmp_path):
     _, artifact = measured
     plain = export_gguf(artifact, tmp_path / "p.gguf", ExportConfig(type="tq1_1"))
     assert plain.mixed is None
-    kinds, losses = [], []
+    kinds, gains = [], []
     for factor in (0.9, 1.1, 1.4, 3.0):
         target = int(factor * plain.file_bytes)
         config = ExportConfig(type="tq1_1", target_size=target)
         report = export_gguf(artifact, tmp_path / f"{factor}.gguf", config)
         assert report.file_bytes <= target and report.verified
         assert report.mixed is not None and not report.fallbacks
-        losses.append(float(report.mixed.split("divergence ")[1].split()[0]))
+        gains.append(float(report.mixed.split("save ")[1].split()[0]))
         kinds.append({n: t.tensor_type.name for n, t in read(tmp_path / f"{factor}.gguf").items()})
-    assert losses == sorted(losses, reverse=True) and losses[0] > losses[-1]
+    assert gains == sorted(gains) and gains[0] < gains[-1]
     # Layer 1 is worth ten times layer 0; what has no gain stays ternary however much there is.
     upgraded = [n for n, kind in kinds[1].items() if kind in ("Q2_K", "Q3_K", "Q4_K")
                 and n.startswith("blk")]  # fmt: skip
