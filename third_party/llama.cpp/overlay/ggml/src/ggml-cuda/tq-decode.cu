@@ -100,7 +100,8 @@ int slots(device_info & d, int cols, int shape) {
     return n;
 }
 
-template <class Args> void launch(const device_info & d, void (*kernel)(Args), dim3 grid, int threads, int shared, const Args & args, cudaStream_t stream) {
+template <class Args>
+void launch(const device_info & d, void (*kernel)(Args), dim3 grid, int threads, int shared, const Args & args, cudaStream_t stream) {
     cudaLaunchAttribute attribute = {};
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
