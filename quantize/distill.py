@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -117,8 +116,3 @@ class Windows:
     def passes(self, steps: int) -> float:
         """How often ``steps`` steps read the text."""
         return steps * self.batch / self.per_pass
-
-
-def micro_batches(tokens: Tensor, size: int) -> Iterator[Tensor]:
-    """A step's windows in parts of at most ``size``."""
-    yield from tokens.split(size)

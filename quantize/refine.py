@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,9 +31,7 @@ from quantize.artifact import (
     MANIFEST,
     RUN,
     Artifact,
-    ArtifactWriter,
     TernaryMatrix,
-    pack_ternary,
     read_manifest,
     sha256_array,
 )
@@ -43,15 +40,13 @@ from quantize.checkpoint import Checkpoint, torch_dtype
 from quantize.common import PT2Error, human_bytes, human_seconds, read_json, sha256_file, write_json
 from quantize.distill import Held, Windows, held_out, kl_divergence
 from quantize.hf_model import StreamedModel
-from quantize.latent import round_codes
 from quantize.pipeline import arithmetic, pick_device, versions
 from quantize.progress import Reporter
 from quantize.refine_config import RefineConfig
 from quantize.refine_state import load_state, remove_state, save_state
+from quantize.refine_store import changed_codes, snapshot, write_refined
 from quantize.student import (
-    Network,
     ScaledNorm,
-    TernaryLinear,
     build_student,
     build_teacher,
     ternary_maker,
@@ -146,10 +141,10 @@ def refine(
         out.mkdir(parents=True, exist_ok=True)
         run.train(lambda: save_state(out, identity, run.state()))
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
-    _write(out, source, run, identity)
+    write_refined(out, source, run.snapshot, identity, run.before, run.best)
     result = Refined(
         out, run.before, run.best, run.history, time.monotonic() - began, run.speed(), peak,
-        _changed(source, run.snapshot),
+        changed_codes(source, run.snapshot),
     )  # fmt: skip
     write_json(out / RUN, _run_record(source, model, result))
     remove_state(out)
@@ -378,29 +373,6 @@ def schedule(step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
-@torch.no_grad()
-def snapshot(student: Network) -> dict[str, Tensor]:
-    """What is stored of a student: ``M.ternary``, ``M.alpha``, ``M.mu``, and trained norms.
-
-    As in the artifact, on the CPU: packed uint8, float16, float16; norms float32 by their names in
-    the checkpoint. Rows of negative alpha change the sign of alpha and T.
-    """
-    result: dict[str, Tensor] = {}
-    for name, layer in student.modules(TernaryLinear):
-        alpha, mu = layer.grid()
-        z = layer.latent.z if layer.latent is not None else layer.codes()
-        codes = round_codes(z).view(*alpha.shape, -1)
-        codes = (codes * torch.where(alpha < 0, -1.0, 1.0)[..., None]).to(torch.int8)
-        packed = pack_ternary(codes.view(z.shape).cpu().numpy())
-        result[f"{name}.ternary"] = torch.from_numpy(packed)
-        result[f"{name}.alpha"] = alpha.abs().half().cpu()
-        result[f"{name}.mu"] = mu.half().cpu()
-    for name, norm in student.modules(ScaledNorm):
-        if norm.c.requires_grad:
-            result[f"{name}.weight"] = norm.weight().cpu()
-    return result
-
-
 def text_tokens(config: RefineConfig, model: Path, vocab: int) -> Tensor:
     """The training text as one stream of token ids, int64 ``[n]``.
 
@@ -445,44 +417,6 @@ def _source_model(source: Artifact, model_dir: str | os.PathLike[str] | None) ->
     if not isinstance(folder, str) or not Path(folder).is_dir():
         raise PT2Error(f"{source.path} does not say where its model is now: give --model DIR")
     return Path(folder)
-
-
-def _write(out: Path, source: Artifact, run: Run, identity: dict[str, Any]) -> None:
-    """The source artifact with the snapshot's values in it."""
-    keep = ("model", "versions", "calibration", "kept")
-    manifest = {k: source.manifest[k] for k in keep}
-    manifest["settings"] = {**source.manifest["settings"], "refine": identity["settings"]}
-    manifest["refinement"] = {
-        **{k: identity[k] for k in ("source", "tokens_sha256", "versions")},
-        "before": vars(run.before), "after": vars(run.best),
-    }  # fmt: skip
-    writer = ArtifactWriter.create(out, manifest)
-    writer.write_global(source.residual_perm)
-    used: set[str] = set()
-    for index in range(source.n_blocks):
-        matrices = []
-        for name, m in source.block(index).items():
-            parts = {p: run.snapshot[f"{name}.{p}"].numpy() for p in ("ternary", "alpha", "mu")}
-            used |= {f"{name}.{p}" for p in parts}
-            matrices.append(TernaryMatrix(name, **parts, perm=m.perm))
-        records = {m.name: source.matrices[m.name] for m in matrices}
-        writer.write_block(index, matrices, records)
-    others = {k: v.numpy() for k, v in run.snapshot.items() if k not in used}
-    replaced = {**source.replaced(), **others}
-    if replaced:
-        writer.write_replaced(replaced)
-    writer.finish()
-
-
-def _changed(source: Artifact, stored: dict[str, Tensor]) -> float:
-    """Share of the codes that differ from the source's."""
-    different = total = 0
-    for index in range(source.n_blocks):
-        for name, m in source.block(index).items():
-            bits = m.ternary ^ stored[f"{name}.ternary"].numpy()
-            different += sum(int(np.count_nonzero(bits >> s & 3)) for s in (0, 2, 4, 6))
-            total += m.rows * m.cols
-    return different / total
 
 
 def _run_record(source: Artifact, model: Path, result: Refined) -> dict[str, Any]:

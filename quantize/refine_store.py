@@ -1,0 +1,85 @@
+"""What a refinement stores: a snapshot of the student, and the artifact made of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quantize.artifact import Artifact, ArtifactWriter, TernaryMatrix, pack_ternary
+from quantize.distill import Held
+from quantize.latent import round_codes
+from quantize.student import Network, ScaledNorm, TernaryLinear
+
+
+@torch.no_grad()
+def snapshot(student: Network) -> dict[str, Tensor]:
+    """What is stored of a student: ``M.ternary``, ``M.alpha``, ``M.mu``, and trained norms.
+
+    As in the artifact, on the CPU: packed uint8, float16, float16; norms float32 by their names in
+    the checkpoint. Rows of negative alpha change the sign of alpha and T.
+    """
+    result: dict[str, Tensor] = {}
+    for name, layer in student.modules(TernaryLinear):
+        alpha, mu = layer.grid()
+        z = layer.latent.z if layer.latent is not None else layer.codes()
+        codes = round_codes(z).view(*alpha.shape, -1)
+        codes = (codes * torch.where(alpha < 0, -1.0, 1.0)[..., None]).to(torch.int8)
+        packed = pack_ternary(codes.view(z.shape).cpu().numpy())
+        result[f"{name}.ternary"] = torch.from_numpy(packed)
+        result[f"{name}.alpha"] = alpha.abs().half().cpu()
+        result[f"{name}.mu"] = mu.half().cpu()
+    for name, norm in student.modules(ScaledNorm):
+        if norm.c.requires_grad:
+            result[f"{name}.weight"] = norm.weight().cpu()
+    return result
+
+
+def write_refined(
+    out: Path, source: Artifact, stored: dict[str, Tensor], identity: dict[str, Any], before: Held,
+    after: Held,
+) -> None:  # fmt: skip
+    """Write the source artifact with a snapshot's values in it.
+
+    Args:
+        stored: of :func:`snapshot`, and tables by their names.
+        identity: ``settings``, ``source``, ``tokens_sha256``, ``versions`` of the run.
+        before, after: on the held-out windows.
+    """
+    keep = ("model", "versions", "calibration", "kept")
+    manifest = {k: source.manifest[k] for k in keep}
+    manifest["settings"] = {**source.manifest["settings"], "refine": identity["settings"]}
+    manifest["refinement"] = {
+        **{k: identity[k] for k in ("source", "tokens_sha256", "versions")},
+        "before": vars(before), "after": vars(after),
+    }  # fmt: skip
+    writer = ArtifactWriter.create(out, manifest)
+    writer.write_global(source.residual_perm)
+    used: set[str] = set()
+    for index in range(source.n_blocks):
+        matrices = []
+        for name, m in source.block(index).items():
+            parts = {p: stored[f"{name}.{p}"].numpy() for p in ("ternary", "alpha", "mu")}
+            used |= {f"{name}.{p}" for p in parts}
+            matrices.append(TernaryMatrix(name, **parts, perm=m.perm))
+        records = {m.name: source.matrices[m.name] for m in matrices}
+        writer.write_block(index, matrices, records)
+    others = {k: v.numpy() for k, v in stored.items() if k not in used}
+    replaced = {**source.replaced(), **others}
+    if replaced:
+        writer.write_replaced(replaced)
+    writer.finish()
+
+
+def changed_codes(source: Artifact, stored: dict[str, Tensor]) -> float:
+    """Share of the codes that differ from the source's."""
+    different = total = 0
+    for index in range(source.n_blocks):
+        for name, m in source.block(index).items():
+            bits = m.ternary ^ stored[f"{name}.ternary"].numpy()
+            different += sum(int(np.count_nonzero(bits >> s & 3)) for s in (0, 2, 4, 6))
+            total += m.rows * m.cols
+    return different / total
