@@ -5,8 +5,8 @@
 #   benchmarks/h200/run.sh full out          # the rest: all types, 1 to 64 sequences, depth to 16k
 #   pip install . && pt2-llama build --cuda  # what it needs first
 #
-# Writes out/<step>/results.json, one folder a step, and prints tables; benchmarks/h200/report.py makes the
-# figures and the README of them. Settings are environment variables:
+# Writes out/<step>/results.json, one folder a step, and prints tables; publish.sh makes the figures and the
+# README of them. Settings are environment variables:
 #   BIN       folder with llama-bench and the other programs (default: the build of `pt2-llama build --cuda`)
 #   WORK      where the models are written, best a file system in memory (default: /dev/shm).
 #             65B needs 54 GiB for three types and 102 GiB for all six
