@@ -66,16 +66,21 @@ room() { df -Pk "$WORK" | awk 'NR == 2 {print int($4 / 1048576)}'; }
 
 plain="-p 128 -n 256 --pg 128,256"
 if [ "$PLAN" = core ]; then
-    types=${BIG_TYPES:-$ALL}
-    if [ "$BIG" = 65b ] && [ "$types" = $ALL ] && [ "$(room)" -lt 104 ]; then
-        say "$WORK has $(room) GiB: $BIG is measured in three types only"
-        types=$CORE
+    types=${BIG_TYPES:-$ALL} others=
+    if [ "$types" = $ALL ] && [ "$BIG" = 65b ] && { [ "$LIMIT" -lt 450 ] || [ "$(room)" -lt 104 ]; }; then
+        say "$BIG: three types first, the others with Q2_K at the end ($LIMIT s, $(room) GiB in $WORK)"
+        types=$CORE others=q2_k,q2_0,iq1_m,iq2_xxs
     fi
-    step "speed-$BIG" 60 230 --synthetic "$BIG" --types $types $plain -r "$ROUNDS" --placement ternary
-    step "speed-$SMALL" 45 80 --synthetic "$SMALL" --types $ALL $plain -r "$ROUNDS"
+    # what the steps after it need stays for them
+    most=$((LIMIT - 210 < 230 ? LIMIT - 210 : 230))
+    step "speed-$BIG" 60 "$most" --synthetic "$BIG" --types $types $plain -r "$ROUNDS" --placement ternary
+    step "speed-$SMALL" 45 65 --synthetic "$SMALL" --types $ALL $plain -r "$ROUNDS" --placement ternary
     for shape in $MIDDLE; do
-        step "speed-$shape" 40 75 --synthetic "$shape" --types $CORE $plain -r "$ROUNDS" --placement ternary
+        step "speed-$shape" 30 60 --synthetic "$shape" --types $CORE $plain -r "$ROUNDS" --placement ternary
     done
+    if [ -n "$others" ]; then
+        step "speed-$BIG-others" 85 85 --synthetic "$BIG" --types $others $plain -r 1 --placement none
+    fi
 else
     step "batch-$SMALL" 30 60 --synthetic "$SMALL" --types $ALL --keep -p 0 -n 0 --pg none -r 2 --placement none \
         --batch 1,2,4,8,16,32,64 --batch-prompt 16 --batch-gen 128
