@@ -11,9 +11,11 @@
 //
 // Which dimension is which row or column of an instruction is free, as long as both sides agree. So a lane's
 // 16 bytes (8 dimensions of a key) are what two instructions want for k, and for v one PRMT makes a word of two keys'.
-// At the few hundred keys of most conversations latency is what counts: the loads of the first step are all
-// in flight before any is waited for, those of the next step follow as soon as registers are free, and the
-// mask, read two steps ahead, keeps warps from reading keys that nobody sees (the end of a padded cache).
+// At the few hundred keys of most conversations latency is what counts. The keys of the first step are fetched into L2 while
+// the kernel before still runs: that is where both kernels see the same bytes, so a row of the cache that is only being
+// written does no harm. All loads of a step are in flight before any is waited for, those of the next step go to L2 a step
+// ahead and to registers as soon as these are free, and the mask, read two steps ahead, keeps warps from
+// reading keys that nobody sees (the end of a padded cache).
 
 #include "tq-act-block.cuh"
 #include "tq-attn.cuh"
@@ -51,6 +53,8 @@ __device__ __forceinline__ float power_of_2(float x) {
     return y;
 }
 
+__device__ __forceinline__ unsigned shared_address(const void * p) { return (unsigned) __cvta_generic_to_shared(p); }
+
 // A plain load: the memory may have been written while this kernel already ran.
 __device__ __forceinline__ void load16(const uint8_t * p, unsigned (&w)[4]) {
     asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "l"(p) : "memory");
@@ -79,14 +83,15 @@ struct mask_words  { unsigned short w[4]; }; // of query g for these four keys
 
 __device__ __forceinline__ int value_key(int t, int i) { return 2 * t + i % 2 + i / 2 * 8; }
 
-__device__ __forceinline__ void load_keys(const tq_attention & a, const uint8_t * k, int first, int g, int t, key_words & to) {
+// p: where lane (g, t) begins to read, key first + g, dimension 8t.
+__device__ __forceinline__ void load_keys(const tq_attention & a, const uint8_t * p, int first, int g, key_words & to) {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        const int key = first + 8 * i + g;
+        const bool there = first + 8 * i + g < a.keys;
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            if (key < a.keys) {
-                load16(k + key * a.k_key + 64 * j + 16 * t, to.w[i][j]);
+            if (there) {
+                load16(p + (unsigned) (8 * i * (int) a.k_key) + 64 * j, to.w[i][j]);
             } else {
                 to.w[i][j][0] = to.w[i][j][1] = to.w[i][j][2] = to.w[i][j][3] = 0;
             }
@@ -94,18 +99,31 @@ __device__ __forceinline__ void load_keys(const tq_attention & a, const uint8_t 
     }
 }
 
-__device__ __forceinline__ void load_values(const tq_attention & a, const uint8_t * v, int first, int g, int t, value_words & to) {
+// p: key first + 2t, dimension 8g.
+__device__ __forceinline__ void load_values(const tq_attention & a, const uint8_t * p, int first, int t, value_words & to) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        const int key = first + value_key(t, i);
+        const bool there = first + value_key(t, i) < a.keys;
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            if (key < a.keys) {
-                load16(v + key * a.v_key + 128 * h + 16 * g, to.w[i][h]);
+            if (there) {
+                load16(p + (unsigned) (value_key(0, i) * (int) a.v_key) + 128 * h, to.w[i][h]);
             } else {
                 to.w[i][h][0] = to.w[i][h][1] = to.w[i][h][2] = to.w[i][h][3] = 0;
             }
         }
+    }
+}
+
+// 32 bits are enough: tq_attention_fits.
+__device__ __forceinline__ unsigned offset(int key, int64_t stride) { return (unsigned) key * (unsigned) stride; }
+
+// Into L2: each lane a line of 128 bytes of a key and one of a value.
+__device__ __forceinline__ void fetch_ahead(const tq_attention & a, const uint8_t * k, const uint8_t * v, int first, int lane) {
+    const int key = first + lane / 2;
+    if (key < a.keys) {
+        asm volatile("prefetch.global.L2 [%0];" :: "l"(k + offset(key, a.k_key) + lane % 2 * 128));
+        asm volatile("prefetch.global.L2 [%0];" :: "l"(v + offset(key, a.v_key) + lane % 2 * 128));
     }
 }
 
@@ -135,11 +153,12 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_SM) attention_kernel(const tq_
 #endif
     const int ranks   = gridDim.x;
     const int rank    = blockIdx.x;
+    const int rank_bits = 31 - __clz(ranks);
     const int kv_head = blockIdx.y;
     const int ratio   = a.heads / a.heads_kv;
     const int first   = blockIdx.z * QUERIES;
     const int queries = min(QUERIES, act.cols * ratio - first);
-    const int slots   = (queries + ranks - 1) / ranks; // queries that a thread block finishes: rank, rank + ranks ..
+    const int slots   = (queries + ranks - 1) >> rank_bits; // queries that a thread block finishes: rank, rank + ranks ..
     const int warp    = threadIdx.x / 32;
     const int lane    = threadIdx.x % 32;
     const int g       = lane / 4;
@@ -157,16 +176,30 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_SM) attention_kernel(const tq_
     const half    * const mask = a.mask ? reinterpret_cast<const half *>(reinterpret_cast<const uint8_t *>(a.mask) + (query ? token * a.mask_token : 0)) : nullptr;
     const int  end   = first / ratio < a.tokens ? a.keys : 0; // nobody asks: no keys
     const int  step  = ranks * WARPS * KEYS;
+    int  at   = (rank * WARPS + warp) * KEYS;
+    bool here = at < end;
+    if (here) {
+        fetch_ahead(a, k, v, at, lane);
+    }
+    const uint8_t * from_k = k + offset(at + g, a.k_key) + 16 * t;
+    const uint8_t * from_v = v + offset(at + 2 * t, a.v_key) + 16 * g;
+    asm volatile("" : "+l"(from_k), "+l"(from_v)); // now, not when waiting is over
 
 #if __CUDA_ARCH__ >= 900
+    __shared__ __align__(8) uint64_t arrived; // bytes of `all`
     if (ranks > 1) {
+        if (threadIdx.x == 0) {
+            const int finished = rank < queries ? (queries - rank - 1) / ranks + 1 : 0;
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(shared_address(&arrived)) : "memory");
+            asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+            asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(shared_address(&arrived)), "r"(finished * ranks * (TQ_HEAD + 2) * 4) : "memory");
+        }
+        __syncwarp();
         asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); // "I run": others may write to my shared memory
     }
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 
-    int  at   = (rank * WARPS + warp) * KEYS;
-    bool here = at < end;
     mask_words  hidden, hidden_next;
     key_words   kw;
     value_words vw;
@@ -178,8 +211,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_SM) attention_kernel(const tq_
         load16(q + i / 2 * 128 + i % 2 * 16, qw[i]);
     }
     if (here) {
-        load_keys  (a, k, at, g, t, kw);
-        load_values(a, v, at, g, t, vw);
+        load_keys  (a, from_k, at, g, kw);
+        load_values(a, from_v, at, t, vw);
     }
 
     unsigned high[8][2], low[8][2];
@@ -201,6 +234,9 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_SM) attention_kernel(const tq_
     while (at < end) {
         const int  next      = at + step;
         const bool here_next = next < end && __any_sync(~0u, seen(hidden_next));
+        if (here_next) {
+            fetch_ahead(a, k, v, next, lane);
+        }
         float s[4];
         if (here) {
             float part[2][2][4] = {}; // [key / 8][i % 2]: two chains of instructions each
@@ -219,7 +255,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_SM) attention_kernel(const tq_
             }
         }
         if (here_next) {
-            load_keys(a, k, next, g, t, kw);
+            load_keys(a, k + offset(next + g, a.k_key) + 16 * t, next, g, kw);
         }
         hidden = hidden_next;
         load_mask(a, mask, query, next + step, t, hidden_next);
@@ -261,7 +297,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_SM) attention_kernel(const tq_
             }
         }
         if (here_next) {
-            load_values(a, v, next, g, t, vw);
+            load_values(a, v + offset(next + 2 * t, a.v_key) + 16 * g, next, t, vw);
         }
         here = here_next;
         at   = next;
@@ -309,7 +345,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_SM) attention_kernel(const tq_
             o.z += f * y.z;
             o.w += f * y.w;
         }
-        float * to = all + (rank * slots + x / ranks) * PART;
+        float * to = all + (rank * slots + (x >> rank_bits)) * PART;
         if (ranks == 1) {
             reinterpret_cast<float4 *>(to)[lane] = o;
             if (lane == 0) {
@@ -318,11 +354,15 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_SM) attention_kernel(const tq_
         }
 #if __CUDA_ARCH__ >= 900
         else {
-            unsigned there;
-            asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"((unsigned) __cvta_generic_to_shared(to)), "r"(x % ranks));
-            asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" :: "r"(there + 16 * lane), "f"(o.x), "f"(o.y), "f"(o.z), "f"(o.w) : "memory");
+            // stores that count their bytes at the barrier beside them need no fence and no barrier of the whole cluster
+            unsigned there, barrier;
+            asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(to)), "r"(x & (ranks - 1)));
+            asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(barrier) : "r"(shared_address(&arrived)), "r"(x & (ranks - 1)));
+            asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];"
+                         :: "r"(there + 16 * lane), "f"(o.x), "f"(o.y), "f"(o.z), "f"(o.w), "r"(barrier) : "memory");
             if (lane == 0) {
-                asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" :: "r"(there + 4 * TQ_HEAD), "f"(most), "f"(weights) : "memory");
+                asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];"
+                             :: "r"(there + 4 * TQ_HEAD), "f"(most), "f"(weights), "r"(barrier) : "memory");
             }
         }
 #endif
@@ -330,36 +370,46 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_SM) attention_kernel(const tq_
     if (ranks == 1) {
         __syncthreads();
     }
-#if __CUDA_ARCH__ >= 900
-    else {
-        asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-        asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-    }
-#endif
 
-    const int slot = threadIdx.x / TQ_ACT_LANES;
-    const int lane_of = threadIdx.x % TQ_ACT_LANES;
     if (2 * warp * ranks + rank >= queries) { // for neither of the warp's two groups
         return;
     }
-    const int  x     = slot * ranks + rank;
-    const bool write = x < queries;
+    const int  slot     = threadIdx.x / TQ_ACT_LANES;
+    const int  lane_of  = threadIdx.x % TQ_ACT_LANES;
+    const int  x        = slot * ranks + rank;
+    const bool write    = x < queries;
+    const int  to_token = (first + x) / ratio;
+    const int  to_head  = kv_head * ratio + (first + x) % ratio;
+#if __CUDA_ARCH__ >= 900
+    if (ranks > 1) {
+        asm volatile("{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], 0;\n@!p bra again;\n}"
+                     :: "r"(shared_address(&arrived)) : "memory");
+    }
+#endif
     float y[8] = {};
     if (write) {
-        float most    = LOWEST;
-        float weights = 0.0f;
-        for (int r = 0; r < ranks; r++) {
-            most = fmaxf(most, all[(r * slots + slot) * PART + TQ_HEAD]);
-        }
-        for (int r = 0; r < ranks; r++) {
-            const float * p = all + (r * slots + slot) * PART;
-            const float   f = power_of_2(p[TQ_HEAD] - most);
-            float z[8];
-            tq_load8(p + 4 * lane_of, true, z);
-            weights += f * p[TQ_HEAD + 1];
+        float  most    = LOWEST;
+        float  weights = 0.0f;
+        float2 scales[MAX_RANKS]; // maximum, sum of weights
+        float  z[MAX_RANKS][8];
 #pragma unroll
-            for (int i = 0; i < 8; i++) {
-                y[i] += f * z[i];
+        for (int r = 0; r < MAX_RANKS; r++) { // all loads at once
+            if (r < ranks) {
+                const float * p = all + (r * slots + slot) * PART;
+                scales[r] = *reinterpret_cast<const float2 *>(p + TQ_HEAD);
+                tq_load8(p + 4 * lane_of, true, z[r]);
+                most = fmaxf(most, scales[r].x);
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < MAX_RANKS; r++) {
+            if (r < ranks) {
+                const float f = power_of_2(scales[r].x - most);
+                weights += f * scales[r].y;
+#pragma unroll
+                for (int i = 0; i < 8; i++) {
+                    y[i] += f * z[r][i];
+                }
             }
         }
         const float by = weights > 0.0f ? __fdiv_rn(1.0f, weights) : 0.0f;
@@ -368,8 +418,6 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_SM) attention_kernel(const tq_
             y[i] *= by;
         }
     }
-    const int to_token = (first + x) / ratio;
-    const int to_head  = kv_head * ratio + (first + x) % ratio;
     if (write && a.out && to_token < a.tokens) {
         tq_store8(a.out + ((int64_t) to_token * a.heads + to_head) * TQ_HEAD + 4 * lane_of, true, y);
     }
@@ -452,7 +500,9 @@ void launch_attention(const tq_attention & a, const tq_act & act, int forced, cu
 
 bool tq_attention_fits(const tq_attention & a) {
     const auto aligned = [](const void * p, int64_t stride, int64_t other) { return ((uintptr_t) p | (uintptr_t) stride | (uintptr_t) other) % 16 == 0; };
+    const int64_t most = (int64_t) 1 << 31; // bytes of k and v that a head reaches over
     return a.tokens >= 1 && a.tokens <= TQ_DECODE_MAX && a.keys >= 1 && a.keys <= TQ_ATTENTION_KEYS &&
+        a.k_key > 0 && a.v_key > 0 && a.k_key < most / TQ_ATTENTION_KEYS && a.v_key < most / TQ_ATTENTION_KEYS &&
         a.heads_kv >= 1 && a.heads_kv <= 65535 && a.heads % a.heads_kv == 0 && a.mask_token % (int64_t) sizeof(half) == 0 &&
         aligned(a.q, a.q_token, a.q_head) && aligned(a.k, a.k_key, a.k_head) && aligned(a.v, a.v_key, a.v_head) && aligned(a.out, 0, 0);
 }

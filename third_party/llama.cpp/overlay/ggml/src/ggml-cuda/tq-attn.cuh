@@ -6,8 +6,9 @@
 #include "tq-kernels.cuh"
 
 constexpr int TQ_HEAD = TQ_BLOCK; // columns of a head
-// Keys up to which this kernel is taken. Beyond, reading them is all that counts, and upstream's kernels do that as well.
-constexpr int TQ_ATTENTION_KEYS = 4096;
+// Keys up to which this kernel is taken. Beyond, the rate at which they are read is all that counts, and this kernel's is not
+// the best there is (KERNELS.md).
+constexpr int TQ_ATTENTION_KEYS = 2048;
 
 // out = softmax(scale * q k^T + mask) v for every token and head; head h reads head h / (heads / heads_kv) of k and v.
 // Strides are in bytes and multiples of 16, as the addresses are, but for those of the mask.
@@ -21,7 +22,7 @@ struct tq_attention {
     float       * out;  // [token][head][TQ_HEAD], or null: only the activations are wanted
 };
 
-// Whether the kernel takes this: 1 to 8 tokens, up to TQ_ATTENTION_KEYS keys, strides and addresses as above.
+// Whether the kernel takes this: 1 to 8 tokens, up to TQ_ATTENTION_KEYS keys less than 1 MiB apart, strides and addresses as above.
 bool tq_attention_fits(const tq_attention & a);
 
 // tq-attn.cu, for sm_80 and newer. `act`: of a.tokens tokens and a.heads blocks, in the decode layout (columns of missing
