@@ -3,8 +3,9 @@
 //
 //   OVERLAY=../../third_party/llama.cpp/overlay/ggml/src/ggml-cuda
 //   nvcc -O3 -std=c++17 -gencode arch=compute_90a,code=sm_90a -I $OVERLAY -o product product.cu $OVERLAY/tq-act.cu
-//   ./product check [small]     against float64; "small" is for compute-sanitizer
-//   ./product bench [quick]     layers of LLaMA's shapes in a CUDA graph, with dependent launch
+//   ./product check [small|tiny]  against float64; "small" is for compute-sanitizer's memcheck, "tiny" for its racecheck
+//                               (compiled with -DTQ_RACECHECK, see tq-decode-stream.cuh; --kernel-name kns=tq_decode_stream)
+//   ./product bench [quick]       layers of LLaMA's shapes in a CUDA graph, with dependent launch
 #include "tq-decode.cu" // for its shapes, which the backend does not show
 #include "layouts.cuh"
 #include <cstring>
@@ -229,14 +230,27 @@ static void check_experts(Checker & c, int rows, int nb) {
     }
 }
 
-static int check(bool small) {
+// No more than so many thread blocks in each grid: then small matrices have long runs and shared tiles.
+static void limit_grid(int most) {
+    if (!device().streams) return;
+    for (int cols : {1, 2, 4, 8})
+        for (int shape = 0; shape < STREAM_SHAPES; shape++) {
+            slots(device(), cols, shape); // what it does on first use must be done
+            device().slots[token_index(cols)][shape] = most;
+        }
+}
+
+static int check(const std::string & how) {
     Checker c;
     auto all = [&](std::vector<int> rows, int nb, int data, std::vector<int> tokens) {
         Group g(rows, nb, data);
         for (int n : tokens) check_group(c, g, n, data_name(data));
     };
     std::vector<int> some = {1, 3, 8}, every = {1, 2, 3, 4, 5, 6, 7, 8};
-    if (small) {
+    if (how == "tiny") {
+        limit_grid(3);
+        all({100, 33}, 12, RANDOM, {1, 8});
+    } else if (how == "small") {
         all({100, 16, 33}, 8, RANDOM, some);
         all({17}, 5, RANDOM, some);
         all({4400}, 4, RANDOM, {1, 8}); // more tiles than thread blocks: some are shared
@@ -381,7 +395,7 @@ int main(int argc, char ** argv) {
     cudaDeviceProp prop;
     CK(cudaGetDeviceProperties(&prop, 0));
     printf("%s, %d multiprocessors, L2 %d MB\n", prop.name, prop.multiProcessorCount, prop.l2CacheSize >> 20);
-    if (command == "check") return check(how == "small");
+    if (command == "check") return check(how);
     bench(how == "quick");
     return 0;
 }
