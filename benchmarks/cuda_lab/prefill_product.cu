@@ -2,7 +2,7 @@
 //
 //   D=../../third_party/llama.cpp/overlay/ggml/src/ggml-cuda
 //   nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a -DGGML_CUDA_TQ_SM90A -I$D -o prefill_product prefill_product.cu \
-//        $D/tq-prefill.cu $D/tq-prefill-wgmma*.cu
+//        $D/tq-prefill.cu $D/tq-prefill-wgmma.cu
 //   ./prefill_product check [small]   against float64 sums of the quantised problem; poisoned y, strides, odd shapes
 //   ./prefill_product bench           microseconds and TOPS of every plan, and layers with the plan that is chosen
 #include "lab.cuh"

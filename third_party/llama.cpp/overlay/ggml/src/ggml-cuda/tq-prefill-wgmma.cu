@@ -1,8 +1,9 @@
 // Products with more than 8 tokens on sm_90a: wgmma with the weights unpacked into registers (A) and the activations
 // in shared memory as tq-act.cu left them (B). KERNELS.md says what bounds it.
 //
-// A thread block has 64 rows for each of its consumer warpgroups and N tokens; a producer brings stages of one block of
-// 128 columns by bulk copies. A consumer has the product of the next block in flight while it scales the last one's.
+// A thread block has 64 rows for each of its consumer warpgroups and N tokens. Every warp brings its own weights, four
+// blocks of 16 rows at a time, and a producer warp the activations, a stage for each block of 128 columns, all by bulk
+// copies. A warpgroup scales the sums of one product while the next is multiplied.
 // Parts of K go to the members of a thread-block cluster, which add their sums through distributed shared memory in the
 // order of their ranks, so that results repeat to the bit.
 
@@ -23,23 +24,38 @@ namespace {
 template <int WGS, int N, int STAGES, int MIN_BLOCKS>
 struct shape {
     static constexpr int consumers   = WGS;
+    static constexpr int warps       = WGS * 4; // that multiply, each of them 16 rows
     static constexpr int tokens      = N;
     static constexpr int rows        = WGS * 64;
     static constexpr int stages      = STAGES;
     static constexpr int min_blocks  = MIN_BLOCKS;
-    static constexpr int tiles       = WGS * 4; // of 16 rows
-    // Only wide shapes need more registers than an even share; setmaxnreg moves them, by warpgroups.
-    static constexpr bool move_regs  = N == 128;
+    // Wide shapes need more registers than an even share; setmaxnreg moves them, by warpgroups.
+    static constexpr bool move_regs  = N >= 64;
     static constexpr int threads     = WGS * 128 + (move_regs ? 128 : 32);
-    static constexpr int weights     = tiles * TQ_TILE_BYTES;
-    static constexpr int q           = N * TQ_BLOCK;
-    static constexpr int stage       = weights + q + N * 4;
-    static constexpr int sums        = N * 64; // of eight blocks
-    static constexpr bool both       = WGS == 2 || N < 128; // registers for two sets of integer sums
 
-    // What a member of a cluster gets from the others: 16 bytes for each of their threads and 8 tokens.
-    static constexpr int part_bytes(int split) { return tq_ceil(N / 8, split) * (split - 1) * WGS * 128 * 16; }
-    static constexpr int shared_bytes(int split) { return STAGES * stage + 2 * sums + part_bytes(split); }
+    // A warp's ring of weights.
+    static constexpr int chunk       = 4; // blocks of 128 columns that one copy brings
+    static constexpr int chunks      = 3;
+    static constexpr int chunk_bytes = chunk * TQ_TILE_BYTES;
+    static constexpr int weights     = warps * chunks * chunk_bytes;
+
+    static constexpr int q           = N * TQ_BLOCK;
+    static constexpr int record      = q + N * 4; // the first N tokens of one, q then d
+    static constexpr int sums        = N * 64; // of eight blocks
+    static constexpr int at_sums     = STAGES * record; // in shared memory: records, two sums, weights
+    static constexpr int at_weights  = at_sums + 2 * sums;
+    static constexpr int pipeline    = at_weights + weights;
+
+    // What a member of a cluster gets from the others, in the same place: 16 bytes for each of their threads and 8 tokens.
+    static constexpr int part_bytes(int split) { return N / 8 / split * (split - 1) * WGS * 128 * 16; }
+    static constexpr int shared_bytes(int split) { return part_bytes(split) > pipeline ? part_bytes(split) : pipeline; }
+
+    // What registers allow: a block's product is made in `parts` of `width` tokens, so that one can be scaled while the other
+    // is multiplied; or the next block's is (`overlap`), and `ahead`: its codes are unpacked before the last one's are done with.
+    static constexpr bool overlap    = WGS < 3;
+    static constexpr int parts       = N == 128 && overlap ? 2 : 1;
+    static constexpr int width       = N / parts;
+    static constexpr bool ahead      = N >= 64 && overlap;
 };
 
 #if defined(TQ_WGMMA_CODE)
@@ -104,7 +120,7 @@ template <class T, int N> __device__ __forceinline__ void hold(T (&c)[N]) {
     }
 }
 
-// B of N tokens x 32 columns: core matrices of 8 tokens x 16 bytes, 128 bytes apart along the tokens.
+// B of some tokens x 32 columns in a record of N: core matrices of 8 tokens x 16 bytes, 128 bytes apart along the tokens.
 template <int N> __device__ __forceinline__ uint64_t b_descriptor(const void * p) {
     constexpr uint64_t along_k = N * 16, along_n = 128;
     return (uint64_t) ((shared_address(p) >> 4) & 0x3fff) | (along_k >> 4) << 16 | (along_n >> 4) << 32;
@@ -139,82 +155,6 @@ template <int SUM> __device__ __forceinline__ void wgmma(int (&c)[64], const uin
     TQ_WGMMA("128", TQ_R64, "%64", "%65", "%66", "%67", "%68", "%69", TQ_C32(0), TQ_C32(32));
 }
 
-// ---- the producer --------------------------------------------------------------------------------------
-struct barriers {
-    uint64_t * full;       // [stages]
-    uint64_t * empty;      // [stages]
-    uint64_t * full_sums;  // [2]
-    uint64_t * empty_sums; // [2]
-};
-
-// One warp: stages of blocks lo .. hi - 1, then the sums of each eight blocks in a ring of two.
-template <class S>
-__device__ __forceinline__ void produce(const tq_prefill_args & args, const uint8_t * weights, int tiles, int group, int lo,
-                                        int hi, uint8_t * shared, const barriers & bar) {
-    const int lane = threadIdx.x & 31, count = hi - lo;
-    const uint8_t * records = args.records + ((size_t) group * args.nb + lo) * TQ_RECORD;
-    const uint8_t * sums    = args.sums + (size_t) group * tq_ceil(args.nb, 8) * (TQ_PREFILL_BN * 64);
-    weights += (size_t) lo * TQ_TILE_BYTES;
-
-    auto copy_weights = [&](int i) {
-        const int slot = i % S::stages;
-        if (lane == 0) {
-            barrier_expect(bar.full + slot, tiles * TQ_TILE_BYTES + S::q + S::tokens * 4);
-        }
-        __syncwarp();
-        if (lane < tiles) {
-            bulk_copy(shared + slot * S::stage + lane * TQ_TILE_BYTES,
-                      weights + ((size_t) lane * args.nb + i) * TQ_TILE_BYTES, TQ_TILE_BYTES, bar.full + slot);
-        }
-    };
-    auto copy_activations = [&](int i) {
-        const int slot = i % S::stages;
-        uint8_t * dst = shared + slot * S::stage + S::weights;
-        const uint8_t * src = records + (size_t) i * TQ_RECORD;
-        if (S::tokens == TQ_PREFILL_BN) {
-            if (lane == 0) {
-                bulk_copy(dst, src, TQ_RECORD, bar.full + slot);
-            }
-        } else if (lane < 8) {
-            bulk_copy(dst + lane * (S::tokens * 16), src + lane * (TQ_PREFILL_BN * 16), S::tokens * 16, bar.full + slot);
-        } else if (lane == 8) {
-            bulk_copy(dst + S::q, src + TQ_PREFILL_BN * TQ_BLOCK, S::tokens * 4, bar.full + slot);
-        }
-        const int block = lo + i;
-        if (lane == 0 && (i == 0 || block % 8 == 0)) {
-            const int turn = block / 8 - lo / 8;
-            if (turn >= 2) {
-                barrier_wait(bar.empty_sums + turn % 2, (turn / 2 - 1) & 1);
-            }
-            barrier_expect(bar.full_sums + turn % 2, S::sums);
-            bulk_copy(shared + S::stages * S::stage + turn % 2 * S::sums, sums + (size_t) (block / 8) * (TQ_PREFILL_BN * 64),
-                      S::sums, bar.full_sums + turn % 2);
-        }
-    };
-    const int first = min(count, S::stages);
-    for (int i = 0; i < first; i++) {
-        copy_weights(i);
-    }
-    // Weights do not depend on the kernel before, activations do. The next launch may begin when they are there: where it is
-    // the second of the same product, it reads them without waiting for this one.
-    if (!args.second) {
-        asm volatile("griddepcontrol.wait;" ::: "memory");
-    }
-    asm volatile("griddepcontrol.launch_dependents;");
-    for (int i = 0; i < first; i++) {
-        copy_activations(i);
-    }
-    for (int i = first; i < count; i++) {
-        barrier_wait(bar.empty + i % S::stages, (i / S::stages - 1) & 1);
-        copy_weights(i);
-        copy_activations(i);
-    }
-    if (args.second) {
-        asm volatile("griddepcontrol.wait;" ::: "memory"); // whoever waits for this launch waits for the first as well
-    }
-}
-
-// ---- a consumer ----------------------------------------------------------------------------------------
 // A place in a ring.
 template <int SIZE> struct ring {
     int slot = 0, phase = 0;
@@ -226,61 +166,176 @@ template <int SIZE> struct ring {
     }
 };
 
-// The integer sums of a block, and what will be done with them.
-template <int N> struct flight {
-    int   c[N / 2];
-    uint2 scales;
+// ---- the producer --------------------------------------------------------------------------------------
+struct barriers {
+    uint64_t * full;       // [stages] of records
+    uint64_t * empty;      // [stages]
+    uint64_t * full_sums;  // [2]
+    uint64_t * empty_sums; // [2]
+    uint64_t * weights;    // [warps][chunks]
+};
+
+// One thread: records of blocks lo .. hi - 1, and before the first of each eight blocks their sums, in a ring of two.
+template <class S>
+__device__ __forceinline__ void produce(const tq_prefill_args & args, int group, int lo, int hi, uint8_t * shared,
+                                        const barriers & bar) {
+    const uint8_t * record = args.records + ((size_t) group * args.nb + lo) * TQ_RECORD;
+    const uint8_t * sums   = args.sums + ((size_t) group * tq_ceil(args.nb, 8) + lo / 8) * (TQ_PREFILL_BN * 64);
+    ring<S::stages> at;
+    ring<2> at_sums;
+    // Weights do not depend on the kernel before, activations do. The next launch may begin when they are there: where it is
+    // the second of the same product, it reads them without waiting for this one.
+    if (!args.second) {
+        asm volatile("griddepcontrol.wait;" ::: "memory");
+    }
+    asm volatile("griddepcontrol.launch_dependents;");
+    for (int block = lo; block < hi; block++, record += TQ_RECORD) {
+        if (block == lo || block % 8 == 0) {
+            barrier_wait(bar.empty_sums + at_sums.slot, at_sums.phase ^ 1);
+            barrier_expect(bar.full_sums + at_sums.slot, S::sums);
+            bulk_copy(shared + S::at_sums + at_sums.slot * S::sums, sums, S::sums, bar.full_sums + at_sums.slot);
+            sums += TQ_PREFILL_BN * 64;
+            at_sums.next();
+        }
+        barrier_wait(bar.empty + at.slot, at.phase ^ 1);
+        barrier_expect(bar.full + at.slot, S::record);
+        uint8_t * dst = shared + at.slot * S::record;
+        if (S::tokens == TQ_PREFILL_BN) {
+            bulk_copy(dst, record, TQ_RECORD, bar.full + at.slot);
+        } else {
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                bulk_copy(dst + i * (S::tokens * 16), record + i * (TQ_PREFILL_BN * 16), S::tokens * 16, bar.full + at.slot);
+            }
+            bulk_copy(dst + S::q, record + TQ_PREFILL_BN * TQ_BLOCK, S::tokens * 4, bar.full + at.slot);
+        }
+        at.next();
+    }
+    if (args.second) {
+        asm volatile("griddepcontrol.wait;" ::: "memory"); // whoever waits for this launch waits for the first as well
+    }
+}
+
+// ---- a consumer ----------------------------------------------------------------------------------------
+// The weights of a warp's 16 rows, in its own ring.
+template <class S> struct weight_stream {
+    const uint8_t * next; // what is copied next
+    uint8_t       * shared;
+    uint64_t      * full;
+    int             left;  // blocks that have not been copied
+    int             index; // in the chunk
+    bool            exists, leader;
+    ring<S::chunks> at;
+
+    __device__ __forceinline__ void copy(int slot) {
+        const int blocks = min(S::chunk, left);
+        if (leader && exists && blocks > 0) {
+            barrier_expect(full + slot, blocks * TQ_TILE_BYTES);
+            bulk_copy(shared + slot * S::chunk_bytes, next, blocks * TQ_TILE_BYTES, full + slot);
+        }
+        left -= S::chunk;
+        next += S::chunk_bytes;
+    }
+    __device__ __forceinline__ void begin() {
+        if (leader) {
+            for (int i = 0; i < S::chunks; i++) {
+                barrier_init(full + i, 1);
+            }
+            asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        }
+        __syncwarp();
+        index = 0;
+        for (int i = 0; i < S::chunks; i++) {
+            copy(i);
+        }
+    }
+    // The 16 bytes of codes and 8 of scales of a lane, in the next block.
+    __device__ __forceinline__ void read(uint4 & codes, uint2 & scales, int lane) {
+        if (index == S::chunk) { // what was in the chunk is in registers
+            __syncwarp();
+            copy(at.slot);
+            at.next();
+            index = 0;
+        }
+        if (index == 0 && exists) {
+            barrier_wait(full + at.slot, at.phase);
+        }
+        const uint8_t * tile = shared + at.slot * S::chunk_bytes + index * TQ_TILE_BYTES;
+        codes  = *reinterpret_cast<const uint4 *>(tile + lane * 16);
+        scales = *reinterpret_cast<const uint2 *>(tile + TQ_TILE_SCALES + (lane >> 2) * 8);
+        index++;
+    }
+};
+
+// A block's weights, as long as its products and sums need them.
+struct operand {
+    uint32_t a[16];
+    uint2    scales;
 };
 
 template <class S> struct consumer {
-    static constexpr int N = S::tokens, NJ = N / 8;
+    static constexpr int NJ = S::tokens / 8, W = S::width, WJ = W / 8;
 
-    const uint8_t * shared;
+    uint8_t       * shared;
     barriers        bar;
-    int             block, hi, nb, warp, lane; // block: the next to be scaled
+    weight_stream<S> stream;
+    int             block, hi, nb, warp, lane; // block: the one that is being scaled
     ring<S::stages> begun, done;
     ring<2>         sums;
     float           acc[NJ][4];
-    uint32_t        a[16]; // the codes of the block in flight
     tq_prefill_mu   mu;
 
-    // Starts the product of the next block; none is in flight.
-    __device__ __forceinline__ void start(flight<N> & f) {
-        const uint8_t * stage = shared + begun.slot * S::stage;
-        barrier_wait(bar.full + begun.slot, begun.phase);
-        const uint8_t * tile = stage + warp * TQ_TILE_BYTES;
-        const uint4 w = *reinterpret_cast<const uint4 *>(tile + lane * 16);
-        f.scales = *reinterpret_cast<const uint2 *>(tile + TQ_TILE_SCALES + (lane >> 2) * 8);
-        tq_prefill_codes(a, w);
-        const uint64_t b = b_descriptor<N>(stage + S::weights);
-        hold(a);
-        hold(f.c);
-        wgmma_fence();
-        wgmma<0>(f.c, a, b);
-        wgmma<1>(f.c, a + 4, b + 2 * N);
-        wgmma<1>(f.c, a + 8, b + 4 * N);
-        wgmma<1>(f.c, a + 12, b + 6 * N);
-        wgmma_commit();
-        begun.next();
+    __device__ __forceinline__ void load(operand & o) {
+        uint4 w;
+        stream.read(w, o.scales, lane);
+        tq_prefill_codes(o.a, w);
+        hold(o.a);
     }
 
-    // acc += alpha * d * the sums of a block, which have come.
-    __device__ __forceinline__ void finish(flight<N> & f) {
-        const float * d = reinterpret_cast<const float *>(shared + done.slot * S::stage + S::weights + S::q) + (lane & 3) * 4;
-        const float alpha[2] = {__low2float(*reinterpret_cast<const half2 *>(&f.scales.x)),
-                                __low2float(*reinterpret_cast<const half2 *>(&f.scales.y))};
-        mu.take(f.scales, block, lane & 3);
+    // Starts a part of a block's product; the first part waits for the activations.
+    template <int PART> __device__ __forceinline__ void start(int (&c)[W / 2], const operand & o) {
+        if (PART == 0) {
+            barrier_wait(bar.full + begun.slot, begun.phase);
+        }
+        const uint64_t b = b_descriptor<S::tokens>(shared + begun.slot * S::record + PART * W * 16);
+        hold(c);
+        wgmma_fence();
+        wgmma<0>(c, o.a, b);
+        wgmma<1>(c, o.a + 4, b + 2 * S::tokens);
+        wgmma<1>(c, o.a + 8, b + 4 * S::tokens);
+        wgmma<1>(c, o.a + 12, b + 6 * S::tokens);
+        wgmma_commit();
+        if (PART == S::parts - 1) {
+            begun.next();
+        }
+    }
+
+    // acc += alpha * d * the sums of a part, which have come.
+    template <int PART> __device__ __forceinline__ void finish(int (&c)[W / 2], const operand & o) {
+        hold(c);
+        const float * d = reinterpret_cast<const float *>(shared + done.slot * S::record + S::q) + PART * W + (lane & 3) * 4;
+        const float alpha[2] = {__low2float(*reinterpret_cast<const half2 *>(&o.scales.x)),
+                                __low2float(*reinterpret_cast<const half2 *>(&o.scales.y))};
 #pragma unroll
-        for (int j = 0; j < NJ; j += 2) {
+        for (int j = 0; j < WJ; j += 2) {
             const float4 v = *reinterpret_cast<const float4 *>(d + j * 8);
+            float (&lower)[4] = acc[PART * WJ + j], (&upper)[4] = acc[PART * WJ + j + 1];
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-                acc[j][2 * r]         += (alpha[r] * v.x) * (float) f.c[4 * j + 2 * r];
-                acc[j][2 * r + 1]     += (alpha[r] * v.y) * (float) f.c[4 * j + 2 * r + 1];
-                acc[j + 1][2 * r]     += (alpha[r] * v.z) * (float) f.c[4 * j + 4 + 2 * r];
-                acc[j + 1][2 * r + 1] += (alpha[r] * v.w) * (float) f.c[4 * j + 5 + 2 * r];
+                lower[2 * r]     += (alpha[r] * v.x) * (float) c[4 * j + 2 * r];
+                lower[2 * r + 1] += (alpha[r] * v.y) * (float) c[4 * j + 2 * r + 1];
+                upper[2 * r]     += (alpha[r] * v.z) * (float) c[4 * j + 4 + 2 * r];
+                upper[2 * r + 1] += (alpha[r] * v.w) * (float) c[4 * j + 5 + 2 * r];
             }
         }
+        if (PART == S::parts - 1) {
+            end_block(o);
+        }
+    }
+
+    // All of a block has been added: its stage is free, and after eight blocks mu * sum(x) follows.
+    __device__ __forceinline__ void end_block(const operand & o) {
+        mu.take(o.scales, block, lane & 3);
         __syncwarp();
         if (lane == 0) {
             barrier_arrive(bar.empty + done.slot);
@@ -289,7 +344,7 @@ template <class S> struct consumer {
         block++;
         if (block % 8 == 0 || block == hi) {
             barrier_wait(bar.full_sums + sums.slot, sums.phase);
-            mu.add(acc, shared + S::stages * S::stage + sums.slot * S::sums, lane, nb - (block - 1) / 8 * 8);
+            mu.add(acc, shared + S::at_sums + sums.slot * S::sums, lane, nb - (block - 1) / 8 * 8);
             mu.clear();
             __syncwarp();
             if (lane == 0) {
@@ -299,49 +354,72 @@ template <class S> struct consumer {
         }
     }
 
+    // The current block's product (its first part) is in flight, in c0. Scales it with the next one underway (MORE). Which
+    // products are in flight must not depend on a branch, or ptxas lets none be.
+    template <bool MORE> __device__ __forceinline__ void step(int (&c0)[W / 2], int (&c1)[W / 2], operand & now, operand & next) {
+        if constexpr (S::parts == 2) {
+            start<1>(c1, now);
+            wgmma_wait<1>();
+            finish<0>(c0, now);
+            if constexpr (MORE) {
+                load(next);
+                start<0>(c0, next);
+            }
+            wgmma_wait<MORE ? 1 : 0>();
+            hold(now.a); // the products read them until now
+            finish<1>(c1, now);
+        } else if constexpr (S::overlap) {
+            if constexpr (MORE && S::ahead) {
+                load(next);
+                start<0>(c1, next);
+            }
+            wgmma_wait<MORE && S::ahead ? 1 : 0>();
+            hold(now.a);
+            if constexpr (MORE && !S::ahead) {
+                load(next);
+                start<0>(c1, next);
+            }
+            finish<0>(c0, now);
+        } else {
+            wgmma_wait<0>();
+            hold(now.a);
+            finish<0>(c0, now);
+            if constexpr (MORE) {
+                load(next);
+                start<0>(c0, next);
+            }
+        }
+    }
+
     __device__ __forceinline__ void run() {
 #pragma unroll
         for (int j = 0; j < NJ; j++) {
             acc[j][0] = acc[j][1] = acc[j][2] = acc[j][3] = 0.0f;
         }
         mu.clear();
-        if constexpr (S::both) {
-            // One block is scaled while the next is multiplied.
-            flight<N> f0, f1;
-            start(f0);
-            while (true) {
-                arrived(f0);
-                if (block + 1 < hi) {
-                    start(f1);
-                }
-                finish(f0);
-                if (block == hi) {
-                    break;
-                }
-                arrived(f1);
-                if (block + 1 < hi) {
-                    start(f0);
-                }
-                finish(f1);
-                if (block == hi) {
-                    break;
-                }
+        int c0[W / 2], c1[W / 2];
+        operand o0;
+        load(o0);
+        start<0>(c0, o0);
+        if constexpr (!S::overlap) {
+            while (block + 1 < hi) {
+                step<true>(c0, c1, o0, o0);
             }
+            step<false>(c0, c1, o0, o0);
         } else {
-            flight<N> f;
-            while (block < hi) {
-                start(f);
-                arrived(f);
-                finish(f);
+            operand o1;
+            int (&d0)[W / 2] = S::parts == 2 ? c0 : c1, (&d1)[W / 2] = S::parts == 2 ? c1 : c0;
+            while (block + 2 < hi) {
+                step<true>(c0, c1, o0, o1);
+                step<true>(d0, d1, o1, o0);
+            }
+            if (block + 1 < hi) {
+                step<true>(c0, c1, o0, o1);
+                step<false>(d0, d1, o1, o0);
+            } else {
+                step<false>(c0, c1, o0, o1);
             }
         }
-    }
-
-    // Waits for the product in flight.
-    __device__ __forceinline__ void arrived(flight<N> & f) {
-        wgmma_wait<0>();
-        hold(f.c);
-        hold(a); // the product read them until now
     }
 
     // Parts of K: the member of rank r collects the r-th share of the token columns j, `width` of them.
@@ -404,41 +482,47 @@ template <class S>
 __global__ void __launch_bounds__(S::threads, S::min_blocks) prefill_wgmma(const __grid_constant__ tq_prefill_args args) {
 #if defined(TQ_WGMMA_CODE)
     extern __shared__ __align__(128) uint8_t shared[];
-    __shared__ uint64_t storage[2 * S::stages + 4];
-    const barriers bar = {storage, storage + S::stages, storage + 2 * S::stages, storage + 2 * S::stages + 2};
+    __shared__ uint64_t storage[2 * S::stages + 4 + S::warps * S::chunks];
+    const barriers bar = {storage, storage + S::stages, storage + 2 * S::stages, storage + 2 * S::stages + 2,
+                          storage + 2 * S::stages + 4};
     const int split = args.split, rank = blockIdx.x, group = args.group0 + blockIdx.y;
     int tile = args.tile0 + blockIdx.z;
     const tq_segment & seg = tq_prefill_find(args, tile);
     const int lo = (int) ((int64_t) args.nb * rank / split), hi = (int) ((int64_t) args.nb * (rank + 1) / split);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
-    if (threadIdx.x == 0) {
+    consumer<S> c;
+    if (warp < S::warps) {
+        const int row_tile = tile * S::warps + warp;
+        c.stream.exists = row_tile * TQ_TILE_ROWS < seg.rows;
+        c.stream.leader = lane == 0;
+        c.stream.next   = seg.w + ((size_t) row_tile * args.nb + lo) * TQ_TILE_BYTES;
+        c.stream.shared = shared + S::at_weights + warp * (S::chunks * S::chunk_bytes);
+        c.stream.full   = bar.weights + warp * S::chunks;
+        c.stream.left   = hi - lo;
+        c.stream.begin();
+    } else if (threadIdx.x == S::warps * 32) {
         for (int i = 0; i < S::stages; i++) {
             barrier_init(bar.full + i, 1);
-            barrier_init(bar.empty + i, S::tiles);
+            barrier_init(bar.empty + i, S::warps);
         }
         for (int i = 0; i < 2; i++) {
             barrier_init(bar.full_sums + i, 1);
-            barrier_init(bar.empty_sums + i, S::tiles);
+            barrier_init(bar.empty_sums + i, S::warps);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
-    if (split > 1) {
-        cluster_arrive(); // by the time anybody writes to another's shared memory, all have begun
-    }
-    float4 * parts = reinterpret_cast<float4 *>(shared + S::stages * S::stage + 2 * S::sums);
-    if (warp >= S::tiles) {
+    if (warp >= S::warps) {
         if constexpr (S::move_regs) {
             fewer_registers<S::consumers == 2 ? 24 : 32>();
         }
-        if (warp == S::tiles) {
-            const int row_tiles = tq_ceil(seg.rows, TQ_TILE_ROWS);
-            const uint8_t * w = seg.w + (size_t) tile * S::tiles * args.nb * TQ_TILE_BYTES;
-            produce<S>(args, w, min(S::tiles, row_tiles - tile * S::tiles), group, lo, hi, shared, bar);
+        if (threadIdx.x == S::warps * 32) {
+            produce<S>(args, group, lo, hi, shared, bar);
         }
         __syncwarp();
         if (split > 1) {
+            cluster_arrive();
             cluster_wait();
             cluster_arrive();
             cluster_wait();
@@ -448,7 +532,6 @@ __global__ void __launch_bounds__(S::threads, S::min_blocks) prefill_wgmma(const
     if constexpr (S::move_regs) {
         more_registers<S::consumers == 2 ? 240 : 160>();
     }
-    consumer<S> c;
     c.shared = shared;
     c.bar    = bar;
     c.block  = lo;
@@ -458,8 +541,12 @@ __global__ void __launch_bounds__(S::threads, S::min_blocks) prefill_wgmma(const
     c.lane   = lane;
     c.run();
     if (split > 1) {
+        float4 * parts = reinterpret_cast<float4 *>(shared);
+        __syncwarp();
+        cluster_arrive(); // all have read all that was copied to their shared memory
         cluster_wait();
         c.share(parts, split, rank);
+        __syncwarp();
         cluster_arrive();
         cluster_wait();
         c.collect(parts, split, rank);
@@ -514,7 +601,7 @@ void launch(const tq_prefill_args & args, int groups, int tiles, cudaStream_t st
 // ---- choice ----------------------------------------------------------------------------------------------
 struct variant {
     int rows, tokens;
-    int step, fixed; // measured clocks of a block of 128 columns, and of beginning and end
+    int step, fixed; // clocks of a block of 128 columns, and of beginning and end: fitted to what an H200 took
     int (*clusters)(int);
     void (*run)(const tq_prefill_args &, int, int, cudaStream_t);
 };
@@ -527,11 +614,11 @@ template <class S> constexpr variant make_variant(int step, int fixed) {
 }
 
 const variant VARIANTS[] = {
-    make_variant<shape<2, 128, 6, 1>>(1530, 14000),
-    make_variant<shape<3, 128, 5, 1>>(2100, 12000),
-    make_variant<shape<2, 64, 8, 1>>(1700, 4000),
-    make_variant<shape<2, 32, 10, 2>>(1750, 2000),
-    make_variant<shape<2, 16, 12, 2>>(1700, 2000),
+    make_variant<shape<2, 128, 6, 1>>(1500, 12000),
+    make_variant<shape<3, 128, 6, 1>>(2050, 15000),
+    make_variant<shape<2, 64, 8, 1>>(1150, 7000),
+    make_variant<shape<2, 32, 8, 2>>(1000, 11000),
+    make_variant<shape<2, 16, 8, 2>>(950, 8000),
 };
 
 // The tiles of rows that the first of two launches takes: as many as fill the multiprocessors whole times.

@@ -5,8 +5,6 @@
 
 #include "tq-prefill.cuh"
 
-#include <cstring>
-
 namespace {
 
 constexpr int WARPS = 8;
@@ -307,11 +305,6 @@ void tq_prefill_mma(const tq_segment * segments, int n_segments, const tq_act & 
 const char * tq_prefill(const tq_segment * segments, int n_segments, const tq_act & act, int cc, int sms, cudaStream_t stream) {
     // Code for sm_90a runs on 9.0 and on nothing else.
     if (cc == 900 && tq_prefill_wgmma_built()) {
-        static const char * which = getenv("GGML_CUDA_TQ_PREFILL");
-        if (which && strcmp(which, "next") == 0) {
-            tq_prefill_wgmma_next(segments, n_segments, act, nullptr, stream);
-            return "wgmma, next";
-        }
         tq_prefill_wgmma(segments, n_segments, act, nullptr, stream);
         return "wgmma";
     }

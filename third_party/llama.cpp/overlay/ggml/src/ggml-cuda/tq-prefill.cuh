@@ -35,9 +35,6 @@ struct tq_prefill_args {
 bool tq_prefill_wgmma_built();
 void tq_prefill_wgmma(const tq_segment * segments, int n_segments, const tq_act & act, const tq_prefill_plan * plan,
                       cudaStream_t stream);
-// tq-prefill-wgmma-next.cu: what may take its place, taken with GGML_CUDA_TQ_PREFILL=next.
-void tq_prefill_wgmma_next(const tq_segment * segments, int n_segments, const tq_act & act, const tq_prefill_plan * plan,
-                           cudaStream_t stream);
 // tq-prefill.cu: mma.sync; split is always 1.
 void tq_prefill_mma(const tq_segment * segments, int n_segments, const tq_act & act, int sms,
                     const tq_prefill_plan * plan, cudaStream_t stream);
