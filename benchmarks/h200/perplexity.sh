@@ -4,6 +4,8 @@
 #   benchmarks/h200/perplexity.sh model.gguf text.txt            # all of the text, windows of 512 tokens
 #   CHUNKS=64 benchmarks/h200/perplexity.sh model.gguf text.txt  # its first 64 windows
 #
+# Where a number of tokens at a time goes wrong, it is run again with parts of the backend switched off.
+#
 # Exit status 1 if the perplexities differ by more than TOLERANCE, if an operation of the model ran on the CPU
 # (but for the look-up of the embeddings), or if a program failed. Settings are environment variables:
 #   BIN        folder with llama-perplexity and llama-bench (default: the build of `pt2-llama build --cuda`)
@@ -78,7 +80,14 @@ if [ "$SMALL" != 0 ] && perplexity cpu-few cpu -f "$TEXT" -c 512 --chunks "$SMAL
         perplexity "gpu-$tokens" gpu -f "$TEXT" -c 512 --chunks "$SMALL" -b "$tokens" -ub "$tokens" || continue
         gpu=$(final "gpu-$tokens")
         echo "  GPU, $tokens at a time: $gpu"
-        same "$gpu" "$cpu" 4 || fail "$tokens tokens at a time: $gpu against $cpu"
+        same "$gpu" "$cpu" 4 && continue
+        fail "$tokens tokens at a time: $gpu against $cpu"
+        for switch in GGML_CUDA_TQ_FUSE=0 GGML_CUDA_DISABLE_GRAPHS=1 GGML_CUDA_PDL=0 GGML_CUDA_TQ=templates; do
+            export "${switch?}"  # which part of it is at fault?
+            perplexity "gpu-$tokens-$switch" gpu -f "$TEXT" -c 512 --chunks "$SMALL" -b "$tokens" -ub "$tokens" &&
+                echo "    with $switch: $(final "gpu-$tokens-$switch")"
+            unset "${switch%%=*}"
+        done
     done
 fi
 if timeout "$LIMIT" $BENCH "$MODEL" --baseline none --no-perplexity "${bench[@]}" -p 64 -n 8 --pg none -r 1 \
