@@ -20,6 +20,7 @@
 #   OUT        folder for the logs (default: perplexity-<model> here)
 #   BENCH      the command of pt2-bench, for the placement (default: pt2-bench)
 set -u
+export GGML_CUDA_TQ=${GGML_CUDA_TQ:-tiles} ROUTE=${GGML_CUDA_TQ:-tiles} # not the default yet, for what this script has found
 if [ $# != 2 ]; then
     sed -n '2,/^set/{/^set/!p}' "$0" | sed 's/^# \{0,1\}//'
     exit 2
@@ -87,6 +88,7 @@ if [ "$SMALL" != 0 ] && perplexity cpu-few cpu -f "$TEXT" -c 512 --chunks "$SMAL
             perplexity "gpu-$tokens-$switch" gpu -f "$TEXT" -c 512 --chunks "$SMALL" -b "$tokens" -ub "$tokens" &&
                 echo "    with $switch: $(final "gpu-$tokens-$switch")"
             unset "${switch%%=*}"
+            export GGML_CUDA_TQ=$ROUTE
         done
     done
 fi

@@ -19,6 +19,7 @@
 #   BIG_TYPES types of the largest shape in `core` (default: all six, or three where WORK is too small)
 #   BIG, MIDDLE, SMALL   shapes (default: 65b, "30b 13b", 7b); VARIANT=cpu tries the script without a GPU
 set -u
+export GGML_CUDA_TQ=${GGML_CUDA_TQ:-tiles} # the kernels that these figures are of; not the default yet: README.md
 usage() { sed -n '2,/^set/{/^set/!p}' "$0" | sed 's/^# \{0,1\}//'; exit 2; }
 [ $# = 2 ] || usage
 PLAN=$1 OUT=$2
