@@ -292,7 +292,7 @@ static void check_chain(int n, int columns) {
 }
 
 static void check_all(bool small) {
-    std::vector<int> tokens = {1, 2, 3, 4, 5, 6, 7, 8, 9, 31, 128, 130}, columns = {128, 384, 4096};
+    std::vector<int> tokens = {1, 2, 3, 4, 5, 6, 7, 8, 9, 31, 128, 130}, columns = {128, 384, 768, 2048, 4096};
     if (!small) { tokens.push_back(512); columns.insert(columns.end(), {5120, 8192, 11008, 22016}); }
     for (int n : tokens) {
         for (int k : columns) {

@@ -257,7 +257,7 @@ static int check(const std::string & how) {
         check_repeats(c, 6, 1);
         check_experts(c, 37, 12);
     } else {
-        for (int nb : {1, 2, 3, 5, 7, 32, 43, 172})
+        for (int nb : {1, 2, 3, 4, 5, 6, 7, 16, 32, 43, 172})
             for (int rows : {1, 15, 16, 17, 100, 4096}) all({rows}, nb, RANDOM, rows * nb > 40000 ? some : every);
         for (int nb : {1, 2, 5, 32, 86})
             for (auto rows : std::vector<std::vector<int>>{{16, 16}, {1, 17, 15}, {100, 33}, {4096, 1024, 1024}, {3, 5000, 700}}) all(rows, nb, RANDOM, some);
