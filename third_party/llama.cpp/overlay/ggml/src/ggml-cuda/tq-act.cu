@@ -228,14 +228,6 @@ bool has_sm90_code() {
     return known[device] == 2;
 }
 
-bool early_start_wanted() {
-    static const bool wanted = [] {
-        const char * env = getenv("GGML_CUDA_PDL");
-        return env == nullptr || atoi(env) != 0;
-    }();
-    return wanted;
-}
-
 template <typename... Params, typename... Args>
 void launch(void (*kernel)(Params...), dim3 grid, int threads, int ranks, cudaStream_t stream, Args... args) {
     cudaLaunchAttribute attrs[2] = {};
@@ -244,7 +236,7 @@ void launch(void (*kernel)(Params...), dim3 grid, int threads, int ranks, cudaSt
     config.blockDim = dim3(threads);
     config.stream   = stream;
     config.attrs    = attrs;
-    if (has_sm90_code() && early_start_wanted()) {
+    if (has_sm90_code() && tq_early_start_wanted()) {
         attrs[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
         attrs[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
     }

@@ -450,14 +450,6 @@ const device_facts & facts() {
     return all[device];
 }
 
-bool early_start_wanted() {
-    static const bool wanted = [] {
-        const char * env = getenv("GGML_CUDA_PDL");
-        return env == nullptr || atoi(env) != 0;
-    }();
-    return wanted;
-}
-
 // Thread blocks of a cluster: more as long as all of them are on the card at once and each warp has keys.
 int ranks_for(const device_facts & d, int clusters, int keys) {
     int ranks = 1;
@@ -483,7 +475,7 @@ void launch_attention(const tq_attention & a, const tq_act & act, int forced, cu
     config.dynamicSmemBytes = (WARPS * queries + ranks * slots) * PART * sizeof(float);
     config.stream           = stream;
     config.attrs            = attrs;
-    if (d.sm90 && early_start_wanted()) {
+    if (d.sm90 && tq_early_start_wanted()) {
         attrs[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
         attrs[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
     }

@@ -79,8 +79,9 @@ device_info & device() {
         cudaFuncAttributes code;
         TQ_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id));
         TQ_CHECK(cudaFuncGetAttributes(&code, (const void *) stream_of(1, ONE_BY_4).run));
-        d.dependent = major >= 9;
+        // code for older cards has no wait: an early start would be a race
         d.streams   = major >= 9 && code.ptxVersion >= 90;
+        d.dependent = d.streams && tq_early_start_wanted();
         TQ_CHECK(cudaDeviceGetAttribute(&d.multiprocessors, cudaDevAttrMultiProcessorCount, id));
     }
     return d;

@@ -18,8 +18,19 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+
+// Whether kernels may be set up while those before them still run (programmatic dependent launch): GGML_CUDA_PDL=0 says
+// no, as everywhere in this backend.
+static inline bool tq_early_start_wanted() {
+    static const bool wanted = []() {
+        const char * env = getenv("GGML_CUDA_PDL");
+        return env == nullptr || atoi(env) != 0;
+    }();
+    return wanted;
+}
 
 constexpr int TQ_BLOCK      = 128; // weights of a row that share alpha and mu
 constexpr int TQ_TILE_ROWS  = 16;

@@ -495,12 +495,15 @@ void launch(const tq_prefill_args & args, int groups, int tiles, cudaStream_t st
     config.dynamicSmemBytes = S::shared_bytes(args.split);
     config.stream           = stream;
     cudaLaunchAttribute attribute[2];
-    attribute[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute[0].val.programmaticStreamSerializationAllowed = 1;
-    attribute[1].id = cudaLaunchAttributeClusterDimension;
-    attribute[1].val.clusterDim = {(unsigned) args.split, 1, 1};
-    config.attrs    = attribute;
-    config.numAttrs = args.split > 1 ? 2 : 1;
+    config.attrs = attribute;
+    if (tq_early_start_wanted()) {
+        attribute[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attribute[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (args.split > 1) {
+        attribute[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+        attribute[config.numAttrs++].val.clusterDim = {(unsigned) args.split, 1, 1};
+    }
     tq_prefill_check(cudaLaunchKernelEx(&config, prefill_wgmma<S>, args), "launch");
 }
 

@@ -219,17 +219,19 @@ __global__ void __launch_bounds__(WARPS * 32) prefill_mma(const __grid_constant_
 template <class S>
 void launch(const tq_segment * segments, int n_segments, const tq_act & act, int group0, int groups, int parts,
             cudaStream_t stream) {
-    static bool ready[64]; // of each device
-    int device, major;
+    static bool ready[64], early[64]; // of each device
+    int device;
     tq_prefill_check(cudaGetDevice(&device), "cudaGetDevice");
     if (device >= 64 || !ready[device]) {
         tq_prefill_check(cudaFuncSetAttribute(prefill_mma<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::shared),
                          "shared memory");
         if (device < 64) {
+            cudaFuncAttributes code;
+            tq_prefill_check(cudaFuncGetAttributes(&code, prefill_mma<S>), "attributes");
             ready[device] = true;
+            early[device] = code.ptxVersion >= 90 && tq_early_start_wanted(); // code for older cards has no wait
         }
     }
-    tq_prefill_check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "attribute");
     const tq_prefill_args args = tq_prefill_describe(segments, n_segments, act, S::rows, group0, 1);
     cudaLaunchConfig_t config = {};
     config.gridDim          = dim3(parts, groups, args.tile_end[TQ_MAX_SEGMENTS - 1]);
@@ -240,7 +242,7 @@ void launch(const tq_segment * segments, int n_segments, const tq_act & act, int
     attribute[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute[0].val.programmaticStreamSerializationAllowed = 1;
     config.attrs    = attribute;
-    config.numAttrs = major >= 9 ? 1 : 0;
+    config.numAttrs = device < 64 && early[device] ? 1 : 0;
     tq_prefill_check(cudaLaunchKernelEx(&config, prefill_mma<S>, args), "launch");
 }
 
