@@ -35,7 +35,8 @@ from quantize.common import write_json
 from quantize.config import load_recipe
 from quantize.evaluate import perplexity, windows
 from quantize.gptq import Method, damp, quantize_matrix
-from quantize.pipeline import arithmetic, ternarize
+from quantize.machine import arithmetic
+from quantize.pipeline import ternarize
 from quantize.ternary import Grid
 
 VARIANTS: list[dict[str, Any]] = [

@@ -41,7 +41,8 @@ from quantize.common import (
     write_json,
 )
 from quantize.config import DEVICES, DTYPES, load_recipe
-from quantize.pipeline import arithmetic, ternarize
+from quantize.machine import arithmetic
+from quantize.pipeline import ternarize
 from quantize.progress import RichReporter
 
 RESULTS, PAGE = "tables.json", "tables.md"

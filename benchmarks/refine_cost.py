@@ -25,7 +25,7 @@ from torch import Tensor
 
 from quantize.common import ArgumentParser, human_bytes, run_cli
 from quantize.config import DEVICES, DTYPES
-from quantize.pipeline import arithmetic, pick_device
+from quantize.machine import arithmetic, pick_device
 from quantize.progress import Reporter
 from quantize.refine import Run
 from quantize.refine_config import CODES, RefineConfig

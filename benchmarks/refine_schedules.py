@@ -39,7 +39,8 @@ from quantize.common import ArgumentParser, PT2Error, atomic_path, run_cli, writ
 from quantize.config import DEVICES, load_recipe
 from quantize.evaluate import perplexity, windows
 from quantize.hf_model import StreamedModel
-from quantize.pipeline import arithmetic, pick_device, ternarize
+from quantize.machine import arithmetic, pick_device
+from quantize.pipeline import ternarize
 from quantize.progress import Reporter
 from quantize.refine import Refined, refine
 from quantize.refine_config import RefineConfig

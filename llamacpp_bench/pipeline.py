@@ -193,6 +193,8 @@ def check_load(config: Config) -> None:
     """Refuse options that leave nothing to time."""
     if config.rounds < 1:
         raise PT2Error(f"-r {config.rounds}: at least one round is needed")
+    if config.strict and config.placement != "all":
+        raise PT2Error(f"--strict looks at every file: not with --placement {config.placement}")
     load = config.load()
     if not (load.plain or load.batches):
         raise PT2Error("-p 0 -n 0 --pg none and no --batch: nothing is left to time")

@@ -11,14 +11,15 @@ import gc
 import sys
 from pathlib import Path
 
-from pt2_eval.measure import divergence, llama_windows, paper_windows, perplexity
+from pt2_eval.measure import divergence, paper_windows, perplexity
 from pt2_eval.models import Model, open_model
 from pt2_eval.table import Row, markdown
 from pt2_eval.tasks import PAPER_TASKS, zero_shot
 from pt2_eval.texts import load_text
 from quantize.common import ArgumentParser, PT2Error, atomic_path, run_cli, write_json
 from quantize.config import DEVICES, DTYPES
-from quantize.pipeline import arithmetic
+from quantize.evaluate import llama_windows
+from quantize.machine import arithmetic
 from quantize.progress import Reporter, RichReporter
 
 PROTOCOLS = ("papers", "llama.cpp")

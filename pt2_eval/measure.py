@@ -51,18 +51,6 @@ def paper_windows(ids: list[int], bos: int | None, context: int, limit: int | No
     return torch.tensor(ids[: count * context]).view(count, -1)[:limit]
 
 
-def llama_windows(ids: list[int], bos: int | None, context: int, limit: int | None) -> Tensor:
-    """int64 ``[n, context]``."""
-    ids = ([] if bos is None else [bos]) + ids
-    count = len(ids) // context
-    if count == 0:
-        raise PT2Error(f"the text has {len(ids)} tokens, fewer than one window of {context}")
-    windows = torch.tensor(ids[: count * context]).view(count, context)[:limit].clone()
-    if bos is not None:
-        windows[:, 0] = bos
-    return windows
-
-
 def perplexity(
     model: Model, windows: Tensor, *, second_half: bool, batch: int = 1,
     step: Callable[[], None] = lambda: None,

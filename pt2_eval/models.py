@@ -11,12 +11,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from quantize.artifact import MANIFEST, RUN, Artifact
+from quantize.artifact import MANIFEST, Artifact
 from quantize.calibration import encode, load_tokenizer
 from quantize.checkpoint import Checkpoint, torch_dtype
-from quantize.common import PT2Error, read_json
+from quantize.common import PT2Error
 from quantize.hf_model import StreamedModel
-from quantize.pipeline import pick_device
+from quantize.machine import pick_device
 from quantize.student import build_teacher
 
 
@@ -139,19 +139,8 @@ def open_model(
         return GgufModel(where, context, threads, gpu_layers)
     if (where / MANIFEST).is_file():
         artifact = Artifact.open(where)
-        return TorchModel(_source(artifact, source), device, dtype, artifact)
+        return TorchModel(artifact.source_model(source, "--source"), device, dtype, artifact)
     return TorchModel(where, device, dtype)
-
-
-def _source(artifact: Artifact, given: str | None) -> Path:
-    if given is not None:
-        return Path(given)
-    file = artifact.path / RUN
-    record = read_json(file) if file.is_file() else {}
-    folder = record.get("model_dir") if isinstance(record, dict) else None
-    if not isinstance(folder, str) or not Path(folder).is_dir():
-        raise PT2Error(f"{artifact.path} does not say where its model is now: give --source DIR")
-    return Path(folder)
 
 
 def _with_artifact(checkpoint: Checkpoint, artifact: Artifact) -> Any:

@@ -209,6 +209,21 @@ class Artifact:
                 raise PT2Error(f"{self.path / REPLACED}: {name} has NaN or Inf in it")
         return tensors
 
+    def source_model(self, given: str | os.PathLike[str] | None, option: str) -> Path:
+        """Folder of the model that it was made from: ``given``, or where run.json says.
+
+        Raises:
+            PT2Error: run.json does not name a folder that is there; ``option`` gives it.
+        """
+        if given is not None:
+            return Path(given)
+        file = self.path / RUN
+        record = read_json(file) if file.is_file() else {}
+        folder = record.get("model_dir") if isinstance(record, dict) else None
+        if not isinstance(folder, str) or not Path(folder).is_dir():
+            raise PT2Error(f"{file} does not say where the model is now: give it with {option} DIR")
+        return Path(folder)
+
     def block(self, index: int) -> dict[str, TernaryMatrix]:
         """The ternary linears of decoder block ``index`` by module name.
 

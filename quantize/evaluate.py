@@ -32,7 +32,7 @@ from quantize.checkpoint import Checkpoint
 from quantize.common import ArgumentParser, PT2Error, run_cli
 from quantize.config import DEVICES, DTYPES
 from quantize.hf_model import StreamedModel
-from quantize.pipeline import arithmetic, pick_device
+from quantize.machine import arithmetic, pick_device
 from quantize.progress import Reporter, RichReporter
 
 PROTOCOLS = ("windows", "llama.cpp")
@@ -119,16 +119,31 @@ def windows(
         text, _ = read_text(source, 1 << 62)
         bos = tokenizer.bos_token_id
         adds_bos = protocol == "llama.cpp" and bos is not None and tokenizer.encode("a")[0] == bos
-        ids = torch.tensor([bos] * adds_bos + encode(tokenizer, text.removesuffix("\n")))
-        count = ids.shape[0] // ctx
-        if count == 0:
-            raise PT2Error(f"{source} has {ids.shape[0]} tokens, fewer than one window of {ctx}")
-        ids = ids[: count * ctx].reshape(count, ctx)
-        if adds_bos:
-            ids[:, 0] = bos
+        plain = encode(tokenizer, text.removesuffix("\n"))
+        ids = llama_windows(plain, bos if adds_bos else None, ctx, name=source)
     if ids.dim() == 1:
         ids = ids[: ids.shape[0] // ctx * ctx].reshape(-1, ctx)
     return ids[:limit, :ctx].contiguous()
+
+
+def llama_windows(
+    ids: list[int], bos: int | None, ctx: int, limit: int | None = None, name: str = "the text"
+) -> Tensor:
+    """Cut a text's tokens as llama-perplexity does, int64 ``[n, ctx]``.
+
+    Args:
+        bos: where the tokenizer adds one: put before the text, and in the first place of every
+            window.
+        limit: the first so many windows only.
+    """
+    ids = ([] if bos is None else [bos]) + ids
+    count = len(ids) // ctx
+    if count == 0:
+        raise PT2Error(f"{name} has {len(ids)} tokens, fewer than one window of {ctx}")
+    found = torch.tensor(ids[: count * ctx]).view(count, ctx)[:limit].clone()
+    if bos is not None:
+        found[:, 0] = bos
+    return found
 
 
 def _artifact_for(checkpoint: Checkpoint, path: Path) -> Artifact:

@@ -69,6 +69,32 @@ class CrossMoments:
         return None if self._sum is None else self._sum / self.count
 
 
+class SiteMoments:
+    """What is gathered of a site's inputs x over the calibration tokens.
+
+    Attributes:
+        inputs: x x^T.
+        shift: (x in the full-precision model - x) x^T.
+        stream: (the residual stream in the full-precision model - the stream) x^T.
+    """
+
+    def __init__(self) -> None:
+        self.inputs = InputMoments()
+        self.shift = CrossMoments()
+        self.stream = CrossMoments()
+
+    def add(
+        self, x: Tensor, x_full: Tensor, stream: Tensor | None, stream_full: Tensor | None,
+        shift: bool, streams: bool,
+    ) -> None:  # fmt: skip
+        """Add a batch, ``[n, len, ...]`` each; ``shift`` and ``streams`` say what is wanted."""
+        self.inputs.add(x)
+        if shift:
+            self.shift.add(x_full.float() - x.float(), x)
+        if streams and stream is not None and stream_full is not None:
+            self.stream.add(stream_full.float() - stream.float(), x)
+
+
 def mean_square(w: Tensor, hessian: Tensor) -> float:
     """The mean over tokens of ``|W x|^2``: the scale of E_x."""
     return float(((w @ hessian.to(w.dtype)) * w).sum(dtype=torch.float64))

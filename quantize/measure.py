@@ -19,7 +19,6 @@ import quantize.waiting  # noqa: F401  before torch is loaded
 
 import dataclasses
 import sys
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +26,10 @@ from torch import Tensor, nn
 from quantize.artifact import Artifact
 from quantize.calibration import load_calibration
 from quantize.checkpoint import Checkpoint
-from quantize.common import ArgumentParser, PT2Error, read_json, run_cli
+from quantize.common import ArgumentParser, PT2Error, run_cli
 from quantize.config import DEVICES, DTYPES
 from quantize.hf_model import EMBEDDING, HEAD, StreamedModel
-from quantize.pipeline import RUN, arithmetic, pick_device
+from quantize.machine import arithmetic, pick_device
 from quantize.progress import Reporter, RichReporter
 from quantize.sensitivity import Linear, Sensitivity, write
 
@@ -213,7 +212,7 @@ def _run(args: object) -> int:
     if min(given["windows"], given["batch_size"]) < 1 or not 2 <= given["seqlen"] <= MAX_WINDOW:
         raise PT2Error(f"--windows must be at least 1, --seqlen in 2 to {MAX_WINDOW}")
     artifact = Artifact.open(given["artifact"])
-    source = given["model"] or _source_model(artifact)
+    source = artifact.source_model(given["model"], "--model")
     checkpoint = Checkpoint.open(source)
     if checkpoint.fingerprint()[0] != artifact.manifest["model"].get("fingerprint"):
         raise PT2Error(f"{artifact.path} was not made from {source}: give the model with --model")
@@ -232,15 +231,6 @@ def _run(args: object) -> int:
     print(summary(result))
     print(f"written  {path}")
     return 0
-
-
-def _source_model(artifact: Artifact) -> str:
-    file = artifact.path / RUN
-    record = read_json(file) if file.is_file() else {}
-    folder = record.get("model_dir") if isinstance(record, dict) else None
-    if not isinstance(folder, str) or not Path(folder).is_dir():
-        raise PT2Error(f"{file} does not name a source model that is there: give it with --model")
-    return folder
 
 
 def summary(result: Sensitivity) -> str:

@@ -17,8 +17,7 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from importlib import metadata
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +41,10 @@ from quantize.checkpoint import Checkpoint
 from quantize.common import PT2Error, read_json, write_json
 from quantize.config import Config
 from quantize.gptq import Method, Ternary, damp, quantize_matrix
-from quantize.hessian import CrossMoments, InputMoments, mean_square
+from quantize.hessian import SiteMoments, mean_square
 from quantize.hf_model import Site, StreamedModel, check_linears
+from quantize.machine import arithmetic, pick_device, versions
 from quantize.progress import Reporter
-
-FILL = "fill_uninitialized_memory"  # a property of torch's module that type checkers do not see
 
 
 @dataclass
@@ -156,32 +154,6 @@ def _measure(
     reporter.note(measure.summary(result))
 
 
-class SiteMoments:
-    """What is gathered of a site's inputs x over the calibration tokens.
-
-    Attributes:
-        inputs: x x^T.
-        shift: (x in the full-precision model - x) x^T.
-        stream: (the residual stream in the full-precision model - the stream) x^T.
-    """
-
-    def __init__(self) -> None:
-        self.inputs = InputMoments()
-        self.shift = CrossMoments()
-        self.stream = CrossMoments()
-
-    def add(
-        self, x: Tensor, x_full: Tensor, stream: Tensor | None, stream_full: Tensor | None,
-        shift: bool, streams: bool,
-    ) -> None:  # fmt: skip
-        """Add a batch, ``[n, len, ...]`` each; ``shift`` and ``streams`` say what is wanted."""
-        self.inputs.add(x)
-        if shift:
-            self.shift.add(x_full.float() - x.float(), x)
-        if streams and stream is not None and stream_full is not None:
-            self.stream.add(stream_full.float() - stream.float(), x)
-
-
 class _Seen:
     """Inputs and streams of the wanted sites in one batch."""
 
@@ -211,11 +183,7 @@ class _Run:
         self.writer = writer
         self.reporter = reporter
         self.run = run
-        self.method = Method(
-            config.block_size, config.itf, config.itf_steps, config.aga, config.compensate,
-            config.reround, config.damping, config.rounds, config.sweeps, config.noise,
-            config.seed,
-        )  # fmt: skip
+        self.method = Method(**{f.name: getattr(config, f.name) for f in fields(Method)})
 
     def blocks(self, tokens: Tensor) -> None:
         """Quantise, or replay, every block in turn."""
@@ -459,55 +427,6 @@ def activation_digest(hidden: Tensor) -> str:
     weights = torch.arange(hidden.shape[-1], device=hidden.device, dtype=torch.int64) * 2 + 1
     sums = [(part.view(kind).long() * weights).sum(dim=-1).cpu() for part in hidden.split(4)]
     return sha256_array(torch.cat(sums).numpy())
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the bytes depend on."""
-    names = ("torch", "transformers", "safetensors", "pt2-llm")
-    return {"python": platform.python_version(), **{n: _version(n) for n in names}}
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:  # ourselves, run from a checkout that is not installed
-        return "not installed"
-
-
-@contextmanager
-def arithmetic(threads: int) -> Iterator[int]:
-    """Full-precision, repeatable arithmetic while inside; yields the number of CPU threads."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = (
-        torch.get_num_threads(),
-        torch.get_float32_matmul_precision(),
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-        getattr(torch.utils.deterministic, FILL),
-    )
-    try:
-        if threads:
-            torch.set_num_threads(threads)
-        torch.set_float32_matmul_precision("highest")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        # Deterministic mode would fill every new tensor; ours are always written before use.
-        setattr(torch.utils.deterministic, FILL, False)
-        with torch.no_grad():
-            yield torch.get_num_threads()
-    finally:
-        torch.set_num_threads(before[0])
-        torch.set_float32_matmul_precision(before[1])
-        torch.use_deterministic_algorithms(before[2], warn_only=before[3])
-        setattr(torch.utils.deterministic, FILL, before[4])
-
-
-def pick_device(name: str) -> str:
-    """``auto`` to ``cuda`` or ``cpu``; PT2Error where CUDA is asked for and missing."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise PT2Error("--device cuda: torch sees no CUDA device here; use --device cpu")
-    return name
 
 
 def _refuse_overwriting(out: Path, resume: bool, overwrite: bool) -> None:

@@ -37,10 +37,10 @@ from quantize.artifact import (
 )
 from quantize.calibration import encode, load_tokenizer, read_text, read_tokens
 from quantize.checkpoint import Checkpoint, torch_dtype
-from quantize.common import PT2Error, human_bytes, human_seconds, read_json, sha256_file, write_json
+from quantize.common import PT2Error, human_bytes, human_seconds, sha256_file, write_json
 from quantize.distill import Held, Windows, held_out, kl_divergence
 from quantize.hf_model import StreamedModel
-from quantize.pipeline import arithmetic, pick_device, versions
+from quantize.machine import arithmetic, pick_device, versions
 from quantize.progress import Reporter
 from quantize.refine_config import RefineConfig
 from quantize.refine_state import load_state, remove_state, save_state
@@ -119,7 +119,7 @@ def refine(
     reporter = reporter or Reporter()
     source, out = Artifact.open(artifact_dir), Path(out_dir)
     _check_output(source, out, resume, overwrite)
-    model = _source_model(source, model_dir)
+    model = source.source_model(model_dir, "--model")
     device = pick_device(config.device)
     checkpoint = Checkpoint.open(model)
     digest, _ = checkpoint.fingerprint()
@@ -406,17 +406,6 @@ def _check_output(source: Artifact, out: Path, resume: bool, overwrite: bool) ->
     if (out / MANIFEST).exists() and not overwrite:
         state = "a complete" if read_manifest(out)["complete"] else "an unfinished"
         raise PT2Error(f"{out} holds {state} artifact already: use --overwrite")
-
-
-def _source_model(source: Artifact, model_dir: str | os.PathLike[str] | None) -> Path:
-    if model_dir is not None:
-        return Path(model_dir)
-    file = source.path / RUN
-    record = read_json(file) if file.is_file() else {}
-    folder = record.get("model_dir") if isinstance(record, dict) else None
-    if not isinstance(folder, str) or not Path(folder).is_dir():
-        raise PT2Error(f"{source.path} does not say where its model is now: give --model DIR")
-    return Path(folder)
 
 
 def _run_record(source: Artifact, model: Path, result: Refined) -> dict[str, Any]:

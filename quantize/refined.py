@@ -8,7 +8,8 @@ from pathlib import Path
 from quantize.artifact import MANIFEST, Artifact, read_manifest
 from quantize.config import Config
 from quantize.distill import Held
-from quantize.pipeline import Result, pick_device, ternarize
+from quantize.machine import pick_device
+from quantize.pipeline import Result, ternarize
 from quantize.progress import Reporter
 from quantize.refine import Refined, refine
 from quantize.refine_config import RefineConfig

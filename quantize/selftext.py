@@ -28,7 +28,7 @@ from quantize.checkpoint import Checkpoint, torch_dtype
 from quantize.common import ArgumentParser, PT2Error, atomic_path, run_cli
 from quantize.config import DEVICES, DTYPES
 from quantize.hf_model import StreamedModel
-from quantize.pipeline import arithmetic, pick_device
+from quantize.machine import arithmetic, pick_device
 from quantize.progress import Reporter, RichReporter
 from quantize.refine_config import RefineConfig
 from quantize.student import Network, build_teacher

@@ -174,6 +174,18 @@ def test_no_flipped_bit_in_a_header_gets_past(tmp_path_factory, position):
         assert sum(t.end - t.begin for t in header.values()) == 29
 
 
+def test_the_source_model_is_given_or_recorded(artifact: Path, tmp_path: Path):
+    opened = Artifact.open(artifact)
+    assert opened.source_model("elsewhere", "--model") == Path("elsewhere")
+    with pytest.raises(PT2Error, match="give it with --model DIR"):
+        opened.source_model(None, "--model")
+    (artifact / "run.json").write_text(json.dumps({"model_dir": str(tmp_path)}))
+    assert opened.source_model(None, "--model") == tmp_path
+    (artifact / "run.json").write_text(json.dumps({"model_dir": str(tmp_path / "gone")}))
+    with pytest.raises(PT2Error, match="give it with --source DIR"):
+        opened.source_model(None, "--source")
+
+
 def test_resume_names_the_first_difference(artifact: Path):
     other = {**IDENTITY, "settings": {"order": "ssr", "block_size": 8}}
     with pytest.raises(PT2Error, match=r"settings\.order was 'none' and is now 'ssr'"):

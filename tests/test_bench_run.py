@@ -339,6 +339,8 @@ def test_only_batches_need_no_llama_bench(tmp_path: Path, setup: Setup) -> None:
         bench([tmp_path / "fast.gguf"], setup(prompt=0, gen=0, pg=(), perplexity=False))
     with pytest.raises(PT2Error, match="--batch-gen of at least 1"):
         bench([tmp_path / "fast.gguf"], setup(batches=(2,), batch_gen=0, perplexity=False))
+    with pytest.raises(PT2Error, match="--strict looks at every file: not with --placement none"):
+        bench([tmp_path / "fast.gguf"], setup(strict=True, placement="none", perplexity=False))
 
 
 def test_a_time_limit_leaves_out_whole_rounds(

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from pt2_eval.cli import main
-from pt2_eval.measure import divergence, llama_windows, paper_windows, perplexity
+from pt2_eval.measure import divergence, paper_windows, perplexity
 from pt2_eval.models import TorchModel, open_model
 from pt2_eval.table import Row, markdown
 from pt2_eval.tasks import continuation_scores, zero_shot
 from pt2_eval.texts import load_text
 from quantize.common import PT2Error
 from quantize.config import Config
+from quantize.evaluate import llama_windows
 from quantize.evaluate import perplexity as streamed_perplexity
 from quantize.pipeline import ternarize
 

@@ -73,6 +73,7 @@ for program in $PROGRAMS; do
     done
 done
 if [ -n "${BIN:-}" ]; then
+    export GGML_CUDA_TQ=tiles # our own kernels
     check backend-ops-memcheck "$SANITIZER" --tool memcheck --error-exitcode 9 "$BIN/test-backend-ops" test -b CUDA0 \
         -o MUL_MAT -p 'type_a=tq[12]_1,type_b=f32,m=16,'
 fi

@@ -13,11 +13,6 @@
 #include <unordered_set>
 #include <vector>
 
-// tq-fuse.cu is there: whole sites of a graph (norm, quantisation, q/k/v; gate and up with the activation) at once.
-#ifndef GGML_CUDA_TQ_FUSE
-#define GGML_CUDA_TQ_FUSE 1
-#endif
-
 // ---- which tensors ------------------------------------------------------------------------------------
 // Whether `device` keeps this tensor in tile form, wherever the tensor is now: one of the two types, compute
 // capability 8.0 or more, and contiguous at its root. Only with GGML_CUDA_TQ=tiles: see tq-backend.cu.
@@ -103,6 +98,8 @@ void ggml_cuda_tq_free(ggml_backend_cuda_context * ctx);
 // Room for n tokens of nb blocks on the current stream; overwritten by the GGML_CUDA_TQ_ACTS-th call after this one.
 tq_act ggml_cuda_tq_new_act(ggml_backend_cuda_context & ctx, int n, int nb);
 
+// Distance of the rows of t in elements, all of its dimensions taken together; 0 where it is not one distance, or t is not F32.
+int64_t ggml_cuda_tq_row_distance(const ggml_tensor * t);
 // Whether ggml_cuda_tq_product can compute this node: MUL_MAT by one matrix in tile form whose first row is a multiple
 // of 16, src1 and dst in F32 with rows (all of their dimensions taken together) at one distance.
 bool ggml_cuda_tq_is_product(ggml_backend_cuda_context & ctx, const ggml_tensor * node);
@@ -112,7 +109,6 @@ int64_t ggml_cuda_tq_ld(const ggml_tensor * node);
 // Up to TQ_MAX_SEGMENTS such nodes of the same src1 values, which `act` holds.
 void ggml_cuda_tq_product(ggml_backend_cuda_context & ctx, const ggml_tensor * const * nodes, int n_nodes, const tq_act & act);
 
-#if GGML_CUDA_TQ_FUSE
 // tq-fuse.cu. When the graph's order may still be changed: products of one input follow each other, so that memory is given
 // out for that order.
 void ggml_cuda_tq_optimize(ggml_backend_cuda_context & ctx, ggml_cgraph * cgraph);
@@ -123,8 +119,3 @@ void ggml_cuda_tq_begin(ggml_backend_cuda_context & ctx, ggml_cgraph * cgraph);
 bool ggml_cuda_tq_node(ggml_backend_cuda_context & ctx, ggml_cgraph * cgraph, int & i);
 // tq-rope.cu: the same for a ROPE that begins q, k and the cache's rows.
 bool ggml_cuda_tq_rope(ggml_backend_cuda_context & ctx, ggml_cgraph * cgraph, int & i);
-#else
-static inline void ggml_cuda_tq_optimize(ggml_backend_cuda_context &, ggml_cgraph *) {}
-static inline void ggml_cuda_tq_begin(ggml_backend_cuda_context &, ggml_cgraph *) {}
-static inline bool ggml_cuda_tq_node(ggml_backend_cuda_context &, ggml_cgraph *, int &) { return false; }
-#endif

@@ -96,17 +96,10 @@ tq_act ggml_cuda_tq_new_act(ggml_backend_cuda_context & ctx, int n, int nb) {
 
 // ---- products -------------------------------------------------------------------------------------------
 
-// Rows of floats, and the distance from one to the next in elements. ld = 0: there is none.
-struct tq_float_rows {
-    int64_t n;
-    int64_t ld;
-};
-
-// All rows of a tensor, if they are at one distance from each other.
-static tq_float_rows tq_flat_rows(const ggml_tensor * t) {
-    const bool flat = t->type == GGML_TYPE_F32 && t->nb[0] == sizeof(float) && t->nb[1] % sizeof(float) == 0 &&
+int64_t ggml_cuda_tq_row_distance(const ggml_tensor * t) {
+    const bool regular = t->type == GGML_TYPE_F32 && t->nb[0] == sizeof(float) && t->nb[1] % sizeof(float) == 0 &&
         (t->ne[2] == 1 || t->nb[2] == t->nb[1]*t->ne[1]) && (t->ne[3] == 1 || t->nb[3] == t->nb[1]*t->ne[1]*t->ne[2]);
-    return { ggml_nrows(t), flat ? (int64_t) (t->nb[1] / sizeof(float)) : 0 };
+    return regular ? (int64_t) (t->nb[1] / sizeof(float)) : 0;
 }
 
 // The tiles of the matrix of t that begins `offset` bytes after t; null if it does not begin with a tile, or its rows are
@@ -153,15 +146,15 @@ bool ggml_cuda_tq_is_product(ggml_backend_cuda_context & ctx, const ggml_tensor 
         return false;
     }
     const ggml_tensor * w = node->src[0];
-    return w->ne[2]*w->ne[3] == 1 && tq_matrix(w, 0) != nullptr && tq_flat_rows(node->src[1]).ld != 0 && tq_flat_rows(node).ld != 0;
+    return w->ne[2]*w->ne[3] == 1 && tq_matrix(w, 0) != nullptr && ggml_cuda_tq_row_distance(node->src[1]) != 0 && ggml_cuda_tq_row_distance(node) != 0;
 }
 
 int64_t ggml_cuda_tq_tokens(const ggml_tensor * node) {
-    return tq_flat_rows(node->src[1]).n;
+    return ggml_nrows(node->src[1]);
 }
 
 int64_t ggml_cuda_tq_ld(const ggml_tensor * node) {
-    return tq_flat_rows(node->src[1]).ld;
+    return ggml_cuda_tq_row_distance(node->src[1]);
 }
 
 void ggml_cuda_tq_product(ggml_backend_cuda_context & ctx, const ggml_tensor * const * nodes, int n_nodes, const tq_act & act) {
@@ -169,7 +162,7 @@ void ggml_cuda_tq_product(ggml_backend_cuda_context & ctx, const ggml_tensor * c
     tq_segment segments[TQ_MAX_SEGMENTS];
     for (int i = 0; i < n_nodes; ++i) {
         const ggml_tensor * w = nodes[i]->src[0];
-        segments[i] = { tq_matrix(w, 0), (float *) nodes[i]->data, tq_flat_rows(nodes[i]).ld, (int) w->ne[1] };
+        segments[i] = { tq_matrix(w, 0), (float *) nodes[i]->data, ggml_cuda_tq_row_distance(nodes[i]), (int) w->ne[1] };
     }
     tq_product(ctx, segments, n_nodes, act);
 }
@@ -184,14 +177,14 @@ bool ggml_cuda_tq_mul_mat(ggml_backend_cuda_context & ctx, const ggml_tensor * s
     const int nb   = (int) (src0->ne[0] / TQ_BLOCK);
     const int rows = (int) src0->ne[1];
 
-    const tq_float_rows x = tq_flat_rows(src1);
-    const tq_float_rows y = tq_flat_rows(dst);
-    if (src0->ne[2]*src0->ne[3] == 1 && x.ld != 0 && y.ld != 0) {
+    const int64_t ld_x = ggml_cuda_tq_row_distance(src1);
+    const int64_t ld_y = ggml_cuda_tq_row_distance(dst);
+    if (src0->ne[2]*src0->ne[3] == 1 && ld_x != 0 && ld_y != 0) {
         const uint8_t * w = tq_matrix(src0, 0);
         if (w == nullptr) {
             return false;
         }
-        tq_mul_mat_rows(ctx, { w, (float *) dst->data, y.ld, rows }, (const float *) src1->data, x.ld, x.n, nb);
+        tq_mul_mat_rows(ctx, { w, (float *) dst->data, ld_y, rows }, (const float *) src1->data, ld_x, ggml_nrows(src1), nb);
         return true;
     }
 
