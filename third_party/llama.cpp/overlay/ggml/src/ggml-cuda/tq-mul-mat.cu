@@ -130,6 +130,7 @@ static void tq_product(ggml_backend_cuda_context & ctx, const tq_segment * segme
         tq_prefill(segments, n_segments, act, device.cc, device.nsm, ctx.stream());
     }
     CUDA_CHECK(cudaGetLastError());
+    ggml_cuda_tq_ends_early(ctx.stream());
 }
 
 // One matrix and n rows of x.
@@ -265,5 +266,6 @@ bool ggml_cuda_tq_mul_mat_id(ggml_backend_cuda_context & ctx, ggml_tensor * dst)
     e.ld_token     = (int64_t) (dst->nb[2] / sizeof(float));
     tq_decode_experts(e, ctx.stream());
     CUDA_CHECK(cudaGetLastError());
+    ggml_cuda_tq_ends_early(ctx.stream());
     return true;
 }

@@ -209,7 +209,9 @@ bool ggml_cuda_tq_rope(ggml_backend_cuda_context & ctx, ggml_cgraph * cgraph, in
 
     const int pieces = (a.v_columns + a.columns - 1) / a.columns;
     const dim3 grid(a.q.heads + a.k.heads + pieces, tokens);
+    (void) ggml_cuda_tq_follows(ctx.stream()); // and may be started early: it waits before it reads
     ggml_cuda_kernel_launch(rope_and_cache, ggml_cuda_kernel_launch_params{grid, dim3(a.columns / 2), 0, ctx.stream()}, a);
+    ggml_cuda_tq_ends_early(ctx.stream());
     i = last;
     return true;
 }
