@@ -6,8 +6,10 @@ more), and the templates of upstream's types (GGML_CUDA_TQ=templates), which old
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,17 +39,27 @@ def build():
 
 @pytest.fixture(scope="module")
 def models(build, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The example model in F16 and, rounded by llama-quantize, in our types."""
+    """The example model in F16 and, rounded by llama-quantize, in our types.
+
+    Names ending in ``-128`` are the same weights read as heads of 128: nonsense as a language
+    model, but its attention is the one that we have kernels for.
+    """
     folder = tmp_path_factory.mktemp("models")
     source = api.source_dir()
-    base = folder / "F16.gguf"
-    convert = [sys.executable, str(source / "convert_hf_to_gguf.py"), "--outtype", "f16"]
     env = {**os.environ, "PYTHONPATH": str(source / "gguf-py"), "CUDA_VISIBLE_DEVICES": ""}
-    run([*convert, "--outfile", str(base), str(EXAMPLES / "wiki-llama-7m")], env)
-    files = {"F16": base}
-    for kind in TYPES:
-        files[kind] = folder / f"{kind}.gguf"
-        run([str(build.tool("llama-quantize")), str(base), str(files[kind]), kind], build.env())
+    files = {}
+    for suffix, heads in (("", {}), ("-128", {"num_attention_heads": 2, "num_key_value_heads": 1})):
+        hf = folder / f"hf{suffix}"
+        shutil.copytree(EXAMPLES / "wiki-llama-7m", hf)
+        config = json.loads((hf / "config.json").read_text())
+        config |= heads | ({"head_dim": 128} if heads else {})
+        (hf / "config.json").write_text(json.dumps(config))
+        base = files[f"F16{suffix}"] = folder / f"F16{suffix}.gguf"
+        convert = [sys.executable, str(source / "convert_hf_to_gguf.py"), "--outtype", "f16"]
+        run([*convert, "--outfile", str(base), str(hf)], env)
+        for kind in TYPES:
+            file = files[kind + suffix] = folder / f"{kind}{suffix}.gguf"
+            run([str(build.tool("llama-quantize")), str(base), str(file), kind], build.env())
     return files
 
 
@@ -120,19 +132,20 @@ def test_nothing_of_a_ternary_model_runs_on_the_cpu(
 
 
 @ROUTES
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", [*TYPES, *(f"{kind}-128" for kind in TYPES)])
 def test_perplexity_is_the_cpus(
     build, models: dict[str, Path], tmp_path: Path, kind: str, route: str
 ) -> None:
-    text = ("-f", str(EXAMPLES / "text" / "wiki.test.txt"), "--chunks", "8")
+    text = ("-f", str(EXAMPLES / "text" / "wiki.test.txt"), "--chunks", "4")
     base = ("--kl-divergence-base", str(tmp_path / "cpu.kld"))
     on_cpu = final_perplexity(perplexity(build, models[kind], *text, *base, route=None))
     assert on_cpu is not None
-    for tokens in (512, 8, 1) if route == "tiles" else (512,):
-        batch = ("-b", "512", "-ub", str(tokens))
+    # -b as well: with -ub alone, several sequences at once take a token each
+    for tokens in (512, 40, 8, 3, 1) if route == "tiles" else (512, 1):
+        batch = ("-b", str(tokens), "-ub", str(tokens))
         output = perplexity(build, models[kind], *base, "--kl-divergence", *batch, route=route)
         found = dict(re.findall(r"(Mean PPL\(Q\)|Mean    KLD)\s*:\s*([-\d.e]+)", output))
-        assert abs(float(found["Mean PPL(Q)"]) / on_cpu - 1) < 0.005, (tokens, output[-2000:])
+        assert abs(float(found["Mean PPL(Q)"]) / on_cpu - 1) < 0.02, (tokens, output[-2000:])
         assert float(found["Mean    KLD"]) < 0.005, (tokens, output[-2000:])
 
 

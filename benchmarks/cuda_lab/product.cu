@@ -161,7 +161,7 @@ static void check_repeats(Checker & c, int launches, int replays) {
                 s.push_back({g.w[k], out + at, rows, rows});
                 at += (int64_t) rows * n;
             }
-            run_stream(device(), g.nb % stream_of(1, shape).unit ? choose_shape(act.cols, g.nb) : shape, s.data(), s.size(), act, c.scratch.p, st);
+            run_stream(device(), g.nb % stream_of(1, shape).unit ? choose_shape(device(), s.data(), s.size(), act) : shape, s.data(), s.size(), act, c.scratch.p, st);
         };
         size_t most = (size_t) (4090 + 1000 + 37) * n;
         Buffer<float> out(most * launches, 0xff);
@@ -324,7 +324,7 @@ struct Layers {
         else if (k == 1) tq_quantize(x, m.hidden, a.act, st);
         else tq_quantize_glu(x, x, m.ffn, m.ffn, 0, nullptr, a.act, st);
         bool fits = shape >= 0 && a.act.nb % stream_of(1, shape).unit == 0;
-        run_stream(device(), fits ? shape : choose_shape(a.act.cols, a.act.nb), s, site_.n, a.act, scratch, st);
+        run_stream(device(), fits ? shape : choose_shape(device(), s, site_.n, a.act), s, site_.n, a.act, scratch, st);
     }
     void layer(int i, cudaStream_t st) {
         for (int k = 0; k < 4; k++) {

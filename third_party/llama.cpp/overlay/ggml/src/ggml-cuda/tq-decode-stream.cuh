@@ -69,7 +69,11 @@ static __device__ __forceinline__ uint64_t tq_word_read(const uint64_t * p) {
 }
 
 // ---- what a launch takes ----------------------------------------------------------------------------
+#ifdef TQ_RACECHECK
+constexpr int TQ_MAX_STAGES   = 2; // so that a product of a few blocks fills the ring more than once
+#else
 constexpr int TQ_MAX_STAGES   = 12;
+#endif
 constexpr int TQ_SHARED_WORDS = 2 * TQ_TILE_ROWS * TQ_DECODE_MAX; // that a thread block may send to the one before
 
 // How a stream of chunks is cut into `grid` runs: the first `longer` have run + 1, the others `run`.

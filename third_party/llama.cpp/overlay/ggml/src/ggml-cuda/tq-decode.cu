@@ -53,10 +53,15 @@ stream_kernel stream_of(int cols, int shape) {
     return cols == 1 ? stream_by_shape<1>(shape) : cols == 2 ? stream_by_shape<2>(shape) :
            cols == 4 ? stream_by_shape<4>(shape) : stream_by_shape<8>(shape);
 }
-// Up to 4 tokens the weights are the limit, and many chunks to cut evenly count for more; at 8 the activations are, which two
-// tiles share.
-int choose_shape(int cols, int nb) {
-    return nb % 4 == 0 && cols <= 4 ? ONE_BY_4 : nb % 2 == 0 ? TWO_BY_2 : TWO_BY_1;
+// `tiles`: of all matrices; `slots`: thread blocks that the device holds at once. At 8 tokens the activations are the limit,
+// which two tiles share. Up to 4 it is the weights, and many chunks to cut evenly count for more, but for long runs over short
+// rows, and where a run is a tile and a bit (fitted to an H200: benchmarks/cuda_lab/results/product5.txt).
+int choose_shape(int cols, int nb, int tiles, int slots) {
+    const bool quads = nb % 4 == 0;
+    if (cols > 4) { return nb % 2 == 0 ? TWO_BY_2 : TWO_BY_1; }
+    if (nb <= 64 && tiles >= 8 * slots && cols == 1) { return TWO_BY_1; }
+    const bool pairs = nb <= 64 && (tiles >= 6 * slots || (nb > 32 && tiles > slots && 4 * tiles < 7 * slots));
+    return quads && !pairs ? ONE_BY_4 : nb % 2 == 0 ? TWO_BY_2 : TWO_BY_1;
 }
 int token_index(int cols) { return cols == 1 ? 0 : cols == 2 ? 1 : cols == 4 ? 2 : 3; }
 
@@ -118,6 +123,12 @@ void launch(const device_info & d, void (*kernel)(Args), dim3 grid, int threads,
 
 // ---- launches -----------------------------------------------------------------------------------------
 int tiles_of(int rows) { return (rows + TQ_TILE_ROWS - 1) / TQ_TILE_ROWS; }
+
+int choose_shape(const device_info & d, const tq_segment * segments, int n_segments, const tq_act & act) {
+    int tiles = 0;
+    for (int i = 0; i < n_segments; i++) { tiles += tiles_of(segments[i].rows); }
+    return choose_shape(act.cols, act.nb, tiles, MAX_BLOCKS * d.multiprocessors);
+}
 
 void run_stream(device_info & d, int shape, const tq_segment * segments, int n_segments, const tq_act & act, void * scratch,
                 cudaStream_t stream) {
@@ -181,7 +192,7 @@ void tq_decode(const tq_segment * segments, int n_segments, const tq_act & act, 
     std::lock_guard<std::mutex> lock(device_mutex);
     device_info & d = device();
     if (d.streams) {
-        run_stream(d, choose_shape(act.cols, act.nb), segments, n_segments, act, scratch, stream);
+        run_stream(d, choose_shape(d, segments, n_segments, act), segments, n_segments, act, scratch, stream);
     } else {
         run_registers(d, segments, n_segments, act, stream);
     }

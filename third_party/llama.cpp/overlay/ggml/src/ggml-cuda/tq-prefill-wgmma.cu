@@ -79,7 +79,11 @@ struct barriers {
     uint64_t * full_sums;  // [2]
     uint64_t * empty_sums; // [2]
     uint64_t * weights;    // [warps][chunks]
+    uint64_t * full_d;     // [stages] of d alone, where it has barriers of its own
 };
+
+// Whether d has barriers of its own: of what comes by several copies it alone is read by lanes, the rest by wgmma.
+template <class S> constexpr bool d_apart = RACECHECK && S::tokens < TQ_PREFILL_BN;
 
 // One thread: records of blocks lo .. hi - 1, and before the first of each eight blocks their sums, in a ring of two.
 template <class S>
@@ -104,7 +108,7 @@ __device__ __forceinline__ void produce(const tq_prefill_args & args, int group,
             at_sums.next();
         }
         barrier_wait(bar.empty + at.slot, at.phase ^ 1);
-        barrier_expect(bar.full + at.slot, S::record);
+        barrier_expect(bar.full + at.slot, d_apart<S> ? S::q : S::record);
         uint8_t * dst = shared + at.slot * S::record;
         if (S::tokens == TQ_PREFILL_BN) {
             bulk_copy(dst, record, TQ_RECORD, bar.full + at.slot);
@@ -113,7 +117,10 @@ __device__ __forceinline__ void produce(const tq_prefill_args & args, int group,
             for (int i = 0; i < 8; i++) {
                 bulk_copy(dst + i * (S::tokens * 16), record + i * (TQ_PREFILL_BN * 16), S::tokens * 16, bar.full + at.slot);
             }
-            bulk_copy(dst + S::q, record + TQ_PREFILL_BN * TQ_BLOCK, S::tokens * 4, bar.full + at.slot);
+            if (d_apart<S>) {
+                barrier_expect(bar.full_d + at.slot, S::tokens * 4);
+            }
+            bulk_copy(dst + S::q, record + TQ_PREFILL_BN * TQ_BLOCK, S::tokens * 4, (d_apart<S> ? bar.full_d : bar.full) + at.slot);
         }
         at.next();
     }
@@ -202,6 +209,9 @@ template <class S> struct consumer {
     template <int PART> __device__ __forceinline__ void start(int (&c)[W / 2], const operand & o) {
         if (PART == 0) {
             barrier_wait(bar.full + begun.slot, begun.phase);
+            if (d_apart<S>) {
+                barrier_wait(bar.full_d + begun.slot, begun.phase);
+            }
         }
         const uint64_t b = b_descriptor<S::tokens>(shared + begun.slot * S::record + PART * W * 16);
         hold(c);
@@ -242,20 +252,14 @@ template <class S> struct consumer {
     // All of a block has been added: its stage is free, and after eight blocks mu * sum(x) follows.
     __device__ __forceinline__ void end_block(const operand & o) {
         mu.take(o.scales, block, lane & 3);
-        __syncwarp();
-        if (lane == 0) {
-            barrier_arrive(bar.empty + done.slot);
-        }
+        barrier_arrive_warp(bar.empty + done.slot, lane);
         done.next();
         block++;
         if (block % 8 == 0 || block == hi) {
             barrier_wait(bar.full_sums + sums.slot, sums.phase);
             mu.add(acc, shared + S::at_sums + sums.slot * S::sums, lane, nb - (block - 1) / 8 * 8);
             mu.clear();
-            __syncwarp();
-            if (lane == 0) {
-                barrier_arrive(bar.empty_sums + sums.slot);
-            }
+            barrier_arrive_warp(bar.empty_sums + sums.slot, lane);
             sums.next();
         }
     }
@@ -388,9 +392,9 @@ template <class S>
 __global__ void __launch_bounds__(S::threads, S::min_blocks) prefill_wgmma(const __grid_constant__ tq_prefill_args args) {
 #if defined(TQ_WGMMA_CODE)
     extern __shared__ __align__(128) uint8_t shared[];
-    __shared__ uint64_t storage[2 * S::stages + 4 + S::warps * S::chunks];
+    __shared__ uint64_t storage[2 * S::stages + 4 + S::warps * S::chunks + (d_apart<S> ? S::stages : 0)];
     const barriers bar = {storage, storage + S::stages, storage + 2 * S::stages, storage + 2 * S::stages + 2,
-                          storage + 2 * S::stages + 4};
+                          storage + 2 * S::stages + 4, storage + 2 * S::stages + 4 + S::warps * S::chunks};
     const int split = args.split, rank = blockIdx.x, group = args.group0 + blockIdx.y;
     int tile = args.tile0 + blockIdx.z;
     const tq_segment & seg = tq_prefill_find(args, tile);
@@ -410,11 +414,14 @@ __global__ void __launch_bounds__(S::threads, S::min_blocks) prefill_wgmma(const
     } else if (threadIdx.x == S::warps * 32) {
         for (int i = 0; i < S::stages; i++) {
             barrier_init(bar.full + i, 1);
-            barrier_init(bar.empty + i, S::warps);
+            barrier_init(bar.empty + i, S::warps * WARP_ARRIVALS);
+            if (d_apart<S>) {
+                barrier_init(bar.full_d + i, 1);
+            }
         }
         for (int i = 0; i < 2; i++) {
             barrier_init(bar.full_sums + i, 1);
-            barrier_init(bar.empty_sums + i, S::warps);
+            barrier_init(bar.empty_sums + i, S::warps * WARP_ARRIVALS);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }

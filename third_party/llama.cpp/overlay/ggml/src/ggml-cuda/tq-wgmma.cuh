@@ -18,6 +18,20 @@ __device__ __forceinline__ void barrier_expect(uint64_t * b, int bytes) {
 __device__ __forceinline__ void barrier_arrive(uint64_t * b) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(b)) : "memory");
 }
+// A warp arrives as one, by its first lane, which __syncwarp has put behind the others. In a build for compute-sanitizer's
+// racecheck (TQ_RACECHECK) each lane arrives by itself, and every phase that lanes wait for has one copy.
+#ifdef TQ_RACECHECK
+constexpr bool RACECHECK = true;
+#else
+constexpr bool RACECHECK = false;
+#endif
+constexpr int WARP_ARRIVALS = RACECHECK ? 32 : 1;
+__device__ __forceinline__ void barrier_arrive_warp(uint64_t * b, int lane) {
+    __syncwarp();
+    if (RACECHECK || lane == 0) {
+        barrier_arrive(b);
+    }
+}
 __device__ __forceinline__ void barrier_wait(uint64_t * b, int parity) {
     asm volatile("{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@!p bra again;\n}"
                  ::"r"(shared_address(b)), "r"(parity) : "memory");
