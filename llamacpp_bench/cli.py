@@ -165,6 +165,7 @@ def to_config(args: argparse.Namespace) -> Config:
         batch_prompt=args.batch_prompt,
         batch_gen=args.batch_gen,
         rounds=args.rounds,
+        repeats=args.repeats,
         threads=args.threads,
         gpu_layers=args.gpu_layers,
         repack=not args.no_repack,
@@ -315,6 +316,14 @@ def add_speed_options(p: argparse.ArgumentParser) -> None:
     )
     g.add_argument("--batch-gen", type=natural, metavar="N", help="tokens of each (default: -n)")
     g.add_argument("-r", "--rounds", type=positive, default=5, metavar="N", help="default: 5")
+    g.add_argument(
+        "--repeats",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="passes of a test in each round, whose mean counts (default: 1); on a GPU the first "
+        "records a CUDA graph, which is most of the time of a short prompt",
+    )
     g.add_argument("-t", "--threads", type=positive, metavar="N", help="default: all usable cores")
     g.add_argument("--gpu-layers", type=natural, metavar="N", help="default: all on a CUDA build")
     g.add_argument("--no-repack", action="store_true", help="weights stay as they are in the file")

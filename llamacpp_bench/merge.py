@@ -87,6 +87,8 @@ def settle(out: Results, parts: Sequence[Results]) -> Results:
     """Put groups and rounds in order, and say in the configuration what was merged."""
     groups = out.groups()
     out.models.sort(key=lambda m: groups.index(m.group))
+    repeats = sorted(int(p.config.get("repeats", 1)) for p in parts)
+    out.config |= {"repeats_least": repeats[0], "repeats": repeats[-1]}
     out.config["rounds"] = max(int(p.config.get("rounds", 0)) for p in parts)
     out.config["merged"] = len(parts)
     return out

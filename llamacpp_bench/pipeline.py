@@ -72,6 +72,7 @@ class Config:
     batch_prompt: int | None = None
     batch_gen: int | None = None
     rounds: int = MIN_ROUNDS
+    repeats: int = 1
     threads: int | None = None
     gpu_layers: int | None = None
     repack: bool = True
@@ -106,6 +107,7 @@ class Config:
             batches=self.batches,
             batch_prompt=self.prompt if self.batch_prompt is None else self.batch_prompt,
             batch_gen=self.gen if self.batch_gen is None else self.batch_gen,
+            repeats=self.repeats,
             timeout=self.tool_timeout,
         )
 

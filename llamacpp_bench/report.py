@@ -207,9 +207,13 @@ def caption(results: Results) -> list[str]:
     b = results.build
     threads = f"{c['threads']} thread{'s' if c['threads'] != 1 else ''}"
     repack = "" if c.get("repack", True) else ", no repacking"
+    repeats = int(c.get("repeats", 1))
+    least = int(c.get("repeats_least", repeats))
+    passes = f" of {f'{least} to ' if least < repeats else ''}{repeats} passes"
+    passes = passes if repeats > 1 else ""
     lines.append(
         f"llama.cpp {b.get('build_commit') or '?'} ({b['description']}, {b.get('backends') or '?'}"
-        f"), {threads}{repack}, {c['rounds']} interleaved rounds."
+        f"), {threads}{repack}, {c['rounds']} interleaved rounds{passes}."
     )
     rate = float(results.bandwidth.get("bytes_per_second", 0))
     if rate:

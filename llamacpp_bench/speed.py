@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from llamacpp_bench.ggml_types import PT2_LAYOUT_KEYS
@@ -149,7 +150,7 @@ def measure_once(session: Session, model: Model, load: Load, round_: int) -> Non
         entries, done = run_bench(session.tools, path, load, log)
         model.peak_rss = max(model.peak_rss, done.peak_rss)
         note_build(session, entries[0])
-        speeds |= {test_name(e): float(e["samples_ts"][0]) for e in entries}
+        speeds |= {test_name(e): fmean(map(float, e["samples_ts"])) for e in entries}
     if load.batches:
         session.command(batched_command(session.tools, path, load))
         log = session.log("batched", model.name, f"round{round_}")

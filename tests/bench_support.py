@@ -53,7 +53,8 @@ if name == "llama-bench":
     for p, n in tests:
         if p or n:
             ts = factor * (100.0 if p else 10.0) + 0.01 * calls
-            rows.append(dict(n_prompt=p, n_gen=n, n_depth=0, samples_ts=[ts], build_commit="abc",
+            samples = [ts + 3 * k for k in range(int(value("-r")))]
+            rows.append(dict(n_prompt=p, n_gen=n, n_depth=0, samples_ts=samples, build_commit="abc",
                              build_number=1, backends="CPU", cpu_info="fake", gpu_info=""))
     print(json.dumps(rows))
 elif name == "llama-batched-bench":

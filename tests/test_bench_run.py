@@ -22,7 +22,7 @@ from llamacpp_bench.compare import compare, remarks, verdict
 from llamacpp_bench.gguf_info import read_gguf
 from llamacpp_bench.perplexity import plan, standard_error
 from llamacpp_bench.plots import quality_figure, write_plots
-from llamacpp_bench.report import markdown, to_csv, write_reports
+from llamacpp_bench.report import caption, markdown, to_csv, write_reports
 from llamacpp_bench.results import Results, paired_ratio, summarise, to_json, token_bytes
 from llamacpp_bench.runner import interleave, parse_placement
 from quantize.common import PT2Error
@@ -362,6 +362,19 @@ def test_a_time_limit_leaves_out_whole_rounds(
         assert [len(results.values(m.name, "tg256")) for m in results.models] == [rounds] * 2
         said = any(f"{rounds} of 3 rounds fit the limit" in w for w in results.warnings)
         assert said == (limit is not None)
+
+
+def test_a_round_is_the_mean_of_its_passes(tmp_path: Path, setup: Setup) -> None:
+    """The fake llama-bench is 3 tokens/s faster in each pass."""
+    one = bench([tmp_path / "fast.gguf"], setup(perplexity=False, baselines=(), rounds=1))
+    more = setup(perplexity=False, baselines=(), rounds=1, repeats=3, out=str(tmp_path / "three"))
+    three = bench([tmp_path / "fast.gguf"], more)
+    name = one.models[0].name
+    assert three.values(name, "pp128")[0] == pytest.approx(
+        one.values(name, "pp128")[0] + 3, abs=0.5
+    )
+    assert "1 interleaved rounds of 3 passes" in " ".join(caption(three))
+    assert "passes" not in " ".join(caption(one))
 
 
 def test_a_hanging_program_is_stopped(
