@@ -1,7 +1,8 @@
 // tq-attn.cu against float64, then its time in a CUDA graph.
 //   S=../../third_party/llama.cpp/overlay/ggml/src/ggml-cuda
 //   nvcc -std=c++17 -O3 -use_fast_math -arch=sm_90a -cudart static -o attn_check attn_check.cu $S/tq-act.cu
-//   ./attn_check check | bench
+//   ./attn_check check [SECONDS | small | tiny] | bench
+//     small: 15 seconds; tiny: a few launches of each kind, for compute-sanitizer (../h200/sanitize.sh)
 // The floats must be within a few units of float32 of the reference, the activations must be those that
 // tq_quantize makes of the floats, bit for bit, and every repeat must give the same bits.
 
@@ -219,12 +220,20 @@ static void check_repeats(memory & m, int tokens, int heads, int ratio, int keys
     expect(same, "repeats in a graph: tokens " + std::to_string(tokens) + " heads " + std::to_string(heads) + " keys " + std::to_string(keys));
 }
 
-static void check_all(double seconds) {
-    memory m;
-    fill_noise<<<256, 256>>>(m.q.data, m.q.n, 1, 1.0f);
-    fill_noise<<<1024, 256>>>(m.k.data, m.k.n, 2, 1.0f);
-    fill_noise<<<1024, 256>>>(m.v.data, m.v.n, 3, 1.0f);
+// One thread block and clusters of 2, 4 and 8; a group of queries and two, whole and not; keys for one step and for several.
+static void check_few(memory & m) {
+    int done = 0;
+    for (int ranks : {1, 2, 4, 8}) {
+        for (int tokens : {1, 3, 8}) {
+            for (int ratio : {1, 4}) { done++; check_one(m, tokens, 4, ratio, done % 2 ? 100 : 300, done % MASKS, done % DATA, done % 2, ranks); }
+        }
+    }
+    check_repeats(m, 3, 2, 1, 64);
     CK(cudaDeviceSynchronize());
+    printf("%s: %d shapes, %d checks, %d failures; worst error %.3f of what is allowed\n", failures ? "FAILED" : "ok", done, cases, failures, worst_error);
+}
+
+static void check_all(memory & m, double seconds) {
     const auto start = std::chrono::steady_clock::now();
     int done = 0, left_out = 0;
     for (int keys : {1, 7, 32, 100, 256, 257, 1000, 4096}) {
@@ -321,8 +330,17 @@ static void bench() {
 
 int main(int argc, char ** argv) {
     const std::string mode = argc > 1 ? argv[1] : "check";
-    if (mode == "check") { check_all(argc > 2 ? atof(argv[2]) : 600); }
+    if (mode == "check") {
+        const std::string how = argc > 2 ? argv[2] : "";
+        memory m;
+        fill_noise<<<256, 256>>>(m.q.data, m.q.n, 1, 1.0f);
+        fill_noise<<<1024, 256>>>(m.k.data, m.k.n, 2, 1.0f);
+        fill_noise<<<1024, 256>>>(m.v.data, m.v.n, 3, 1.0f);
+        CK(cudaDeviceSynchronize());
+        if (how == "tiny") { check_few(m); }
+        else { check_all(m, how == "small" ? 15 : how.empty() ? 600 : atof(how.c_str())); }
+    }
     else if (mode == "bench") { bench(); }
-    else { fprintf(stderr, "usage: attn_check check [seconds] | bench\n"); return 2; }
+    else { fprintf(stderr, "usage: attn_check check [SECONDS | small | tiny] | bench\n"); return 2; }
     return failures != 0;
 }

@@ -3,7 +3,9 @@
 //   D=../../third_party/llama.cpp/overlay/ggml/src/ggml-cuda
 //   nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a -DGGML_CUDA_TQ_SM90A -I$D -o prefill_product prefill_product.cu \
 //        $D/tq-prefill.cu $D/tq-prefill-wgmma.cu
-//   ./prefill_product check [small]   against float64 sums of the quantised problem; poisoned y, strides, odd shapes
+//   ./prefill_product check [small|tiny]   against float64 sums of the quantised problem; poisoned y, strides, odd shapes;
+//                                     "tiny": each kernel a few times, for compute-sanitizer (../h200/sanitize.sh), which
+//                                     racecheck follows when compiled with -DTQ_RACECHECK (tq-wgmma.cuh)
 //   ./prefill_product bench           microseconds and TOPS of every plan, and layers with the plan that is chosen
 #include "lab.cuh"
 #include "tq-prefill.cuh"
@@ -152,16 +154,19 @@ static void launch_plan(const Plan & p, const tq_segment * seg, int segs, const 
 }
 
 // ---- check -----------------------------------------------------------------------------------------------------
-static int check(bool small) {
+static int check(const std::string & how) {
     std::vector<int> ns = {9, 16, 17, 31, 64, 65, 100, 128, 129, 200, 512}, Ms = {1, 17, 100, 192, 1000}, nbs = {1, 2, 3, 9, 33};
-    if (small) { ns = {9, 17, 64, 129}; Ms = {17, 200}; nbs = {1, 9}; }
+    int most_segments = 3;
+    if (how == "small") { ns = {9, 17, 64, 129}; Ms = {17, 200}; nbs = {1, 9}; }
+    // enough blocks to fill every ring anew, enough rows for a second launch, of which some warps have none
+    if (how == "tiny") { ns = {9, 17, 64, 129}; Ms = {300}; nbs = {26}; most_segments = 1; }
     int cases = 0, bad = 0, runs = 0;
     double worst = 0;
     Verdict * verdict; CK(cudaMalloc(&verdict, sizeof *verdict));
     for (int n : ns)
         for (int nb : nbs)
             for (int M : Ms)
-                for (int segs = 1; segs <= 3; segs++, cases++) {
+                for (int segs = 1; segs <= most_segments; segs++, cases++) {
                     const int kind = cases % N_KINDS;
                     Activations x(n, nb, kind, 3 + cases);
                     tq_segment seg[3];
@@ -313,9 +318,9 @@ int main(int argc, char ** argv) {
     CK(cudaGetDeviceProperties(&prop, 0));
     g_sms = prop.multiProcessorCount;
     printf("%s, %d multiprocessors, wgmma %s\n", prop.name, g_sms, tq_prefill_wgmma_built() ? "built" : "not built");
-    if (what == "check") return check(more == "small") | (more == "small" ? 0 : repeat());
+    if (what == "check") return check(more) | (more.empty() ? repeat() : 0);
     if (what == "bench") { bench(more == "quick"); return 0; }
     if (what == "profile" && argc == 4) return profile(more, atoi(argv[3]));
-    fprintf(stderr, "usage: prefill_product check [small] | bench [quick] | profile PLAN TOKENS\n");
+    fprintf(stderr, "usage: prefill_product check [small|tiny] | bench [quick] | profile PLAN TOKENS\n");
     return 2;
 }

@@ -3,8 +3,10 @@
 //
 //   OVERLAY=../../third_party/llama.cpp/overlay/ggml/src/ggml-cuda
 //   nvcc -O3 -std=c++17 -gencode arch=compute_90a,code=sm_90a -I $OVERLAY -o product product.cu $OVERLAY/tq-act.cu
-//   ./product check [small|tiny]  against float64; "small" is for compute-sanitizer's memcheck, "tiny" for its racecheck
-//                               (compiled with -DTQ_RACECHECK, see tq-decode-stream.cuh; --kernel-name kns=tq_decode_stream)
+//   ./product check [small]       against float64
+//   ./product check tiny [GRID]   a few small launches, for compute-sanitizer (../h200/sanitize.sh), which racecheck follows
+//                                 when compiled with -DTQ_RACECHECK (tq-decode-stream.cuh). GRID: thread blocks, 2 if left out;
+//                                 from 2 on they exchange sums, so all of them must be on the card at once
 //   ./product bench [quick]       layers of LLaMA's shapes in a CUDA graph, with dependent launch
 #include "tq-decode.cu" // for its shapes, which the backend does not show
 #include "layouts.cuh"
@@ -240,7 +242,8 @@ static void limit_grid(int most) {
         }
 }
 
-static int check(const std::string & how) {
+// grid: thread blocks of "tiny"
+static int check(const std::string & how, int grid) {
     Checker c;
     auto all = [&](std::vector<int> rows, int nb, int data, std::vector<int> tokens) {
         Group g(rows, nb, data);
@@ -248,8 +251,11 @@ static int check(const std::string & how) {
     };
     std::vector<int> some = {1, 3, 8}, every = {1, 2, 3, 4, 5, 6, 7, 8};
     if (how == "tiny") {
-        limit_grid(3);
-        all({100, 33}, 12, RANDOM, {1, 8});
+        limit_grid(grid);
+        all({100, 33}, 24, RANDOM, {1, 8}); // every shape, runs of more stages than TQ_RACECHECK's rings have
+        all({17}, 5, RANDOM, {3});
+        check_experts(c, 17, 2);
+        check_experts(c, 17, 10);
     } else if (how == "small") {
         all({100, 16, 33}, 8, RANDOM, some);
         all({17}, 5, RANDOM, some);
@@ -395,7 +401,7 @@ int main(int argc, char ** argv) {
     cudaDeviceProp prop;
     CK(cudaGetDeviceProperties(&prop, 0));
     printf("%s, %d multiprocessors, L2 %d MB\n", prop.name, prop.multiProcessorCount, prop.l2CacheSize >> 20);
-    if (command == "check") return check(how);
+    if (command == "check") return check(how, argc > 3 ? std::max(1, atoi(argv[3])) : 2);
     bench(how == "quick");
     return 0;
 }
