@@ -178,7 +178,10 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     if args.device == "cuda":
         with arithmetic(args.threads):
-            rows.append({"recording": check_recording(args.device)})
+            try:
+                rows.append({"recording": check_recording(args.device)})
+            except RuntimeError as e:  # a recording that the GPU refuses; the rest goes on without
+                rows.append({"recording": {"equal": False, "error": str(e).splitlines()[0]}})
         args.record = rows[0]["recording"]["equal"]
         show(rows[0], began)
     with tempfile.TemporaryDirectory() as folder:

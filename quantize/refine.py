@@ -19,6 +19,7 @@ import quantize.waiting  # noqa: F401  before torch is loaded
 
 import math
 import os
+import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -166,8 +167,10 @@ class Run:
                 "--text, or a smaller --held-out or --seqlen"
             )
         self.watched = tokens[-held:].view(config.held_out, config.seqlen).to(device)
-        self.windows = Windows(tokens[:-held], config.seqlen, config.batch_size, config.seed)
+        text = tokens[:-held].to(device)  # there, so that a step waits for no copy
+        self.windows = Windows(text, config.seqlen, config.batch_size, config.seed)
         self.step, self.looks_without_gain = 0, 0
+        self.began, self.elapsed_before = time.monotonic(), 0.0
         self.seconds, self.trained = 0.0, 0
         self.history: list[dict[str, Any]] = []
         self.snapshot: dict[str, Tensor] = {}
@@ -177,6 +180,7 @@ class Run:
     def build(self, model_config: Any, checkpoint: Checkpoint, source: Artifact) -> None:
         """Load the teacher and make the student from an artifact's matrices."""
         config = self.config
+        restored = restored_linears(source, config.restore)
         self.reporter.start("loading the models", 2)
         self.teacher = build_teacher(
             model_config, checkpoint.read, self.device, torch_dtype(config.dtype)
@@ -189,6 +193,7 @@ class Run:
                                      per_weight=config.per_weight))
                 for index in range(source.n_blocks)
                 for name, m in source.block(index).items()
+                if name not in restored
             ),
         )  # fmt: skip
         self.replace(source.replaced())
@@ -224,11 +229,12 @@ class Run:
             self.best = self.before = self._look()
             self._keep(float("nan"))
         self.reporter.start("refining", config.steps - self.step)
+        self.began = time.monotonic()
         recent: list[Tensor] = []
-        while self.step < config.steps:
+        while self.place() < config.steps:
             began = time.monotonic()
             recent.append(self.one_step())
-            if self.step % config.eval_every and self.step < config.steps:
+            if self.step % config.eval_every and self.place() < config.steps:
                 self._clock(began)
                 self.reporter.step(f"{self.speed():.0f} tokens/s")
                 continue
@@ -240,15 +246,26 @@ class Run:
             if self._judge(self._look(), loss):
                 break
             self.reporter.step(f"KL {loss:.4f}  {self.speed():.0f} tokens/s")
-            if self.step % config.save_every < config.eval_every and self.step < config.steps:
+            if self.step % config.save_every < config.eval_every and self.place() < config.steps:
                 save()
         self.reporter.done()
+
+    def elapsed(self) -> float:
+        """Seconds of training so far, looks and stopped runs included."""
+        return self.elapsed_before + time.monotonic() - self.began
+
+    def place(self) -> float:
+        """Where in the schedule the run is, in steps: further than ``step`` if the clock is."""
+        if not self.config.minutes:
+            return self.step
+        return max(self.step, self.config.steps * self.elapsed() / (60 * self.config.minutes))
 
     def one_step(self) -> Tensor:
         """One optimiser step; returns the mean KL divergence of its tokens, on the device."""
         config = self.config
-        factor = schedule(self.step, config.steps, config.warmup)
-        self._soften()
+        place = min(self.place(), config.steps - 1)
+        factor = schedule(place, config.steps, config.warmup)
+        self._soften(place)
         batch = self.windows.step(self.step).to(self.device)
         total = torch.zeros((), device=self.device)
         for part in batch.split(config.micro_batch):
@@ -285,7 +302,8 @@ class Run:
             tensors |= {f"latent.{i}.{k}": getattr(latent, k) for k in ("z", "mean", "square")}
         record = {
             "step": self.step, "looks_without_gain": self.looks_without_gain,
-            "history": self.history, "before": vars(self.before), "best": vars(self.best),
+            "elapsed": self.elapsed(), "history": self.history,
+            "before": vars(self.before), "best": vars(self.best),
         }  # fmt: skip
         return {"tensors": tensors, "record": record}
 
@@ -309,6 +327,7 @@ class Run:
         marks = {k: v for k, v in tensors.items() if k.startswith("snapshot.")}
         self.snapshot = {k.removeprefix("snapshot."): v for k, v in marks.items()}
         self.step, self.history = record["step"], record["history"]
+        self.elapsed_before = record["elapsed"]
         self.looks_without_gain = record["looks_without_gain"]
         self.before, self.best = Held(**record["before"]), Held(**record["best"])
 
@@ -321,9 +340,9 @@ class Run:
             tables["lm_head.weight"] = self.student.head
         return tables
 
-    def _soften(self) -> None:
+    def _soften(self, place: float) -> None:
         if self.config.codes == "soft":
-            tau = self.config.tau * 0.1 ** (self.step / self.config.steps)
+            tau = self.config.tau * 0.1 ** (place / self.config.steps)
             for latent in self.latents:
                 latent.tau = tau
 
@@ -365,12 +384,25 @@ class Run:
         self.seconds += time.monotonic() - began
 
 
-def schedule(step: int, steps: int, warmup: float) -> float:
+def schedule(step: float, steps: int, warmup: float) -> float:
     """Factor of the step size: a linear rise over ``warmup`` of the steps, then a cosine to 0."""
     rise = max(1, round(warmup * steps))
     if step < rise:
-        return (step + 1) / rise
+        return min(1.0, (step + 1) / rise)
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def restored_linears(source: Artifact, pattern: str | None) -> set[str]:
+    """Names of the ternary linears that get their original weights back.
+
+    Raises:
+        PT2Error: the pattern matches none, or all.
+    """
+    found = {n for n in source.matrices if pattern is not None and re.search(pattern, n)}
+    if pattern is not None and len(found) in (0, len(source.matrices)):
+        what = "every linear" if found else f"none of {source.path}'s linears"
+        raise PT2Error(f"--restore {pattern!r} matches {what}")
+    return found
 
 
 def text_tokens(config: RefineConfig, model: Path, vocab: int) -> Tensor:

@@ -61,6 +61,10 @@ def build_parser() -> argparse.ArgumentParser:
     steps = parser.add_argument_group("steps")
     _option(steps, "codes", "whether and how T moves", choices=CODES)
     _option(steps, "steps", "optimiser steps")
+    _option(steps, "minutes", "end after so many, the schedule following the clock; 0: never")
+    steps.add_argument(
+        "--restore", metavar="REGEX", help="linears that get their original weights back"
+    )
     _option(steps, "batch_size", "windows per step")
     _option(steps, "lr", "of alpha, mu and norms, relative to their size")
     _option(steps, "lr_codes", "of the codes' latents, in units of alpha")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +20,16 @@ class RefineConfig:
         codes: ``frozen`` leaves T as it is; ``ste`` moves it by straight-through gradients;
             ``soft`` by a smooth staircase that hardens during the run.
         steps: optimiser steps.
+        minutes: let the schedule follow the clock and end the run by then (0: follow the steps).
+            Such a run is not reproducible to the bit.
         batch_size: windows per step; micro_batch: windows that go through the models at a time.
         seqlen: tokens in a window.
         lr: step size of alpha, mu and norms, relative to their size; lr_codes: of the latents, in
             units of alpha; lr_tables: of embeddings and head, relative to their RMS.
         norms, embeddings: whether norms, and embeddings and head, are trained too.
         warmup: share of the steps in which the step size rises; it then falls as a cosine to 0.
+        restore: regular expression; linears whose name it matches get their original weights back
+            and the others are refined around them (None: none).
         tau: width of the soft staircase at the start; it falls to a tenth.
         per_weight: keep Adam's second moment for every weight's latent, not for every block.
         text: what to train on: text file, folder, data set name, or ``file.safetensors:tensor``.
@@ -40,6 +45,7 @@ class RefineConfig:
 
     codes: str = "ste"
     steps: int = 1000
+    minutes: float = 0.0
     batch_size: int = 32
     micro_batch: int = 8
     seqlen: int = 512
@@ -49,6 +55,7 @@ class RefineConfig:
     norms: bool = True
     embeddings: bool = False
     warmup: float = 0.05
+    restore: str | None = None
     tau: float = 0.3
     per_weight: bool = False
     text: str = "wikitext2"
@@ -74,6 +81,13 @@ class RefineConfig:
         for name in ("lr", "lr_codes", "lr_tables", "tau"):
             if not 0 < getattr(self, name) <= 1:
                 raise PT2Error(f"setting {name} must be above 0 and at most 1")
+        if not 0 <= self.minutes < 1e6:
+            raise PT2Error("setting minutes must not be negative")
+        if self.restore is not None:
+            try:
+                re.compile(self.restore)
+            except re.error as e:
+                raise PT2Error(f"setting restore is not a regular expression: {e}") from e
         if not 0 <= self.warmup < 1:
             raise PT2Error("setting warmup must be at least 0 and below 1")
 

@@ -9,10 +9,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantize.artifact import Artifact, ArtifactWriter, TernaryMatrix, pack_ternary
+from quantize.artifact import Artifact, ArtifactWriter, TernaryMatrix
 from quantize.distill import Held
 from quantize.latent import round_codes
 from quantize.student import Network, ScaledNorm, TernaryLinear
+
+
+def pack_codes(codes: Tensor) -> Tensor:
+    """:func:`quantize.artifact.pack_ternary` where the codes are: uint8 ``[rows, cols / 4]``.
+
+    Args:
+        codes: values of {-1, 0, 1}, ``[rows, cols]``, of any dtype.
+    """
+    quads = (codes + 1).to(torch.uint8).view(codes.shape[0], -1, 4)
+    return quads[..., 0] | quads[..., 1] << 2 | quads[..., 2] << 4 | quads[..., 3] << 6
 
 
 @torch.no_grad()
@@ -27,9 +37,8 @@ def snapshot(student: Network) -> dict[str, Tensor]:
         alpha, mu = layer.grid()
         z = layer.latent.z if layer.latent is not None else layer.codes()
         codes = round_codes(z).view(*alpha.shape, -1)
-        codes = (codes * torch.where(alpha < 0, -1.0, 1.0)[..., None]).to(torch.int8)
-        packed = pack_ternary(codes.view(z.shape).cpu().numpy())
-        result[f"{name}.ternary"] = torch.from_numpy(packed)
+        codes = codes * torch.where(alpha < 0, -1.0, 1.0)[..., None]
+        result[f"{name}.ternary"] = pack_codes(codes.view(z.shape)).cpu()
         result[f"{name}.alpha"] = alpha.abs().half().cpu()
         result[f"{name}.mu"] = mu.half().cpu()
     for name, norm in student.modules(ScaledNorm):
@@ -51,6 +60,8 @@ def write_refined(
     """
     keep = ("model", "versions", "calibration", "kept")
     manifest = {k: source.manifest[k] for k in keep}
+    restored = [n for n in source.matrices if f"{n}.ternary" not in stored]
+    manifest["kept"] = manifest["kept"] | dict.fromkeys(restored, "restored")
     manifest["settings"] = {**source.manifest["settings"], "refine": identity["settings"]}
     manifest["refinement"] = {
         **{k: identity[k] for k in ("source", "tokens_sha256", "versions")},
@@ -62,6 +73,8 @@ def write_refined(
     for index in range(source.n_blocks):
         matrices = []
         for name, m in source.block(index).items():
+            if name in restored:
+                continue
             parts = {p: stored[f"{name}.{p}"].numpy() for p in ("ternary", "alpha", "mu")}
             used |= {f"{name}.{p}" for p in parts}
             matrices.append(TernaryMatrix(name, **parts, perm=m.perm))
@@ -79,6 +92,8 @@ def changed_codes(source: Artifact, stored: dict[str, Tensor]) -> float:
     different = total = 0
     for index in range(source.n_blocks):
         for name, m in source.block(index).items():
+            if f"{name}.ternary" not in stored:
+                continue
             bits = m.ternary ^ stored[f"{name}.ternary"].numpy()
             different += sum(int(np.count_nonzero(bits >> s & 3)) for s in (0, 2, 4, 6))
             total += m.rows * m.cols

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from quantize_support import artifact_bytes, tiny_model, token_file
 from safetensors.torch import save_file
 
-from quantize.artifact import Artifact, read_manifest
+from quantize.artifact import Artifact, pack_ternary, read_manifest
 from quantize.common import PT2Error
 from quantize.config import Config
 from quantize.distill import Windows, kl_divergence
@@ -22,6 +22,7 @@ from quantize.latent import EDGE, REACH, Latent, initial_latent, round_codes, so
 from quantize.pipeline import ternarize
 from quantize.refine import refine, schedule
 from quantize.refine_config import RefineConfig
+from quantize.refine_store import pack_codes
 from quantize.student import TernaryLinear
 
 SMALL = {
@@ -169,6 +170,40 @@ def test_embeddings_can_be_trained(start, tmp_path):
     refine(source, tmp_path / "r", config)
     replaced = Artifact.open(tmp_path / "r").replaced()
     assert {"model.embed_tokens.weight", "lm_head.weight"} <= set(replaced)
+
+
+def test_restored_linears_have_their_weights_back(start, tmp_path):
+    model, source, text = start
+    config = RefineConfig(**SMALL, restore=r"k_proj|layers\.0\.mlp\.down", text=text)
+    result = refine(source, tmp_path / "r", config)
+    plain = refine(source, tmp_path / "p", RefineConfig(**SMALL, text=text))
+    assert result.before.kl < plain.before.kl
+    artifact, whole = Artifact.open(tmp_path / "r"), Artifact.open(tmp_path / "p")
+    restored = set(whole.matrices) - set(artifact.matrices)
+    assert "model.layers.0.mlp.down_proj" in restored
+    assert all("k_proj" in n or "down_proj" in n for n in restored)
+    assert set(artifact.kept) - set(whole.kept) == restored
+    ids = torch.from_numpy(np.asarray(_ids(text)))[-4 * 16 :].view(4, 16).long()
+    score = perplexity(model, ids, artifact=tmp_path / "r", device="cpu", threads=1)
+    assert score.perplexity == pytest.approx(result.after.perplexity, rel=2e-3)
+    for pattern, message in (("no_such", "none of"), (".", "every linear"), ("(", "regular")):
+        with pytest.raises(PT2Error, match=message):
+            refine(source, tmp_path / "x", RefineConfig(**SMALL, restore=pattern, text=text))
+
+
+def test_a_run_by_the_clock_ends_in_time(start, tmp_path):
+    _, source, text = start
+    settings = {**SMALL, "steps": 10**6, "minutes": 2 / 60}
+    result = refine(source, tmp_path / "r", RefineConfig(**settings, text=text))
+    assert 0 < result.history[-1]["step"] < 10**6
+    assert result.seconds < 60
+    assert result.after.kl < result.before.kl
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float32])
+def test_codes_are_packed_as_in_the_artifact(dtype):
+    t = torch.randint(-1, 2, (5, 24), generator=generator(), dtype=torch.int8)
+    assert np.array_equal(pack_codes(t.to(dtype)).numpy(), pack_ternary(t.numpy()))
 
 
 class Killed(Exception):
