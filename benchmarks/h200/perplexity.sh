@@ -20,7 +20,8 @@
 #   OUT        folder for the logs (default: perplexity-<model> here)
 #   BENCH      the command of pt2-bench, for the placement (default: pt2-bench)
 set -u
-export GGML_CUDA_TQ=${GGML_CUDA_TQ:-tiles} ROUTE=${GGML_CUDA_TQ:-tiles} # not the default yet, for what this script has found
+export GGML_CUDA_TQ=${GGML_CUDA_TQ:-tiles}
+ROUTE=$GGML_CUDA_TQ
 if [ $# != 2 ]; then
     sed -n '2,/^set/{/^set/!p}' "$0" | sed 's/^# \{0,1\}//'
     exit 2

@@ -22,8 +22,8 @@ NO_CUDA_KERNELS = (
     "TQ2_1 and TQ1_1 have no CUDA kernels yet: in CUDA builds tensors of these types run on the CPU"
 )
 CUDA_KERNELS = (
-    "TQ2_1 and TQ1_1 run on the GPU through the kernels that llama.cpp's types share; our own, "
-    "faster, with GGML_CUDA_TQ=tiles: not yet right for one token at a time"
+    "TQ2_1 and TQ1_1 run on the GPU: kernels of our own from compute capability 8.0 on, those that "
+    "llama.cpp's types share on older cards"
 )
 
 

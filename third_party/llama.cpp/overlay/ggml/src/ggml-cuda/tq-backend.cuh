@@ -15,7 +15,7 @@
 
 // ---- which tensors ------------------------------------------------------------------------------------
 // Whether `device` keeps this tensor in tile form, wherever the tensor is now: one of the two types, compute
-// capability 8.0 or more, and contiguous at its root. Only with GGML_CUDA_TQ=tiles: see tq-backend.cu.
+// capability 8.0 or more, and contiguous at its root. Not with GGML_CUDA_TQ=templates.
 bool ggml_cuda_tq_form(int device, const ggml_tensor * tensor);
 // The same for a tensor that is allocated: memory of the host, which some devices read as it is, is not in tile form.
 bool ggml_cuda_tq_tiles(int device, const ggml_tensor * tensor);

@@ -4,8 +4,8 @@
 // ggml's headers, so that the kernels can be compiled and checked by themselves
 // (benchmarks/cuda_lab). KERNELS.md says why they look as they do.
 //
-// With GGML_CUDA_TQ=tiles, weights on a card of compute capability 8.0 or more are kept in tile form, whatever
-// their type in the file; otherwise the file's bytes are kept and the templates shared by all types (tq.cuh) used.
+// Weights on a card of compute capability 8.0 or more are kept in tile form, whatever their type in the file. On older
+// cards, or with GGML_CUDA_TQ=templates, the file's bytes are kept and the templates shared by all types (tq.cuh) used.
 //
 // Tile form: 16 rows x 128 columns are 576 bytes (so TQ1_1 takes the room of TQ2_1), tiles of a matrix
 // [row / 16][column / 128], every matrix of a 3D or 4D tensor padded to a multiple of 16 rows.
