@@ -6,8 +6,8 @@
 FILE holds token ids ``calibration`` and ``valid``, ``[n, 512]`` each. Three parts, all printed as
 they come and written to OUT/closed_form.json:
 
-1. the inner loop of the descent as a CUDA graph (``quantize.descent.RECORD``, off by default until
-   this says that it is right): equal to the plain loop, bit for bit, and how much faster;
+1. the inner loop of the descent as a CUDA graph (``quantize.descent.RECORD``): equal to the plain
+   loop, bit for bit, and how much faster; the rest goes on without it where it is not;
 2. the recipes paper, fast and best one after the other, alone on the machine: perplexity and time,
    for the rule that best takes at most ten times paper's; best's artifact goes to OUT/best.tar, in
    pieces of at most --part-bytes;

@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from quantize.checkpoint import Checkpoint, torch_dtype
 from quantize.common import ArgumentParser, PT2Error, atomic_path, run_cli
@@ -32,6 +33,9 @@ from quantize.machine import arithmetic, pick_device
 from quantize.progress import Reporter, RichReporter
 from quantize.refine_config import RefineConfig
 from quantize.student import Network, build_teacher
+
+# Not cuDNN's, which prepares itself anew for every length, and here every step has another one.
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @torch.no_grad()
@@ -54,7 +58,8 @@ def write_text(
     model.body.eval()
     for _ in range(length - prompts.shape[1]):
         x = functional.embedding(now, table)
-        out = model.body(inputs_embeds=x, past_key_values=cache, use_cache=True)
+        with sdpa_kernel(ATTENTION):
+            out = model.body(inputs_embeds=x, past_key_values=cache, use_cache=True)
         cache = out.past_key_values
         chances = torch.softmax((out.last_hidden_state[:, -1] @ head.T).float(), dim=-1)
         now = torch.multinomial(chances, 1, generator=generator)
