@@ -75,7 +75,7 @@ if [ "$PLAN" = core ]; then
     most=$((LIMIT - 210 < 230 ? LIMIT - 210 : 230))
     step "speed-$BIG" 60 "$most" --synthetic "$BIG" --types $types $plain -r "$ROUNDS" --placement ternary
     # a short prompt is mostly the recording of its CUDA graph, which other passes then use
-    step "speed-$SMALL" 45 90 --synthetic "$SMALL" --types $ALL $plain -r "$ROUNDS" --repeats 3 --placement ternary
+    step "speed-$SMALL" 45 105 --synthetic "$SMALL" --types $ALL $plain -r "$ROUNDS" --repeats 3 --placement ternary
     for shape in $MIDDLE; do
         step "speed-$shape" 30 60 --synthetic "$shape" --types $CORE $plain -r "$ROUNDS" --placement ternary
     done
