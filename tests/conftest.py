@@ -1,0 +1,16 @@
+"""Fixtures that several test files share; what they are made of is in their subject's module."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pt2_llama_support import stand_in_places
+
+from third_party.pt2_llama.cache import Places
+
+
+@pytest.fixture
+def where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Places:
+    """pt2-llama's cache with a tiny source, and a PATH whose cmake and compilers are stand-ins."""
+    return stand_in_places(tmp_path, monkeypatch)
