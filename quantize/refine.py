@@ -36,7 +36,6 @@ from quantize.artifact import (
     read_manifest,
     sha256_array,
 )
-from quantize.calibration import encode, load_tokenizer, read_text, read_tokens
 from quantize.checkpoint import Checkpoint, torch_dtype
 from quantize.common import PT2Error, human_bytes, human_seconds, sha256_file, write_json
 from quantize.distill import Held, Windows, held_out, kl_divergence
@@ -46,6 +45,7 @@ from quantize.progress import Reporter
 from quantize.refine_config import RefineConfig
 from quantize.refine_state import load_state, remove_state, save_state
 from quantize.refine_store import changed_codes, snapshot, write_refined
+from quantize.refine_text import text_tokens
 from quantize.student import (
     ScaledNorm,
     build_student,
@@ -53,8 +53,6 @@ from quantize.student import (
     ternary_maker,
     trainable,
 )
-
-CHARACTERS_PER_TOKEN = 8  # of a data set's text that is read per token wanted; plenty
 
 
 @dataclass
@@ -403,24 +401,6 @@ def restored_linears(source: Artifact, pattern: str | None) -> set[str]:
         what = "every linear" if found else f"none of {source.path}'s linears"
         raise PT2Error(f"--restore {pattern!r} matches {what}")
     return found
-
-
-def text_tokens(config: RefineConfig, model: Path, vocab: int) -> Tensor:
-    """The training text as one stream of token ids, int64 ``[n]``.
-
-    Raises:
-        PT2Error: no such text, no tokenizer, or ids outside of the vocabulary.
-    """
-    stem, mark, tensor = config.text.partition(".safetensors")
-    if mark and (not tensor or tensor.startswith(":")):
-        ids = read_tokens(Path(stem + mark), tensor[1:]).flatten()
-    else:
-        wanted = (config.steps * config.batch_size + config.held_out + 2) * config.seqlen
-        text, _ = read_text(config.text, wanted * CHARACTERS_PER_TOKEN)
-        ids = torch.tensor(encode(load_tokenizer(model), text), dtype=torch.int64)
-    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= vocab):
-        raise PT2Error(f"{config.text} has token ids outside of the model's vocabulary of {vocab}")
-    return ids
 
 
 def _tensors(m: TernaryMatrix) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -16,6 +16,7 @@ EPILOG = """\
 examples:
   pt2-refine qwen3-4b-pt2 --text calib.txt --device cuda         into ./qwen3-4b-pt2-refined
   pt2-refine qwen3-4b-pt2 --text c4 --seqlen 2048 --batch-size 8 --micro-batch 1
+  pt2-refine qwen3-4b-pt2 --text calib.txt,own.safetensors --held-out-text other.txt --minutes 60
   pt2-refine qwen3-4b-pt2 --text calib.txt --codes frozen        alpha, mu and norms only
   pt2-refine qwen3-4b-pt2 --text calib.txt --resume              take up a run that was stopped
 
@@ -54,9 +55,12 @@ def build_parser() -> argparse.ArgumentParser:
     mode.add_argument("--overwrite", action="store_true", help="replace what OUT holds")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress, no summary")
     text = parser.add_argument_group("text")
-    _option(text, "text", "text file, folder, data set, or FILE.safetensors:TENSOR")
+    _option(text, "text", "text file, folder, data set, FILE.safetensors:TENSOR; or several, a,b")
     _option(text, "seqlen", "tokens in a window")
     _option(text, "held_out", "windows that are watched, not trained on")
+    text.add_argument(
+        "--held-out-text", metavar="TEXT", help="whose first windows are watched (--text's last)"
+    )
     _option(text, "seed", "of the windows' order")
     steps = parser.add_argument_group("steps")
     _option(steps, "codes", "whether and how T moves", choices=CODES)

@@ -32,8 +32,10 @@ class RefineConfig:
             and the others are refined around them (None: none).
         tau: width of the soft staircase at the start; it falls to a tenth.
         per_weight: keep Adam's second moment for every weight's latent, not for every block.
-        text: what to train on: text file, folder, data set name, or ``file.safetensors:tensor``.
-        held_out: windows of the text's end that are not trained on, but watched.
+        text: what to train on: text file, folder, data set name, or ``file.safetensors:tensor``;
+            several with commas between them.
+        held_out: windows that are not trained on, but watched: of the text's end, or of the
+            beginning of held_out_text, where that is given.
         eval_every: steps between two looks at them.
         patience: stop after so many looks without a new best (0: never).
         save_every: steps between two states on the disk, from which --resume goes on.
@@ -50,7 +52,7 @@ class RefineConfig:
     micro_batch: int = 8
     seqlen: int = 512
     lr: float = 5e-3
-    lr_codes: float = 2e-3
+    lr_codes: float = 4e-3
     lr_tables: float = 2e-3
     norms: bool = True
     embeddings: bool = False
@@ -60,6 +62,7 @@ class RefineConfig:
     per_weight: bool = False
     text: str = "wikitext2"
     held_out: int = 32
+    held_out_text: str | None = None
     eval_every: int = 50
     patience: int = 0
     save_every: int = 200
@@ -94,6 +97,7 @@ class RefineConfig:
     def identity(self) -> dict[str, Any]:
         """What decides about the result; a resumed run must have the same."""
         values = dataclasses.asdict(self)
-        for name in ("text", "save_every", "threads"):  # the text is known by its tokens' checksum
+        # The texts are known by their tokens' checksum.
+        for name in ("text", "held_out_text", "save_every", "threads"):
             values.pop(name)
         return values

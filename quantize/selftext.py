@@ -32,6 +32,7 @@ from quantize.hf_model import StreamedModel
 from quantize.machine import arithmetic, pick_device
 from quantize.progress import Reporter, RichReporter
 from quantize.refine_config import RefineConfig
+from quantize.refine_text import text_tokens
 from quantize.student import Network, build_teacher
 
 # Not cuDNN's, which prepares itself anew for every length, and here every step has another one.
@@ -110,8 +111,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _generate(args: object, reporter: Reporter) -> Tensor:
-    from quantize.refine import text_tokens
-
     a = vars(args)
     checkpoint = Checkpoint.open(a["model"])
     device, dtype = pick_device(a["device"]), a["dtype"]

@@ -23,6 +23,7 @@ from quantize.pipeline import ternarize
 from quantize.refine import refine, schedule
 from quantize.refine_config import RefineConfig
 from quantize.refine_store import pack_codes
+from quantize.refine_text import text_tokens
 from quantize.student import TernaryLinear
 
 SMALL = {
@@ -189,6 +190,19 @@ def test_restored_linears_have_their_weights_back(start, tmp_path):
     for pattern, message in (("no_such", "none of"), (".", "every linear"), ("(", "regular")):
         with pytest.raises(PT2Error, match=message):
             refine(source, tmp_path / "x", RefineConfig(**SMALL, restore=pattern, text=text))
+
+
+def test_several_texts_and_a_held_out_one(start, tmp_path):
+    _, source, text = start
+    ids = torch.from_numpy(np.asarray(_ids(text)))
+    save_file({"a": ids[:600], "b": ids[600:]}, tmp_path / "two.safetensors")
+    two = f"{tmp_path}/two.safetensors:a,{tmp_path}/two.safetensors:b"
+    config = RefineConfig(**SMALL, text=two, held_out_text=text)
+    tokens = text_tokens(config, tmp_path, 96)
+    assert torch.equal(tokens, torch.cat([ids, ids[: 4 * 16]]).long())
+    few = RefineConfig(**{**SMALL, "held_out": 76}, text=text, held_out_text=text)
+    with pytest.raises(PT2Error, match="fewer than 76 windows"):
+        refine(source, tmp_path / "r", few)
 
 
 def test_a_run_by_the_clock_ends_in_time(start, tmp_path):
