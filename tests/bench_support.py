@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import stat
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+from llamacpp_bench import Config
 from llamacpp_bench.gguf_info import header_bytes, padded
 from llamacpp_bench.results import Model, Perplexity, Results, Sample
+
+Setup = Callable[..., Config]  # Config's fields by name -> a configuration of the fake tools
 
 # Plays every tool. Each call is appended to the file CALLS beside it. llama-bench gives a speed
 # that depends on the name (fast.gguf twice that of others) and on the call, so that order shows.
@@ -117,6 +124,38 @@ def fake_tools(folder: Path) -> Path:
         path.write_text(FAKE_TOOL.format(python=sys.executable))
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
     return folder
+
+
+def configurer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setup:
+    """Makes configurations that run the fake tools: fast.gguf and its source.gguf lie there too."""
+    monkeypatch.setenv("PT2_CACHE", str(tmp_path / "cache"))
+    bin_dir = fake_tools(tmp_path / "bin")
+    (tmp_path / "text.txt").write_text("some words " * 100)
+    (tmp_path / "calibration.txt").write_text("other words " * 100)
+    write_gguf(tmp_path / "fast.gguf")
+    floats = [(n, s, "F16" if len(s) > 1 else "F32") for n, s, _ in TENSORS]
+    write_gguf(tmp_path / "source.gguf", floats)
+
+    def make(**options: object) -> Config:
+        settings = {
+            "bin_dir": str(bin_dir),
+            "source": str(tmp_path / "source.gguf"),
+            "text": str(tmp_path / "text.txt"),
+            "out": str(tmp_path / "out"),
+            "bandwidth": 1e9,
+            "rounds": 3,
+            "threads": 1,
+            "quiet": True,
+        }
+        return Config(**{**settings, **options})  # type: ignore[arg-type]
+
+    return make
+
+
+def calls(tmp_path: Path, name: str) -> list[list[str]]:
+    """The arguments of every call of one fake tool so far."""
+    lines = (tmp_path / "bin" / "CALLS").read_text().splitlines()
+    return [c[1:] for c in map(json.loads, lines) if c[0] == name]
 
 
 def make_results(speeds: dict[str, list[float]], **config: object) -> Results:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from bench_support import Setup, configurer
 from pt2_llama_support import stand_in_places
 
 from third_party.pt2_llama.cache import Places
@@ -14,3 +15,9 @@ from third_party.pt2_llama.cache import Places
 def where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Places:
     """pt2-llama's cache with a tiny source, and a PATH whose cmake and compilers are stand-ins."""
     return stand_in_places(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setup:
+    """Makes configurations of pt2-bench that run fake tools on fast.gguf in tmp_path."""
+    return configurer(tmp_path, monkeypatch)

@@ -1,7 +1,8 @@
-"""pt2-bench: merging runs, the speed-up figure, tables put into Markdown, sequences at once."""
+"""pt2-bench: merged runs, sequences at once, speed-ups, tables put into Markdown, plots, CSV."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,8 @@ from bench_support import make_results
 from llamacpp_bench import cli, load_results
 from llamacpp_bench.fill import fill
 from llamacpp_bench.merge import merge
-from llamacpp_bench.plots import write_plots
-from llamacpp_bench.report import batch_rows, depth_rows, sections
+from llamacpp_bench.plots import quality_figure, write_plots
+from llamacpp_bench.report import batch_rows, depth_rows, markdown, sections, to_csv, write_reports
 from llamacpp_bench.results import Results, Sample
 from llamacpp_bench.speedup import load_published, ratio_rows, shape_rows, speedup_figure
 from quantize.common import PT2Error
@@ -228,3 +229,50 @@ def test_the_pages_of_the_h200_have_their_places() -> None:
     page = (ROOT / "benchmarks" / "h200" / "README.md").read_text("utf-8")
     filled = fill(page, merge(two_shapes()), load_published(PUBLISHED))
     assert "| 65B | TQ2_1 |" in filled
+
+
+# ------------------------------------------------------------------------------- plots, labels, CSV
+
+
+def grouped_results() -> Results:
+    """Two synthetic shapes with a ternary type and Q2_K each."""
+    results = make_results(
+        {f"{g} {k}": [1.0, 2.0] for g in ("7b", "13b") for k in ("Q2_K", "TQ2_1")}
+    )
+    for m in results.models:
+        m.group, m.perplexity, m.origin = m.name.split()[0], [], "random weights: speed only"
+    results.baseline = {g: f"{g} Q2_K" for g in ("7b", "13b")}
+    results.config["synthetic"] = "random weights: speed only"
+    return results
+
+
+def test_plots_of_many_shapes(tmp_path: Path) -> None:
+    written = write_plots(grouped_results(), tmp_path)
+    assert [p.name for p in written] == ["speed.png", "speedup.png"]
+
+
+def test_synthetic_results_are_labelled_everywhere(tmp_path: Path) -> None:
+    results = grouped_results()
+    write_reports(results, tmp_path)
+    text = markdown(results, [])
+    assert text.count("random weights: speed only") >= 3
+    assert "random weights" in (tmp_path / "results.csv").read_text()
+
+
+def test_every_model_has_its_own_mark_in_the_scatter() -> None:
+    results = make_results({f"model number {i}": [1.0] for i in range(9)})
+    fig = quality_figure(results)
+    fig.canvas.draw()
+    legend = fig.legends[0]
+    names = [t.get_text() for t in legend.get_texts()]
+    assert names == [m.name for m in results.models]
+    axes = fig.axes[0]
+    assert not legend.get_window_extent().overlaps(axes.get_window_extent())
+    lines = [c.lines[0] for c in axes.containers]  # type: ignore[attr-defined]
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == 9
+
+
+def test_csv_has_the_numbers_unrounded() -> None:
+    results = make_results({"a": [1 / 3, 2 / 3]})
+    line = to_csv(results).splitlines()[1].split(",")
+    assert repr(0.5) in line and str(1 / 3) in line and os.linesep not in line
