@@ -76,6 +76,21 @@ def rivals(build: Any, model: Path, out: Path, args: Any, options: list[str]) ->
     return files
 
 
+def own_files(given: str) -> dict[str, Path]:
+    """``NAME=FILE,...`` as a dictionary.
+
+    Raises:
+        PT2Error: a pair has no name, or its file is not there.
+    """
+    files = {}
+    for pair in filter(None, given.split(",")):
+        name, mark, file = pair.partition("=")
+        if not mark or not Path(file).is_file():
+            raise PT2Error(f"--ours wants NAME=FILE,..., and {pair!r} names no file")
+        files[name] = Path(file)
+    return files
+
+
 def measure(args: Any) -> dict[str, Any]:
     """Make and score everything; returns what is written to sizes.json."""
     from third_party.pt2_llama import api
@@ -84,13 +99,10 @@ def measure(args: Any) -> dict[str, Any]:
     model, out = Path(args.model), args.out
     gpu = ["-ngl", "99" if args.variant == "cuda" else "0"]
     chunks = ["--chunks", str(args.chunks)] if args.chunks else []
+    ours = own_files(args.ours)
     files = [(n, BASE if n == BASE else RIVAL, f)
              for n, f in rivals(build, model, out, args, gpu).items()]  # fmt: skip
-    for pair in filter(None, args.ours.split(",")):
-        name, mark, file = pair.partition("=")
-        if not mark or not Path(file).is_file():
-            raise PT2Error(f"--ours wants NAME=FILE,..., and {pair!r} names no file")
-        files.append((name, OURS, Path(file)))
+    files += [(name, OURS, file) for name, file in ours.items()]
     rows: list[dict[str, Any]] = []
     texts = [Path(t).name for t in args.text.split(",")]
     results = {
@@ -179,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     results = read_json(args.show) if args.show else measure(args)
     try:
-        page = table(results)
+        page = table(results)  # also tells whether the file is one of ours
     except (KeyError, TypeError, StopIteration, IndexError) as e:
         raise PT2Error(f"{args.show} is not a table of this program: {e!r}") from e
     with atomic_path(args.out / "sizes.md") as tmp:
