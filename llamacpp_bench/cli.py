@@ -75,7 +75,6 @@ def run_compare(argv: Sequence[str]) -> int:
         prog="pt2-bench compare",
         description="Compare two results files: change of every figure, and whether it is noise.",
         epilog=COMPARE_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("first", type=Path, metavar="A.json")
     parser.add_argument("second", type=Path, metavar="B.json")
@@ -91,7 +90,6 @@ def run_report(argv: Sequence[str]) -> int:
         prog="pt2-bench report",
         description="Tables and plots of one or several results files, as one comparison.",
         epilog=REPORT_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("results", type=Path, nargs="+", metavar="results.json")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
@@ -238,7 +236,6 @@ def make_parser() -> argparse.ArgumentParser:
         description="Speed, perplexity, size and placement of GGUF models on llama.cpp, against "
         "baselines that it makes itself.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("models", nargs="*", metavar="model.gguf", help="files to measure")
     add_baseline_options(p)

@@ -162,16 +162,29 @@ def memory_rows(results: Results) -> Rows:
     rows = [["model", "peak memory", "a token reads", "decode reads", "share"]]
     tests = plain_tests(results)
     for m in results.models:
-        test = next((t for t in tests if token_bytes(m, t) and results.values(m.name, t)), None)
         cells = [m.name, human_bytes(m.peak_rss) if m.peak_rss else "-"]
-        if test is None:
+        found = decode_reads(results, m, tests)
+        if found is None:
             rows.append([*cells, "-", "-", "-"])
             continue
-        read, share = token_bytes(m, test), results.bandwidth_share(m, test)
-        rate = read * results.summary(m.name, test).mean
+        read, rate, share = found
         share_text = "-" if share is None else f"{share:.0%}"
         rows.append([*cells, human_bytes(read), f"{rate / 1e9:.2f} GB/s", share_text])
     return rows
+
+
+def decode_reads(
+    results: Results, model: Model, tests: list[str]
+) -> tuple[float, float, float | None] | None:
+    """Of the first pure decode test that a model has: bytes a token reads, bytes per second, and
+    their share of the memory's bandwidth (None where that was not measured). None without a test.
+    """
+    for test in tests:
+        read = token_bytes(model, test)
+        if read and results.values(model.name, test):
+            rate = read * results.summary(model.name, test).mean
+            return read, rate, results.bandwidth_share(model, test)
+    return None
 
 
 def placement_rows(results: Results) -> Rows:

@@ -17,8 +17,8 @@ import yaml
 from matplotlib.figure import Figure
 
 from llamacpp_bench.plots import COLOURS, add_caption, add_legend, short_name, test_title
-from llamacpp_bench.report import Rows, figure, plain_tests
-from llamacpp_bench.results import Model, Results, token_bytes
+from llamacpp_bench.report import Rows, caption, decode_reads, figure, plain_tests
+from llamacpp_bench.results import Model, Results
 from quantize.common import PT2Error, human_bytes
 
 OURS = ("TQ2_1", "TQ1_1")
@@ -133,25 +133,20 @@ def draw_bars(
     width = 0.86 / max(1, len(bars))
     top = 1.0
     labelled: set[str] = set()
+    style: dict[str | None, Any] = {hatched: {"hatch": "///", "edgecolor": "white"}}
     for x, group in enumerate(groups):
         here = [(name, colour, v[group]) for name, colour, v in bars if group in v]
         for i, (name, colour, value) in enumerate(here):
             at = x + (i - (len(here) - 1) / 2) * width
-            extra: dict[str, Any] = (
-                {"hatch": "///", "edgecolor": "white"} if name == hatched else {}
-            )
             ax.bar(at, value, width * 0.94, color=colour,
-                   label=name if name not in labelled else None, **extra)  # fmt: skip
+                   label=name if name not in labelled else None, **style.get(name, {}))  # fmt: skip
             labelled.add(name)
             ax.annotate(f"{value:.1f}", (at, value), (0, 2), textcoords="offset points",
                         fontsize=7, ha="center", va="bottom")  # fmt: skip
             top = max(top, value)
     for name, colour, _ in bars:  # a legend of all, in one order, whatever this panel lacks
         if name not in labelled:
-            style: dict[str, Any] = {}
-            if name == hatched:
-                style = {"hatch": "///", "edgecolor": "white"}
-            ax.bar(0, 0, width, color=colour, label=name, **style)
+            ax.bar(0, 0, width, color=colour, label=name, **style.get(name, {}))
     ax.axhline(1.0, color="#444444", linewidth=1)
     ax.set_ylim(0, 1.12 * top)
     ax.set_xticks(range(len(groups)), [g.upper() or "model" for g in groups])
@@ -186,12 +181,11 @@ def speed_and_ratio(results: Results, model: Model, test: str) -> str:
 
 def reading(results: Results, model: Model, tests: list[str]) -> list[str]:
     """Bytes that a decoded token reads, the rate, and its share of the memory's: three cells."""
-    test = next((t for t in tests if token_bytes(model, t) and results.values(model.name, t)), None)
-    if test is None:
+    found = decode_reads(results, model, tests)
+    if found is None:
         return ["-", "-", "-"]
-    read, share = token_bytes(model, test), results.bandwidth_share(model, test)
-    rate = read * results.summary(model.name, test).mean / 1e9
-    return [human_bytes(read), f"{rate:.0f} GB/s", "-" if share is None else f"{share:.0%}"]
+    read, rate, share = found
+    return [human_bytes(read), f"{rate / 1e9:.0f} GB/s", "-" if share is None else f"{share:.0%}"]
 
 
 def ratio_rows(results: Results, published: Published | None = None) -> Rows:
@@ -216,6 +210,4 @@ def ratio_rows(results: Results, published: Published | None = None) -> Rows:
 
 def conditions(results: Results) -> str:
     """The caption as one paragraph."""
-    from llamacpp_bench.report import caption
-
     return "\n".join(textwrap.wrap(" ".join(caption(results)), 110))
