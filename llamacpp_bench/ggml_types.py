@@ -2,8 +2,8 @@
 
 Ids and block sizes are those of `enum ggml_type` and the block structs of llama.cpp
 (ggml/include/ggml.h, ggml/src/ggml-common.h at 0c1e57098) plus the two types of this project
-(docs/design.md). The table is our own rather than gguf-py's because that package refuses a file
-with a type it does not know, which is the very file that has to be measured.
+(third_party/llama.cpp/FORMAT.md). The table is our own rather than gguf-py's because that package
+refuses a file with a type it does not know, which is the very file that has to be measured.
 """
 
 from __future__ import annotations

@@ -49,9 +49,9 @@ class Config:
 
     `baselines`: what to make or load, the first one is what ratios refer to. `text`: for the
     perplexity (None only with `perplexity` False). `chunks`: 512-token windows of it (None: all).
-    `bandwidth`: bytes per second, instead of measuring it; `bandwidth_program`: a program that
-    measures it (:func:`llamacpp_bench.memory.measure_by_program`). `work`: where synthetic files
-    go.
+    `repeats`: passes of a test in each round. `bandwidth`: bytes per second, instead of measuring
+    it; `bandwidth_program`: a program that measures it
+    (:func:`llamacpp_bench.memory.measure_by_program`). `work`: where synthetic files go.
 
     `batch_prompt`, `batch_gen`: lengths in the tests of many sequences (None: those of `prompt` and
     `gen`). `time_limit`: seconds after which no further round of a group begins; `tool_timeout`:

@@ -43,9 +43,10 @@ class Placement:
     """Where the operations on the weights ran.
 
     `ops`: per tensor type, per operation, per backend, how many tensors. `repacked`: per tensor
-    type, the packed layout the CPU backend turned it into and how many tensors. `elsewhere`: in a
-    GPU run, the operations that landed on the CPU, by name. `expected`: those among them which
-    llama.cpp always runs there (the look-up of the token embeddings).
+    type, the packed layout the CPU backend turned it into and how many tensors. `kernels`: per
+    ternary type multiplied on the CPU, the path of its kernels. `elsewhere`: in a GPU run, the
+    operations that landed on the CPU, by name, without those that llama.cpp always runs there (the
+    look-up of the token embeddings), which are in `expected`.
     """
 
     ops: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)

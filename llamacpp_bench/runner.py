@@ -1,8 +1,7 @@
 """llama-bench: its command, its JSON, the order of the runs, and where the work was done.
 
-The runs are interleaved: each round calls llama-bench once per model with one repetition, and each
-round begins with the next model, so that a machine that warms up, throttles or gets company slows
-all models alike.
+The runs are interleaved: each round calls llama-bench once per model, and each round begins with
+the next model, so that a machine that warms up, throttles or gets company slows all models alike.
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ def check_placement(session: Session, model: Model) -> None:
 
 
 def measure_once(session: Session, model: Model, load: Load, round_: int) -> None:
-    """One round of one model: every test once."""
+    """One round of one model: one call of each program that times it."""
     path = session.infos[model.name].path
     speeds: dict[str, float] = {}
     if load.plain:

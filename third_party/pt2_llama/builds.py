@@ -40,6 +40,8 @@ class Stamp:
         smoke: perplexity of the tiny model per type.
         notes: what the user should know.
         created: seconds since 1970.
+        library_path: folders of libraries that the programs need besides their own (cuBLAS).
+        version: of the stamp; one of another version is not read.
     """
 
     variant: str

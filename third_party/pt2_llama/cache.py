@@ -40,7 +40,7 @@ class Places:
 
     Attributes:
         root: ``<cache>/llama.cpp/<source>``; everything below may be deleted at any time.
-        overlay: the folder with ``overlay/`` and ``edits.yaml`` (may be read-only).
+        overlay: the folder with ``overlay/`` and ``edits*.yaml`` (may be read-only).
     """
 
     root: Path

@@ -17,7 +17,7 @@ from third_party.pt2_llama.cache import cache_root, folder_bytes, places
 
 EPILOG = f"""\
 examples:
-  pt2-llama build                          # fetch, patch, build for this CPU (about 7 minutes on
+  pt2-llama build                          # fetch, patch, build for this CPU (about 8 minutes on
                                            # 2 cores; again only what changed)
   pt2-llama build --cuda --cuda-arch 90    # for H100 and H200
   pt2-llama run llama-cli -m model.gguf -p "Once upon a time" -n 64

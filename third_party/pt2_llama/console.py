@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from types import TracebackType
 
@@ -85,8 +84,3 @@ class Bar:
             self.last_line = time.monotonic()
             of = f"/{self.total}" if self.total else ""
             say(f"  {self.title}: {done}{of} {self.unit}, {self.last_line - self.start:.0f} s")
-
-
-def is_interactive() -> bool:
-    """Whether a person is likely to watch stderr."""
-    return sys.stderr.isatty()
