@@ -158,8 +158,9 @@ static int check(const std::string & how) {
     std::vector<int> ns = {9, 16, 17, 31, 64, 65, 100, 128, 129, 200, 512}, Ms = {1, 17, 100, 192, 1000}, nbs = {1, 2, 3, 9, 33};
     int most_segments = 3;
     if (how == "small") { ns = {9, 17, 64, 129}; Ms = {17, 200}; nbs = {1, 9}; }
-    // enough blocks to fill every ring anew, enough rows for a second launch, of which some warps have none
-    if (how == "tiny") { ns = {9, 17, 64, 129}; Ms = {300}; nbs = {26}; most_segments = 1; }
+    // every kernel and plan once: enough blocks to fill every ring anew, enough rows for a second launch, of which some warps have none
+    const bool tiny = how == "tiny";
+    if (tiny) { ns = {9, 17, 64, 128}; Ms = {300}; nbs = {18}; most_segments = 1; }
     int cases = 0, bad = 0, runs = 0;
     double worst = 0;
     Verdict * verdict; CK(cudaMalloc(&verdict, sizeof *verdict));
@@ -184,7 +185,7 @@ static int check(const std::string & how) {
                         make_tiles<<<dim3(tiles, nb), 32>>>(w, rows, nb, kind, 11 * cases + s);
                         reference64<<<dim3(rows, n), 128>>>(x.q8, x.ds, ref[s], rows, nb, kind, 11 * cases + s);
                     }
-                    for (const Plan & p : plans_for(n, true)) {
+                    for (const Plan & p : plans_for(n, !tiny)) {
                         if (std::max(p.plan.split, p.plan.tail) > nb) continue;
                         for (int s = 0; s < segs; s++) CK(cudaMemset(seg[s].y, 0xff, (size_t) seg[s].ld * tokens * 4));
                         CK(cudaMemset(verdict, 0, sizeof *verdict));
