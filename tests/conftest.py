@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,3 +22,11 @@ def where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Places:
 def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setup:
     """Makes configurations of pt2-bench that run fake tools on fast.gguf in tmp_path."""
     return configurer(tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
+    """Makes a small model and its artifact, once for each set of arguments: only to be read."""
+    from export_support import model_maker  # here: most other tests need no torch
+
+    return model_maker(tmp_path_factory.mktemp)

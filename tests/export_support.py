@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
 
+from export import types
 from quantize.artifact import RUN, ArtifactWriter, TernaryMatrix, pack_ternary
 from quantize.checkpoint import Checkpoint
 from quantize.common import write_json
@@ -184,3 +187,30 @@ def dequantized_model(model_dir: Path, artifact_dir: Path) -> Any:
             for name, matrix in artifact.block(block).items():
                 weights[f"{name}.weight"].copy_(torch.from_numpy(matrix.dequantize()))
     return model.eval()
+
+
+def model_maker(new_folder: Callable[[str], Path]) -> Callable[..., tuple[Path, Path]]:
+    """Makes a model and its artifact, once for each set of arguments; tests must not change them.
+
+    Args:
+        new_folder: makes a folder of a name, such as tmp_path_factory.mktemp.
+    """
+    cache: dict[Any, tuple[Path, Path]] = {}
+
+    def make(family: str = "llama", group: int = 128, **options: Any) -> tuple[Path, Path]:
+        key = (family, group, *sorted(options.items()))
+        if key not in cache:
+            root = new_folder(family)
+            model = make_model(root / "model", family, **options)
+            cache[key] = (model, make_artifact(root / "artifact", model, group=group))
+        return cache[key]
+
+    return make
+
+
+def read(path: Path) -> tuple[dict[str, gguf.ReaderTensor], dict[str, Any]]:
+    """GGUF name -> reader's tensor, and metadata."""
+    types.register()
+    reader = gguf.GGUFReader(path)
+    fields = {k: f.contents() for k, f in reader.fields.items()}
+    return {t.name: t for t in reader.tensors}, fields
