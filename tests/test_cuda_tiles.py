@@ -78,7 +78,8 @@ def by_the_comment(kind, file: U8, background: int = 0) -> U8:
     count, rows, blocks, _ = file.shape
     codes, _, _ = kind.unpack(file.reshape(count * rows, -1))
     codes = codes.reshape(count, rows, blocks, 4, 32)  # plane, lane
-    qs = sum(codes[..., p, :] << (2 * p) for p in range(4))  # the bytes that TQ2_1 has
+    ones = np.array([0b00, 0b01, 0b11], np.uint8)[codes]  # as many as a code's value
+    qs = sum(ones[..., p, :] << (2 * p) for p in range(4))  # else the bytes that TQ2_1 has
     tile_rows = -(-rows // TILE_ROWS)
     tiles = np.full((count, tile_rows, blocks, TILE_BYTES), background, np.uint8)
     for row in range(rows):
@@ -252,3 +253,4 @@ def test_the_header_says_what_these_tests_take_from_it() -> None:
     assert found == [str(n) for n in (BLOCK, TILE_ROWS, TILE_BYTES, SCALES)]
     assert "16*(4g + t) + 8h + 4r + i   qs[8t + 4h + i]" in header
     assert "512 + 8g + 4r               alpha, mu" in header
+    assert "00, 01, 11 for c = 0, 1, 2" in header

@@ -39,7 +39,12 @@ struct block_value { float d, sum; int neg_sum; int8_t q[TQ_BLOCK]; };
 struct reader {
     tq_act act;
     std::vector<uint8_t> q, aux;
-    explicit reader(const site & s) : act(s.act), q(s.q.host()), aux(s.aux.host()) {}
+    bool by_bits; // as TQ_ONE_BY_BITS has it on this device
+    explicit reader(const site & s) : act(s.act), q(s.q.host()), aux(s.aux.host()) {
+        int major;
+        CK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
+        by_bits = major < 10 && act.layout == TQ_ACT_DECODE && act.cols == 1;
+    }
 
     block_value get(int token, int block) const {
         block_value r;
@@ -47,6 +52,14 @@ struct reader {
         for (int e = 0; e < TQ_BLOCK; e++) {
             const int p = e / 32, i32 = e % 32;
             size_t at;
+            if (by_bits) {
+                const int t = i32 / 8, h = i32 / 4 % 2, i = i32 % 4, place = 8 * i + 2 * p + h;
+                int value = 0;
+                for (int bit = 0; bit < 8; bit++) { value |= (q[(size_t) block * TQ_BLOCK + 4 * (4 * bit + t) + place / 8] >> place % 8 & 1) << bit; }
+                r.q[e] = (int8_t) value;
+                isum += r.q[e];
+                continue;
+            }
             if (act.layout == TQ_ACT_DECODE) {
                 at = ((((size_t) block * 2 + p / 2) * act.cols + token) * 4 + i32 / 8) * 16 + 8 * (p % 2) + i32 % 8;
             } else {
@@ -61,6 +74,16 @@ struct reader {
             tq_act_head head;
             memcpy(&head, &aux[((size_t) block * act.cols + token) * sizeof(head)], sizeof(head));
             r.d = head.d; r.sum = head.sum; r.neg_sum = head.zero == 0 ? head.neg_sum : 1 << 30;
+            if (by_bits) {
+                int16_t digits[4];
+                memcpy(digits, &aux[(size_t) block * sizeof(head) + 8], sizeof(digits));
+                r.neg_sum = 0;
+                for (int t = 0; t < 4; t++) {
+                    int sum = 0;
+                    for (int e = 0; e < TQ_BLOCK; e++) { sum += t == 3 ? (r.q[e] + 128) / 64 - 2 : (r.q[e] + 128) / (1 << 2 * t) % 4; }
+                    r.neg_sum += digits[t] == -sum ? digits[t] * (1 << 2 * t) : 1 << 20;
+                }
+            }
         } else {
             const int group = token / 128, k = token % 128;
             memcpy(&r.d, &q[((size_t) group * act.nb + block) * TQ_RECORD + 16384 + 4 * tq_record_d(k)], 4);

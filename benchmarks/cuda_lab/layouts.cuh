@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(128) quantize_act(const float * __restrict__ x
 }
 
 // ---- packers (what conversion at load would do; here from the unpacked codes) ------------------------
-enum WeightLayout { W_FILE2, W_TILE2, W_PLANES, W_TILE1 };
+enum WeightLayout { W_FILE2, W_TILE2, W_TILE, W_PLANES, W_TILE1 }; // W_TILE: W_TILE2 with 2 as 11, the tile form of the backend
 
 __device__ inline int code_at(const uint8_t * c, int M, int K, int row, int col) {
     return row < M ? c[(size_t) row * K + col] : 1;
@@ -91,13 +91,13 @@ __global__ void pack(const uint8_t * c, const half2 * s, uint8_t * out, int M, i
         half2 z = rows[t] < M ? s[(size_t) rows[t] * nb + b] : __floats2half2_rn(0, 0);
         *(half2 *) (p + sc + g * 8 + t * 4) = z;
     }
-    if (LAYOUT == W_TILE2)
+    if (LAYOUT == W_TILE2 || LAYOUT == W_TILE)
         for (int half_ = 0; half_ < 2; half_++)
             for (int r = 0; r < 2; r++)
                 for (int i = 0; i < 4; i++) {
                     int v = 0;
                     for (int k = 0; k < 4; k++) v |= code_at(c, M, K, rows[r], b * QK + 32 * k + 8 * t + 4 * half_ + i) << (2 * k);
-                    p[lane * 16 + half_ * 8 + r * 4 + i] = v;
+                    p[lane * 16 + half_ * 8 + r * 4 + i] = LAYOUT == W_TILE ? v | (v >> 1 & 0x55) : v;
                 }
     if (LAYOUT == W_PLANES)
         for (int r = 0; r < 2; r++) {

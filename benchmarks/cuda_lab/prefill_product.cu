@@ -43,7 +43,10 @@ __global__ void make_tiles(uint8_t * out, int M, int nb, int kind, uint32_t seed
         for (int r = 0; r < 2; r++)
             for (int i = 0; i < 4; i++) {
                 int v = 0, row = tile * 16 + g + 8 * r;
-                for (int k = 0; k < 4; k++) v |= (row < M ? code_of(row, b * QK + 32 * k + 8 * t + 4 * h + i, kind, seed) : 1) << (2 * k);
+                for (int k = 0; k < 4; k++) {
+                    const int c = row < M ? code_of(row, b * QK + 32 * k + 8 * t + 4 * h + i, kind, seed) : 1;
+                    v |= (c == 2 ? 3 : c) << (2 * k); // as many ones as its value
+                }
                 p[threadIdx.x * 16 + 8 * h + 4 * r + i] = v;
             }
     if (t < 2) {

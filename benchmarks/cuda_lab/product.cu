@@ -7,7 +7,7 @@
 //   ./product check tiny [GRID]   a few small launches, for compute-sanitizer (../h200/sanitize.sh), which racecheck follows
 //                                 when compiled with -DTQ_RACECHECK (tq-decode-stream.cuh). GRID: thread blocks, 2 if left out;
 //                                 from 2 on they exchange sums, so all of them must be on the card at once
-//   ./product bench [quick]       layers of LLaMA's shapes in a CUDA graph, with dependent launch
+//   ./product bench [quick|one]   layers of LLaMA's shapes in a CUDA graph, with dependent launch
 #include "tq-decode.cu" // for its shapes, which the backend does not show
 #include "layouts.cuh"
 #include <cstring>
@@ -16,7 +16,8 @@
 // ---- activations in the layout of tq-kernels.cuh ------------------------------------------------------
 __global__ void __launch_bounds__(128) quantize_decode(const float * x, int64_t ld, int n, uint8_t * q, tq_act_head * head) {
     __shared__ float s_max[4], s_sum[4];
-    __shared__ int   s_isum[4];
+    __shared__ int   s_isum[4], s_digits[4][4];
+    __shared__ int8_t s_q[QK];
     pdl_launch();
     pdl_wait();
     int b = blockIdx.x, token = blockIdx.y, cols = gridDim.y, e = threadIdx.x, warp = e >> 5, lane = e & 31;
@@ -27,6 +28,29 @@ __global__ void __launch_bounds__(128) quantize_decode(const float * x, int64_t 
     amax = fmaxf(fmaxf(s_max[0], s_max[1]), fmaxf(s_max[2], s_max[3]));
     int i = __float2int_rn(v * (amax > 0 ? 127.0f / amax : 0.0f)), isum = __reduce_add_sync(~0u, i);
     if (lane == 0) s_isum[warp] = isum;
+    if (TQ_ONE_BY_BITS && cols == 1) {
+        for (int t = 0; t < 4; t++) {
+            int sum = __reduce_add_sync(~0u, tq_digit(i, t));
+            if (lane == 0) s_digits[t][warp] = sum;
+        }
+        s_q[e] = i;
+        __syncthreads();
+        if (e < 32) {
+            int bit = e / 4, t = e % 4;
+            uint32_t word = 0;
+            for (int at = 0; at < 32; at++) {
+                int k = at / 8, p = at % 8 / 2, h = at % 2;
+                word |= (uint32_t) (s_q[32 * p + 8 * t + 4 * h + k] >> bit & 1) << at;
+            }
+            ((uint32_t *) q)[b * 32 + e] = word;
+        }
+        if (e == 0) {
+            int16_t minus[4];
+            for (int t = 0; t < 4; t++) minus[t] = -(s_digits[t][0] + s_digits[t][1] + s_digits[t][2] + s_digits[t][3]);
+            head[b] = {amax / 127.0f, s_sum[0] + s_sum[1] + s_sum[2] + s_sum[3], (uint16_t) minus[0] | minus[1] * 65536, (uint16_t) minus[2] | minus[3] * 65536};
+        }
+        return;
+    }
     __syncthreads();
     q[s8_offset(b, cols, token, e)] = i;
     if (e == 0)
@@ -54,7 +78,7 @@ struct Activations {
 static uint8_t * tiles(const Problem & p) {
     uint8_t * w;
     CK(cudaMalloc(&w, (size_t) p.tiles * p.nb * TQ_TILE_BYTES));
-    pack<W_TILE2><<<dim3(p.tiles, p.nb), 32>>>(p.codes, p.scales, w, p.M, p.K);
+    pack<W_TILE><<<dim3(p.tiles, p.nb), 32>>>(p.codes, p.scales, w, p.M, p.K);
     CK(cudaGetLastError());
     return w;
 }
@@ -355,7 +379,9 @@ static void bench_products(Layers & l, double rate) {
     }
 }
 
-static void bench(bool quick) {
+static void bench(const std::string & how) {
+    const bool quick = how == "quick", one = how == "one";
+    const std::vector<int> tokens = one ? std::vector<int>{1} : std::vector<int>{1, 2, 4, 8};
     const std::vector<Model> models = {{"7B", 32, 12, 4096, 11008}, {"13B", 40, 8, 5120, 13824}, {"30B", 60, 5, 6656, 17920}, {"65B", 80, 4, 8192, 22016}};
     const size_t pool = (size_t) 1 << 30;
     Buffer<uint8_t> w(pool + (1 << 20));
@@ -373,8 +399,8 @@ static void bench(bool quick) {
     printf("streaming read of 1 GiB: %.0f GB/s, clock %d MHz\n", rate, khz / 1000);
     printf("%-22s %2s %-12s %10s %10s %10s %6s\n", "one product", "n", "shape", "quantised", "us", "same w", "share");
     for (auto & m : models)
-        for (int n : {1, 2, 4, 8})
-            for (int shape = quick ? STREAM_SHAPES : 0; shape < STREAM_SHAPES; shape++) {
+        for (int n : tokens)
+            for (int shape = one ? -1 : quick ? STREAM_SHAPES : 0; shape < (one ? 0 : STREAM_SHAPES); shape++) {
                 Layers l(m, n, shape, 0, false, w.p, x.p, y.p, out.p, scratch.p);
                 bench_products(l, rate);
             }
@@ -382,11 +408,12 @@ static void bench(bool quick) {
            "before: what comes before each product, our quantisation alone or the backend's kernels (norm, gated unit)\n");
     printf("%-4s %2s %-8s %-12s %4s %9s %7s %6s %16s\n", "", "n", "before", "shape", "gap", "us/layer", "GB/s", "share", "linears, tok/s");
     for (auto & m : models)
-        for (int n : {1, 2, 4, 8})
+        for (int n : tokens)
             for (int shape = -1; shape < STREAM_SHAPES; shape++)
                 for (bool backend : {true, false})
                     for (int gap : {0, 10}) {
                         if ((gap || !backend || shape >= 0) && (n > 1 || shape >= 0) && quick) continue;
+                        if ((gap || !backend) && one) continue;
                         Layers l(m, n, shape, (int64_t) gap * khz / 1000, backend, w.p, x.p, y.p, out.p, scratch.p);
                         double us = time_graph(m.copies * 2, [&](int i, cudaStream_t st) { l.layer(i, st); }, 7);
                         printf("%-4s %2d %-8s %-12s %4d %9.1f %7.0f %6.2f %16.0f\n", m.name, n, backend ? "backend" : "quantise",
@@ -402,6 +429,6 @@ int main(int argc, char ** argv) {
     CK(cudaGetDeviceProperties(&prop, 0));
     printf("%s, %d multiprocessors, L2 %d MB\n", prop.name, prop.multiProcessorCount, prop.l2CacheSize >> 20);
     if (command == "check") return check(how, argc > 3 ? std::max(1, atoi(argv[3])) : 2);
-    bench(how == "quick");
+    bench(how);
     return 0;
 }

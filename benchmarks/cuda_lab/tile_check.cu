@@ -89,6 +89,7 @@ static uint8_t * tile_of(const tq_shape & s, uint8_t * tiles, int64_t matrix, in
     const int64_t tile_rows = (s.rows + 15) / 16;
     return tiles + ((matrix * tile_rows + row / 16) * blocks_of(s) + block) * 576;
 }
+constexpr int BITS[3] = { 0, 1, 3 }; // of a code in tile form: as many ones as its value
 // Tile form of a file, over what `tiles` holds.
 static void make_tiles(const tq_shape & s, const Bytes & file, Bytes & tiles) {
     for (int64_t m = 0; m < s.matrices; m++)
@@ -102,7 +103,7 @@ static void make_tiles(const tq_shape & s, const Bytes & file, Bytes & tiles) {
                     // plane p of byte i of half h of lane (g, t) is column 32p + 8t + 4h + i
                     const int plane = e / 32, lane = e % 32 / 8, h = e % 8 / 4, i = e % 4;
                     uint8_t & byte = t[16 * (4 * g + lane) + 8 * h + 4 * r + i];
-                    byte = (byte & ~(3 << (2 * plane))) | code(s, p, e) << (2 * plane);
+                    byte = (byte & ~(3 << (2 * plane))) | BITS[code(s, p, e)] << (2 * plane);
                 }
             }
 }

@@ -4,7 +4,7 @@
 //
 // A group of sixteen threads shares a block of one token, columns 4s .. 4s + 3 and 64 + 4s .. 67 + 4s for
 // thread s: the block's largest magnitude and its sums are four shuffles away, and each thread has two whole
-// words of both layouts.
+// words of the layouts of bytes.
 
 #include "tq-kernels.cuh"
 
@@ -51,6 +51,51 @@ static __device__ __forceinline__ int tq_pack4(unsigned a, unsigned b, unsigned 
     return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
 }
 
+// Writes the layout of one column by bits, from the eight values of each thread (four bytes of plane p = s / 8, four of p + 2);
+// all lanes of the warp take part. Thread s = 8u + 2t + h ends with words t of bits 4u + 2h and 4u + 2h + 1.
+static __device__ __forceinline__ void tq_write_bits(const tq_act & out, int block, int s, uint32_t v0, uint32_t v2, float d, float sum,
+                                                     bool write) {
+    constexpr uint32_t EVEN = 0x55555555, PAIRS = 0x33333333, NIBBLES = 0x0f0f0f0f;
+    const bool upper = s & 8, h = s & 1;
+
+    // Sums of digits, two in a word: at most 3 * 128 each. The highest is made 0..3 by adding 2.
+    const auto digits = [](uint32_t a, uint32_t b) { return ((a & 0x03030303) + (b & 0x03030303)) * 0x01010101u >> 24; };
+    const uint32_t low  = digits(v0, v2) | digits(v0 >> 2, v2 >> 2) << 16;
+    const uint32_t high = digits(v0 >> 4, v2 >> 4) | digits((v0 ^ 0x80808080) >> 6, (v2 ^ 0x80808080) >> 6) << 16;
+    uint32_t total = (upper ? high : low) + __shfl_xor_sync(~0u, upper ? low : high, 8);
+#pragma unroll
+    for (int o = 4; o; o >>= 1) {
+        total += __shfl_xor_sync(~0u, total, o);
+    }
+
+    // Bits 0..3 of all four p to the lower eight threads, bits 4..7 to the upper: a nibble of `even` has four bits of p = 0 or 2.
+    const uint32_t nibbles_low  = (v0 & NIBBLES) | (v2 & NIBBLES) << 4;
+    const uint32_t nibbles_high = (v0 >> 4 & NIBBLES) | (v2 & ~NIBBLES);
+    const uint32_t there = __shfl_xor_sync(~0u, upper ? nibbles_low : nibbles_high, 8);
+    const uint32_t even  = upper ? there : nibbles_low;
+    const uint32_t odd   = upper ? nibbles_high : there;
+    // Two bits of each p side by side, the first two of them (both halves) to h = 0, the others to h = 1.
+    const uint32_t first  = (even & PAIRS) | (odd & PAIRS) << 2;
+    const uint32_t second = (even >> 2 & PAIRS) | (odd & ~PAIRS);
+    const uint32_t beside = __shfl_xor_sync(~0u, h ? first : second, 1);
+    const uint32_t half0  = h ? beside : first;
+    const uint32_t half1  = h ? second : beside;
+    if (!write) {
+        return;
+    }
+    uint32_t * q = reinterpret_cast<uint32_t *>(out.q) + (size_t) block * (TQ_BLOCK / 4) + (4 * upper + 2 * h) * 4 + s % 8 / 2;
+    q[0] = (half0 & EVEN) | (half1 & EVEN) << 1;
+    q[4] = (half0 >> 1 & EVEN) | (half1 & ~EVEN);
+    uint32_t * head = reinterpret_cast<uint32_t *>(static_cast<tq_act_head *>(out.aux) + block);
+    if (s == 0) {
+        *reinterpret_cast<float2 *>(head) = make_float2(d, sum);
+    }
+    if (s % 8 == 0) {
+        const uint32_t added = upper ? 2 * TQ_BLOCK : 0;
+        head[2 + upper] = ((0u - total) & 0xffff) | (added - (total >> 16)) << 16;
+    }
+}
+
 // Rounds the thread's columns of a block and writes them; all lanes of the warp take part, those with !write in the
 // shuffles only.
 template <bool PREFILL>
@@ -92,6 +137,10 @@ static __device__ __forceinline__ void tq_write_block(const tq_act & out, int to
         bad ? 0 : PREFILL ? tq_pack4(q[2], q[6], q[3], q[7]) : tq_pack4(q[4], q[5], q[6], q[7]),
     };
     if constexpr (!PREFILL) {
+        if (TQ_ONE_BY_BITS && out.cols == 1) {
+            tq_write_bits(out, block, s, words[0], words[1], d, sum, write);
+            return;
+        }
 #pragma unroll
         for (int o = TQ_ACT_LANES / 2; o; o >>= 1) {
             total += __shfl_xor_sync(~0u, total, o);

@@ -58,6 +58,7 @@ static __device__ __forceinline__ void tq_tile_product(const uint8_t * w, const 
 #pragma unroll
         for (int u = 0; u < UNIT; u++) { now[u] = next[u]; }
     }
+    Math::finish(acc, lane);
 #pragma unroll
     for (int j = 0; j < Math::RESULTS; j++) {
         const int token = Math::token(t, j);

@@ -309,6 +309,8 @@ static __global__ void __launch_bounds__(WARPS * 32 + 64, MIN_BLOCKS) tq_decode_
             tq_barrier_arrive_warp(spent + slot, lane);
             if (++slot == a.stages) { slot = 0; phase ^= 1; }
         }
+#pragma unroll
+        for (int k = 0; k < TILES; k++) { Math::finish(acc[k], lane); }
         if (i >= 2) { tq_barrier_wait(empty + (i & 1), ((i >> 1) - 1) & 1); }
         float * s = sums + ((i & 1) * WARPS + warp) * Shape::SUMS;
 #pragma unroll

@@ -54,12 +54,12 @@ stream_kernel stream_of(int cols, int shape) {
            cols == 4 ? stream_by_shape<4>(shape) : stream_by_shape<8>(shape);
 }
 // `tiles`: of all matrices; `slots`: thread blocks that the device holds at once. At 8 tokens the activations are the limit,
-// which two tiles share. Up to 4 it is the weights, and many chunks to cut evenly count for more, but for long runs over short
-// rows, and where a run is a tile and a bit (fitted to an H200: benchmarks/cuda_lab/results/product5.txt).
+// which two tiles share, and at one token what is done for each of its blocks counts. From 2 to 4 it is the weights, and many
+// chunks to cut evenly count for more, but for long runs over short rows, and where a run is a tile and a bit (fitted to an H200:
+// benchmarks/cuda_lab/results/product5.txt, product6.txt).
 int choose_shape(int cols, int nb, int tiles, int slots) {
     const bool quads = nb % 4 == 0;
-    if (cols > 4) { return nb % 2 == 0 ? TWO_BY_2 : TWO_BY_1; }
-    if (nb <= 64 && tiles >= 8 * slots && cols == 1) { return TWO_BY_1; }
+    if (cols > 4 || cols == 1) { return nb % 2 == 0 ? TWO_BY_2 : TWO_BY_1; }
     const bool pairs = nb <= 64 && (tiles >= 6 * slots || (nb > 32 && tiles > slots && 4 * tiles < 7 * slots));
     return quads && !pairs ? ONE_BY_4 : nb % 2 == 0 ? TWO_BY_2 : TWO_BY_1;
 }

@@ -10,11 +10,12 @@
 // Tile form: 16 rows x 128 columns are 576 bytes (so TQ1_1 takes the room of TQ2_1), tiles of a matrix
 // [row / 16][column / 128], every matrix of a 3D or 4D tensor padded to a multiple of 16 rows.
 // With g = row % 8, r = row / 8 % 2, and qs[32], alpha, mu the bytes that TQ2_1 has for the row
-// (FORMAT.md):
+// (FORMAT.md), but that a code has as many bits as its value, so 00, 01, 11 for c = 0, 1, 2:
 //   bytes 16*(4g + t) + 8h + 4r + i   qs[8t + 4h + i], t = 0..3, h = 0..1, i = 0..3
 //   bytes 512 + 8g + 4r               alpha, mu (half)
 // so lane (g, t) of a warp reads 16 bytes, and has for rows g and g + 8 what the fragments of
-// mma.m16n8k32 want: plane p of its byte i of half h is column 32p + 8t + 4h + i.
+// mma.m16n8k32 want: plane p of its byte i of half h is column 32p + 8t + 4h + i. Its four words are at the same time the A
+// fragment of an mma.m16n8k256 of bits, which counts (code AND bit of the activation).
 
 #include <cstddef>
 #include <cstdint>
@@ -37,6 +38,10 @@ constexpr int TQ_TILE_ROWS  = 16;
 constexpr int TQ_TILE_BYTES = 576; // of 16 rows x 128 columns
 constexpr int TQ_TILE_SCALES = 512; // where alpha and mu begin
 
+// Four codes of a byte of the file, or sixteen of a word, as tile form has them, and back. 3, which is no code, becomes 2.
+__host__ __device__ constexpr uint32_t tq_tile_codes(uint32_t values) { return values | (values >> 1 & 0x55555555); }
+__host__ __device__ constexpr uint32_t tq_tile_values(uint32_t codes) { return codes & ~(codes >> 1 & 0x55555555); }
+
 constexpr int TQ_DECODE_MAX = 8;    // tokens that the decode kernels take at once
 constexpr int TQ_PREFILL_BN = 128;  // tokens of a record of prefill activations
 constexpr int TQ_MAX_SEGMENTS = 3;  // matrices that share one input (q, k, v)
@@ -48,10 +53,16 @@ constexpr int TQ_MAX_SEGMENTS = 3;  // matrices that share one input (q, k, v)
 struct alignas(16) tq_act_head {
     float d;
     float sum;     // of the x themselves
-    int   neg_sum; // -(sum of q)
+    int   neg_sum; // -(sum of q); of one column by bits this and the next are something else (see below)
     int   zero;
 };
+// Digit t = 0..3 of q in base 4: q is the sum of digit * 4^t. The highest has the sign, -2..1, the others are 0..3.
+__host__ __device__ constexpr int tq_digit(int q, int t) { return t == 3 ? q >> 6 : (q >> 2 * t) & 3; }
 
+// Decode layout for one column, by bits (TQ_ONE_BY_BITS):
+//   q:    [block][bit 0..7][t 0..3] words of 32 bits; bit 8i + 2p + h of a word is that bit of (two's complement) element
+//         32p + 8t + 4h + i of the block, i, p, t = 0..3, h = 0..1
+//   head: [block]; in place of neg_sum and zero four int16, t = 0..3, with -(sum of tq_digit(q, t))
 // Decode layout for n = 1, 2, 4 or 8 columns (missing tokens are zero):
 //   q:    [block][half 0..1][token][t 0..3] 16 bytes; element e of the block, with plane p = e / 32 and
 //         i = e % 32, is in half p / 2, t = i / 8, byte 8*(p % 2) + i % 8
@@ -79,6 +90,16 @@ __host__ __device__ constexpr int tq_record_d(int k) { return k / 16 * 16 + k % 
 __host__ __device__ constexpr size_t tq_sums_at(int group, int nb, int block, int k) {
     return (((size_t) group * ((nb + 7) / 8) + block / 8) * TQ_PREFILL_BN + k) * 16 + block % 4 * 4 + block % 8 / 4;
 }
+
+// Whether one column is kept as bits: where tensor cores take these. From sm_100 on they are emulated, and one column has the
+// layout of more. Only device code knows, which writes and reads them.
+#ifndef TQ_ONE_BY_BITS
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 1000
+#define TQ_ONE_BY_BITS 1
+#else
+#define TQ_ONE_BY_BITS 0
+#endif
+#endif
 
 enum tq_act_layout { TQ_ACT_DECODE, TQ_ACT_PREFILL };
 

@@ -100,7 +100,7 @@ __device__ __forceinline__ const tq_segment & tq_prefill_find(const tq_prefill_a
 }
 
 // Sixteen bytes of a lane in tile form to the A words of four m..k32, as int8 -1, 0, 1: a[4u + v] is register v of step u.
-// A nibble holds two codes, and PRMT takes four nibbles as indices into the bytes (-1, 0, 1, 0).
+// A nibble holds two codes (0, 1 or 3), and PRMT takes four nibbles as indices into the bytes (-1, 0, 0, 1).
 __device__ __forceinline__ void tq_prefill_codes(uint32_t (&a)[16], const uint4 & w) {
     const uint32_t word[4] = {w.x, w.y, w.z, w.w};
 #pragma unroll
@@ -108,8 +108,8 @@ __device__ __forceinline__ void tq_prefill_codes(uint32_t (&a)[16], const uint4 
 #pragma unroll
         for (int odd = 0; odd < 2; odd++) { // planes 0 and 2, then 1 and 3
             const uint32_t index = (word[v] >> (2 * odd)) & 0x33333333;
-            asm("prmt.b32 %0, %1, %1, %2;" : "=r"(a[4 * (2 * odd) + v]) : "r"(0x000100ff), "r"(index));
-            asm("prmt.b32 %0, %1, %1, %2;" : "=r"(a[4 * (2 * odd + 1) + v]) : "r"(0x000100ff), "r"(index >> 16));
+            asm("prmt.b32 %0, %1, %1, %2;" : "=r"(a[4 * (2 * odd) + v]) : "r"(0x010000ff), "r"(index));
+            asm("prmt.b32 %0, %1, %1, %2;" : "=r"(a[4 * (2 * odd + 1) + v]) : "r"(0x010000ff), "r"(index >> 16));
         }
     }
 }

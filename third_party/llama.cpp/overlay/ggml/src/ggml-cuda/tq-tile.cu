@@ -70,22 +70,23 @@ static __device__ __forceinline__ void tq1_put(uint8_t * tile, const int row, co
         codes |= (uint32_t) (v % 3) << (2*p);
         v /= 3;
     }
+    codes = tq_tile_codes(codes);
     uint8_t * own = tile + tq_lane_byte(row, i);
     if (i < TQ1_FIFTHS) {
         *own = (uint8_t) codes;
         const int lane  = TQ1_BASE3 + i / 4;
         const int plane = i % 4;
-        tq_set_bits(tile + tq_lane_byte(row, lane), 3u << (2*plane), (uint32_t) v << (2*plane));
+        tq_set_bits(tile + tq_lane_byte(row, lane), 3u << (2*plane), tq_tile_codes((uint32_t) v) << (2*plane));
     } else {
         tq_set_bits(own, 0xff, codes); // shares its word with lanes 26 and 27
     }
 }
 
 static __device__ __forceinline__ uint8_t tq1_get(const uint8_t * tile, const int row, const int i) {
-    const int codes = tile[tq_lane_byte(row, i)];
+    const int codes = (int) tq_tile_values(tile[tq_lane_byte(row, i)]);
     int v = (codes & 3) + 3*(codes >> 2 & 3) + 9*(codes >> 4 & 3) + 27*(codes >> 6);
     if (i < TQ1_FIFTHS) {
-        v += 81 * (tile[tq_lane_byte(row, TQ1_BASE3 + i / 4)] >> (2*(i % 4)) & 3);
+        v += 81 * (int) (tq_tile_values(tile[tq_lane_byte(row, TQ1_BASE3 + i / 4)]) >> (2*(i % 4)) & 3);
     }
     return (uint8_t) v;
 }
@@ -112,11 +113,12 @@ static __global__ void __launch_bounds__(TQ_THREADS) tq_move(const tq_grid s, co
             }
             continue;
         }
-        uint8_t * same = tile + (i < TQ_FILE_SCALES ? tq_scale_byte(place.row) + i : tq_lane_byte(place.row, i - TQ_FILE_SCALES));
+        const bool scale = i < TQ_FILE_SCALES;
+        uint8_t * there = tile + (scale ? tq_scale_byte(place.row) + i : tq_lane_byte(place.row, i - TQ_FILE_SCALES));
         if (to_tiles) {
-            *same = file[at];
+            *there = scale ? file[at] : (uint8_t) tq_tile_codes(file[at]);
         } else {
-            file[at] = *same;
+            file[at] = scale ? *there : (uint8_t) tq_tile_values(*there);
         }
     }
 }
@@ -177,7 +179,7 @@ static __global__ void __launch_bounds__(TQ_ROW_THREADS) tq_dequantize_rows(cons
             const tq_place place = j < left ? tq_place{ start.tile + j, start.row } : tq_find(s, first + j);
             const uint8_t * tile = tiles + place.tile * TQ_TILE_BYTES;
             const float2 scale = __half22float2(*(const half2 *) (tile + tq_scale_byte(place.row)));
-            const int    codes = tile[tq_lane_byte(place.row, lane)];
+            const int    codes = (int) tq_tile_values(tile[tq_lane_byte(place.row, lane)]);
 #pragma unroll
             for (int p = 0; p < 4; ++p) {
                 out[j*TQ_BLOCK + 32*p] = tq_to<T>(((codes >> (2*p) & 3) - 1)*scale.x + scale.y);
