@@ -32,6 +32,7 @@ def refine_settings(config: Config, text: str | None, steps: int | None) -> Refi
         steps=RefineConfig.steps if steps is None else steps,
         text=text or config.calibration, seqlen=config.seqlen, seed=config.seed,
         batch_size=max(1, TOKENS // config.seqlen), micro_batch=max(1, PASS // config.seqlen),
+        embeddings=True,
         device=device, dtype="bfloat16" if device == "cuda" else config.dtype,
         threads=config.threads,
     )  # fmt: skip
