@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -40,7 +41,7 @@ def merge(parts: Sequence[Results]) -> Results:
         for sample in part.samples:
             shift = before.get((group_of[sample.model], sample.test), 0)
             out.samples.append(replace(sample, round=sample.round + shift))
-        out.baseline |= part.baseline
+        out.baseline = part.baseline | out.baseline | compared(part)
         for name in ("commands", "warnings", "failures"):
             mine, theirs = getattr(out, name), getattr(part, name)
             mine += [line for line in theirs if line not in mine]
@@ -58,6 +59,12 @@ def rounds_so_far(results: Results) -> dict[tuple[str, str], int]:
     return count
 
 
+def compared(part: Results) -> dict[str, str]:
+    """Baselines of the groups in which something is compared; one file alone is its own."""
+    sizes = Counter(m.group for m in part.models)
+    return {group: base for group, base in part.baseline.items() if sizes[group] > 1}
+
+
 def check_fit(a: Results, b: Results) -> None:
     """Refuse parts that are not of one comparison; see :func:`merge`."""
     for name, keys in (("machine", SAME_MACHINE), ("build", SAME_BUILD)):
@@ -65,8 +72,8 @@ def check_fit(a: Results, b: Results) -> None:
             x, y = getattr(a, name).get(key), getattr(b, name).get(key)
             if x != y and None not in (x, y):
                 raise PT2Error(f"the results are of different {name}s: {key} is {x} and {y}")
-    for group, base in b.baseline.items():
-        if a.baseline.get(group, base) != base:
+    for group, base in compared(b).items():
+        if compared(a).get(group, base) != base:
             raise PT2Error(f"the ratios refer to {a.baseline[group]} and to {base}; measure again")
 
 

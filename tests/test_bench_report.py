@@ -59,6 +59,15 @@ def test_merged_rounds_stay_paired() -> None:
     assert len(first.samples) == 4, "the parts stay as they are"
 
 
+def test_a_file_measured_alone_compares_with_the_others_baseline() -> None:
+    """Its own run had no baseline but itself, which says nothing of the ratios."""
+    first = shape("7b", {"TQ2_1": {"tg256": [4.0]}, "Q2_K": {"tg256": [2.0]}})
+    alone = shape("7b", {"TQ2_1": {"tg8@b8": [9.0]}}, base="TQ2_1")
+    for parts in ([first, alone], [alone, first]):
+        out = merge(parts)
+        assert out.baseline == {"7b": "7b Q2_K"} and len(out.values("7b TQ2_1", "tg8@b8")) == 1
+
+
 def test_a_round_that_one_model_lacks_is_no_pair() -> None:
     results = shape("7b", {"TQ2_1": {"tg256": [4.0, 9.0, 6.0]}, "Q2_K": {"tg256": [2.0, 1.0, 3.0]}})
     results.samples = [s for s in results.samples if (s.model, s.round) != ("7b Q2_K", 1)]
@@ -94,7 +103,7 @@ def test_merge_refuses_what_is_not_one_comparison() -> None:
     other.models[0].file_bytes += 1
     with pytest.raises(PT2Error, match="two different files are called 7b TQ2_1"):
         merge([first, other])
-    other = shape("7b", {"TQ2_1": {"tg256": [1.0]}}, 1000, base="TQ2_1")
+    other = shape("7b", {"TQ2_1": {"tg256": [1.0]}, "Q2_0": {}}, 1000, base="TQ2_1")
     with pytest.raises(PT2Error, match="refer to 7b Q2_K and to 7b TQ2_1"):
         merge([first, other])
 
