@@ -19,14 +19,14 @@ import quantize.waiting  # noqa: F401  before torch is loaded
 
 import math
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from quantize.artifact import Artifact
+from quantize.artifact import Array, Artifact
 from quantize.calibration import encode, load_tokenizer, read_text, read_tokens
 from quantize.checkpoint import Checkpoint
 from quantize.common import ArgumentParser, PT2Error, run_cli
@@ -36,6 +36,7 @@ from quantize.machine import arithmetic, pick_device
 from quantize.progress import Reporter, RichReporter
 
 PROTOCOLS = ("windows", "llama.cpp")
+GridChange = Callable[[Array, Array], tuple[Array, Array]]
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ def perplexity(
     tokens: Tensor,
     *,
     artifact: str | Path | None = None,
+    grid: GridChange | None = None,
     second_half: bool = False,
     device: str = "auto",
     dtype: str = "float32",
@@ -64,6 +66,7 @@ def perplexity(
     Args:
         tokens: int64 ``[windows, ctx]``.
         artifact: take the weights of its linears instead of the model's.
+        grid: what to make of its alpha and mu first, each ``[rows, blocks]``.
         second_half: score only the tokens that llama.cpp's perplexity tool scores.
 
     Raises:
@@ -78,7 +81,7 @@ def perplexity(
         batches = -(-tokens.shape[0] // batch_size)
         reporter.start("perplexity", batches * model.n_blocks)
         for index in range(model.n_blocks):
-            layer = model.load_block(index, _dequantized(weights, index))
+            layer = model.load_block(index, _dequantized(weights, index, grid))
             for batch in hidden.split(batch_size):
                 batch.copy_(model.forward_block(layer, batch, index))
                 reporter.step(f"block {index + 1}/{model.n_blocks}")
@@ -155,10 +158,18 @@ def _artifact_for(checkpoint: Checkpoint, path: Path) -> Artifact:
     return artifact
 
 
-def _dequantized(artifact: Artifact | None, index: int) -> Mapping[str, Tensor] | None:
+def _dequantized(
+    artifact: Artifact | None, index: int, grid: GridChange | None
+) -> Mapping[str, Tensor] | None:
     if artifact is None:
         return None
-    return {n: torch.from_numpy(m.dequantize()) for n, m in artifact.block(index).items()}
+    matrices = artifact.block(index)
+    if grid is not None:
+        changed = {n: grid(m.alpha, m.mu) for n, m in matrices.items()}
+        matrices = {
+            n: replace(m, alpha=changed[n][0], mu=changed[n][1]) for n, m in matrices.items()
+        }
+    return {n: torch.from_numpy(m.dequantize()) for n, m in matrices.items()}
 
 
 def main(argv: list[str] | None = None) -> int:
