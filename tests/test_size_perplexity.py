@@ -1,13 +1,16 @@
-"""benchmarks/size_perplexity.py: ratios, table, plot, and reading llama-perplexity's last line."""
+"""benchmarks/size_perplexity.py: runs of pt2-bench joined, ratios, table and plot."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from bench_support import make_results
 
+from llamacpp_bench.results import Perplexity, Results
 from quantize.common import PT2Error
 
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks/size_perplexity.py"
@@ -22,8 +25,8 @@ def entry(name: str, kind: str, size: int, **texts: float) -> dict:
     return {"name": name, "kind": kind, "bytes": size, "texts": scores}
 
 
-RESULTS = {
-    "model": "m", "build": "b", "texts": ["wiki", "novel"],
+SIZES = {
+    "build": "b", "texts": ["wiki", "novel"],
     "files": [
         entry("bf16", module.BASE, 1000, wiki=10.0, novel=20.0),
         entry("Q2_K", module.RIVAL, 200, wiki=11.0, novel=23.0),
@@ -33,54 +36,57 @@ RESULTS = {
 }  # fmt: skip
 
 
-def test_table_and_plot_from_a_results_file(tmp_path, capsys):
-    (tmp_path / "sizes.json").write_text(json.dumps(RESULTS))
-    assert module.main(["--show", str(tmp_path / "sizes.json"), "-o", str(tmp_path)]) == 0
-    rows = (tmp_path / "sizes.md").read_text().splitlines()
+def measured(text: str | None, **files: tuple[str, str, float]) -> Results:
+    """A run of pt2-bench: name -> type, origin, perplexity in llama.cpp's protocol."""
+    results: Results = make_results({name: {} for name in files})
+    results.config["text"] = text
+    for model in results.models:
+        model.main_type, model.origin, ppl = files[model.name]
+        model.perplexity = [
+            Perplexity("gptq", 99.0, 1.0, 2048, 2, 4094),
+            Perplexity("llama.cpp", ppl, 0.1, 512, 4, 1020),
+        ]
+    return results
+
+
+def run(results: Any, out: Path) -> list[str]:
+    file = out / "in.json"
+    file.write_text(json.dumps(results))
+    assert module.main([str(file), "-o", str(out)]) == 0
+    return (out / "sizes.md").read_text().splitlines()
+
+
+def test_table_and_plot(tmp_path, capsys):
+    rows = run(SIZES, tmp_path)
     assert rows[2] == "| **mine** | 150 | 10.50 | 1.050 |  |  |"
     assert rows[4] == "| Q2_K | 200 | 11.00 | 1.100 | 23.00 | 1.150 |"
     assert (tmp_path / "sizes.png").read_bytes().startswith(b"\x89PNG")
     assert rows[2] in capsys.readouterr().out
+    assert json.loads((tmp_path / "sizes.json").read_text()) == SIZES
 
 
-def test_what_is_missing_is_named(tmp_path):
-    with pytest.raises(PT2Error, match="--imatrix-text is missing"):
-        module.main(["model", "-o", str(tmp_path), "--text", "t"])
-    with pytest.raises(PT2Error, match="names no file"):
-        module.own_files("best=no.gguf")
-    (tmp_path / "other.json").write_text("[]")
-    with pytest.raises(PT2Error, match="not a table of this program"):
-        module.main(["--show", str(tmp_path / "other.json"), "-o", str(tmp_path)])
+def test_runs_of_pt2_bench_are_joined(tmp_path):
+    full, made = ("BF16", "converted", 10.0), ("Q2_K", "llama-quantize", 12.0)
+    wiki = measured("a/wiki.txt", bf16=full, q2=made, best=("TQ1_1", "given", 11.0))
+    novel = measured("novel.txt", bf16=("BF16", "converted", 20.0), q2=("Q2_K", "x", 30.0))
+    for name, results in (("w", wiki), ("n", novel)):
+        results.save(tmp_path / f"{name}.json")
+    files = [str(tmp_path / "w.json"), str(tmp_path / "n.json")]
+    assert module.main([*files, "-o", str(tmp_path)]) == 0
+    page = (tmp_path / "sizes.md").read_text()
+    assert "| wiki.txt | ratio | novel.txt | ratio |" in page
+    assert "| 12.00 | 1.200 | 30.00 | 1.500 |" in page and "| 11.00 | 1.100 |  |  |" in page
+    assert "**best**" in page and "**q2**" not in page
+    with pytest.raises(PT2Error, match=r"a text of its own, not of 'wiki\.txt'"):
+        module.main([files[0], files[0], "-o", str(tmp_path)])
+    measured(None, bf16=full).save(tmp_path / "none.json")
+    with pytest.raises(PT2Error, match="a text of its own"):
+        module.main([str(tmp_path / "none.json"), "-o", str(tmp_path)])
+    measured("t", q2=made).save(tmp_path / "alone.json")
+    with pytest.raises(PT2Error, match="no bf16 file"):
+        module.main([str(tmp_path / "alone.json"), "-o", str(tmp_path)])
 
 
-class Build:
-    """A build whose programs are scripts of a test."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def tool(self, name: str) -> Path:
-        return self.folder / name
-
-    def env(self) -> dict[str, str]:
-        return {"PATH": "/usr/bin:/bin"}
-
-
-def script(path: Path, body: str) -> None:
-    path.write_text(f"#!/bin/sh\n{body}\n")
-    path.chmod(0o755)
-
-
-def test_a_lost_last_line_is_asked_for_again(tmp_path):
-    tool = tmp_path / "llama-perplexity"
-    count = tmp_path / "count"
-    line = 'echo "Final estimate: PPL = 12.3456 +/- 0.07890"'
-    script(tool, f"echo x >> {count}\n[ $(wc -l < {count}) -gt 1 ] && {line} || true")
-    model, text = tmp_path / "m.gguf", tmp_path / "t.txt"
-    assert module.perplexity(Build(tmp_path), model, text, []) == (12.3456, 0.0789)
-    script(tool, "true")
-    with pytest.raises(PT2Error, match="no final estimate"):
-        module.perplexity(Build(tmp_path), model, text, [])
-    script(tool, "echo something is wrong >&2; exit 3")
-    with pytest.raises(PT2Error, match="llama-perplexity failed: something is wrong"):
-        module.perplexity(Build(tmp_path), model, text, [])
+def test_a_file_that_lacks_something_is_refused(tmp_path):
+    with pytest.raises(PT2Error, match="lacks something"):
+        run({"files": [], "texts": []} | {"files": [{"kind": "pt2"}]}, tmp_path)
