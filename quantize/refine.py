@@ -229,10 +229,12 @@ class Run:
         self.reporter.start("refining", config.steps - self.step)
         self.began = time.monotonic()
         recent: list[Tensor] = []
-        while self.place() < config.steps:
+        ended = self.place() >= config.steps
+        while not ended:
             began = time.monotonic()
             recent.append(self.one_step())
-            if self.step % config.eval_every and self.place() < config.steps:
+            ended = self.place() >= config.steps  # asked once, for the clock goes on
+            if self.step % config.eval_every and not ended:
                 self._clock(began)
                 self.reporter.step(f"{self.speed():.0f} tokens/s")
                 continue
@@ -244,7 +246,7 @@ class Run:
             if self._judge(self._look(), loss):
                 break
             self.reporter.step(f"KL {loss:.4f}  {self.speed():.0f} tokens/s")
-            if self.step % config.save_every < config.eval_every and self.place() < config.steps:
+            if self.step % config.save_every < config.eval_every and not ended:
                 save()
         self.reporter.done()
 

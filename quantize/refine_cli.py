@@ -16,7 +16,7 @@ EPILOG = """\
 examples:
   pt2-refine qwen3-4b-pt2 --text calib.txt --device cuda         into ./qwen3-4b-pt2-refined
   pt2-refine qwen3-4b-pt2 --text c4 --seqlen 2048 --batch-size 8 --micro-batch 1
-  pt2-refine qwen3-4b-pt2 --text calib.txt,own.safetensors --held-out-text other.txt --minutes 60
+  pt2-refine qwen3-4b-pt2 --text calib.txt,own.safetensors --steps 99999 --minutes 60
   pt2-refine qwen3-4b-pt2 --text calib.txt --codes frozen        alpha, mu and norms only
   pt2-refine qwen3-4b-pt2 --text calib.txt --resume              take up a run that was stopped
 
@@ -65,7 +65,9 @@ def build_parser() -> argparse.ArgumentParser:
     steps = parser.add_argument_group("steps")
     _option(steps, "codes", "whether and how T moves", choices=CODES)
     _option(steps, "steps", "optimiser steps")
-    _option(steps, "minutes", "end after so many, the schedule following the clock; 0: never")
+    _option(
+        steps, "minutes", "end by then, or at --steps if they come first; 0: by the steps alone"
+    )
     steps.add_argument(
         "--restore", metavar="REGEX", help="linears that get their original weights back"
     )

@@ -20,7 +20,8 @@ class RefineConfig:
         codes: ``frozen`` leaves T as it is; ``ste`` moves it by straight-through gradients;
             ``soft`` by a smooth staircase that hardens during the run.
         steps: optimiser steps.
-        minutes: let the schedule follow the clock and end the run by then (0: follow the steps).
+        minutes: let the schedule follow the clock and end the run by then, or at ``steps`` if they
+            come first (0: follow the steps).
             Such a run is not reproducible to the bit.
         batch_size: windows per step; micro_batch: windows that go through the models at a time.
         seqlen: tokens in a window.
@@ -85,7 +86,7 @@ class RefineConfig:
             if not 0 < getattr(self, name) <= 1:
                 raise PT2Error(f"setting {name} must be above 0 and at most 1")
         if not 0 <= self.minutes < 1e6:
-            raise PT2Error("setting minutes must not be negative")
+            raise PT2Error("setting minutes must be at least 0 and below 1e6")
         if self.restore is not None:
             try:
                 re.compile(self.restore)

@@ -214,6 +214,32 @@ def test_a_run_by_the_clock_ends_in_time(start, tmp_path):
     assert result.after.kl < result.before.kl
 
 
+def test_the_last_step_by_the_clock_is_looked_at(start, tmp_path, monkeypatch):
+    """On a clock that every question moves by a second, so that time is up between two of them."""
+    _, source, text = start
+    import quantize.refine as module
+
+    for limit in (7, 8, 9, 10):
+        now, steps = [0.0], [0]
+        one_step = module.Run.one_step
+
+        def tick(run, now=now):
+            now[0] += 1
+            return now[0]
+
+        def counted(run, steps=steps, one_step=one_step):
+            steps[0] += 1
+            return one_step(run)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module.Run, "elapsed", tick)
+            patch.setattr(module.Run, "one_step", counted)
+            settings = {**SMALL, "steps": 10**6, "minutes": limit / 60, "eval_every": 1000}
+            config = RefineConfig(**settings, text=text)
+            result = refine(source, tmp_path / f"r{limit}", config)
+        assert steps[0] > 1 and result.history[-1]["step"] == steps[0]
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float32])
 def test_codes_are_packed_as_in_the_artifact(dtype):
     t = torch.randint(-1, 2, (5, 24), generator=generator(), dtype=torch.int8)

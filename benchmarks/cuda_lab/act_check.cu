@@ -365,7 +365,7 @@ template <typename F> static double time_us(F && f) {
     return best;
 }
 
-__global__ void nothing_kernel(int) { let_next_start(); wait_for_inputs(); }
+__global__ void nothing_kernel(int) { tq_pdl_launch(); tq_pdl_wait(); }
 
 static void bench() {
     printf("us a call, in a graph of 100, dependent launch\n");

@@ -29,20 +29,6 @@ void check(cudaError_t err, const char * what) {
     }
 }
 
-// ---- programmatic dependent launch ----------------------------------------------------------------
-
-__device__ __forceinline__ void let_next_start() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void wait_for_inputs() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 // ---- elementwise sources -----------------------------------------------------------------------------
 
 struct plain_source {
@@ -82,7 +68,7 @@ template <bool GELU> struct glu_source {
 // tokens past the last are left as they are.
 template <bool PREFILL, typename Source>
 __global__ void __launch_bounds__(MANY_UNITS * LANES) quantize_kernel(Source source, tq_act out) {
-    let_next_start();
+    tq_pdl_launch();
     const int unit  = threadIdx.x / LANES;
     const int s     = threadIdx.x % LANES;
     const int units = blockDim.x / LANES;
@@ -90,7 +76,7 @@ __global__ void __launch_bounds__(MANY_UNITS * LANES) quantize_kernel(Source sou
     const int token = PREFILL ? blockIdx.y * units + unit : blockIdx.y;
     const bool write = block < out.nb;
 
-    wait_for_inputs();
+    tq_pdl_wait();
     float v[8] = {};
     if (write && token < out.n) {
         source.load(token, block * TQ_BLOCK + 4 * s, v);
@@ -107,7 +93,7 @@ template <bool PREFILL, int TOKENS, int REPEAT>
 __global__ void __launch_bounds__(MAX_UNITS * LANES) norm_kernel(const float * a, const float * b, const float * w, float eps,
         float * sum, float * norm, tq_act out, bool vec) {
     __shared__ float squares[TOKENS][MAX_RANKS * MAX_UNITS / TOKENS];
-    let_next_start();
+    tq_pdl_launch();
 
     const int ranks  = gridDim.x;
     const int rank   = blockIdx.x;
@@ -125,7 +111,7 @@ __global__ void __launch_bounds__(MAX_UNITS * LANES) norm_kernel(const float * a
         asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); // "I run": others may write to my shared memory
     }
 #endif
-    wait_for_inputs();
+    tq_pdl_wait();
 
     constexpr bool EARLY = REPEAT <= 2; // registers for the weights before the sum is known
     float v[REPEAT][8];

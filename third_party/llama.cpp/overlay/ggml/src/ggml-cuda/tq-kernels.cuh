@@ -33,6 +33,19 @@ static inline bool tq_early_start_wanted() {
     return wanted;
 }
 
+// Programmatic dependent launch: the next kernel may be set up from the first call on, and nothing that the
+// kernels before have written may be read, nor anything that they read be written, before the second.
+static __device__ __forceinline__ void tq_pdl_launch() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+static __device__ __forceinline__ void tq_pdl_wait() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 constexpr int TQ_BLOCK      = 128; // weights of a row that share alpha and mu
 constexpr int TQ_TILE_ROWS  = 16;
 constexpr int TQ_TILE_BYTES = 576; // of 16 rows x 128 columns

@@ -13,19 +13,6 @@
 #include <type_traits>
 
 // ---- instructions -------------------------------------------------------------------------------
-// Programmatic dependent launch: the next kernel may be set up from the first call on, and nothing that the
-// kernels before have written may be read, nor anything that they read be written, before the second.
-static __device__ __forceinline__ void tq_pdl_launch() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-static __device__ __forceinline__ void tq_pdl_wait() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 static __device__ __forceinline__ void tq_mma_u8s8(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                                                    uint32_t b0, uint32_t b1) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800

@@ -31,16 +31,6 @@ struct shape {
 
 #if defined(__CUDA_ARCH__) && defined(TQ_MMA_CODE)
 
-__device__ __forceinline__ void pdl_begin() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-__device__ __forceinline__ void pdl_wait() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
 __device__ __forceinline__ uint32_t shared_address(const void * p) {
     return (uint32_t) __cvta_generic_to_shared(p);
 }
@@ -115,11 +105,11 @@ __global__ void __launch_bounds__(WARPS * 32) prefill_mma(const __grid_constant_
     load.token0  = token_part;
     const uint8_t * sums = args.sums + ((size_t) group * tq_ceil(nb, 8) * TQ_PREFILL_BN + token_part + col0) * 64;
 
-    pdl_begin();
+    tq_pdl_launch();
     for (int b = 0; b < S::stages - 1 && b < nb; b++) {
         load.copy_weights(b);
     }
-    pdl_wait();
+    tq_pdl_wait();
     for (int b = 0; b < S::stages - 1; b++) {
         if (b < nb) {
             load.copy_activations(b);
