@@ -22,6 +22,7 @@ from quantize.artifact import sha256_array
 from quantize.common import PT2Error
 from quantize.safetensors_file import read_header
 
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 TEXT_SUFFIXES = (".txt", ".raw", ".md", ".text")
 # Data sets as GPTQ and the paper use them: (path, name, files, split, column, joined by)
 DATASETS: dict[str, dict[str, Any]] = {
@@ -86,6 +87,11 @@ def load_calibration(
     return Calibration(tokens, record)
 
 
+def has_tokenizer(model_dir: Path) -> bool:
+    """Whether a model's folder has a tokenizer's files."""
+    return any((model_dir / n).is_file() for n in TOKENIZERS)
+
+
 def load_tokenizer(model_dir: Path) -> Any:
     """The model's own tokenizer, through transformers.
 
@@ -94,9 +100,9 @@ def load_tokenizer(model_dir: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
-    if not any((model_dir / n).is_file() for n in names):
-        raise PT2Error(f"{model_dir} has no tokenizer ({', '.join(names)}); copy the model's here")
+    if not has_tokenizer(model_dir):
+        names = ", ".join(TOKENIZERS)
+        raise PT2Error(f"{model_dir} has no tokenizer ({names}); copy the model's here")
     try:
         return AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
     except Exception as e:  # a broken file may raise nearly anything in there

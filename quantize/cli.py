@@ -87,6 +87,9 @@ def build_parser() -> argparse.ArgumentParser:
     text.add_argument("--seed", type=int, help="of the windows and of the random order (0)")
     _switch(text, "bos", "put the BOS token in front of every window (no)")
 
+    text.add_argument("--proof-tokens", type=int, metavar="N", help="tokens of the proof, with "
+                      "which pt2-export compares the file; 0: no proof (1024)")  # fmt: skip
+
     method = parser.add_argument_group("method")
     method.add_argument("--order", choices=ORDERS, help="of the columns (foldable)")
     method.add_argument("--block-size", type=int, choices=BLOCK_SIZES, help="columns (128)")

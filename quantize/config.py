@@ -54,6 +54,9 @@ class Config:
         sensitivity: windows of text, beyond those of the calibration, from which is measured at the
             end what each linear costs the model (:mod:`quantize.measure`), for pt2-export's mixed
             precision (0: not measured).
+        proof_tokens: tokens of the text whose predictions are kept with the artifact, for
+            pt2-export to compare the file's with (0: none; from 1024 on, more where a sliding
+            window or a rope context begins to count only then).
         skip: regular expression; linears whose name it matches are left as they are.
         device, dtype: of the forward pass. The quantiser's arithmetic is float32 and float64.
         threads: CPU threads (0: as torch chooses).
@@ -81,6 +84,7 @@ class Config:
     bos: bool = False
     order_samples: int = 16
     sensitivity: int = 0
+    proof_tokens: int = 1024
     skip: str | None = None
     device: str = "auto"
     dtype: str = "float32"
@@ -96,7 +100,7 @@ class Config:
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("device", self.device, DEVICES)
         least = {"itf_steps": 1, "reround": 0, "rounds": 0, "sweeps": 0, "samples": 1, "seqlen": 2,
-                 "order_samples": 1, "sensitivity": 0, "threads": 0, "seed": 0,
+                 "order_samples": 1, "sensitivity": 0, "proof_tokens": 0, "threads": 0, "seed": 0,
                  "batch_size": 1}  # fmt: skip
         for name, low in least.items():
             if getattr(self, name) < low:

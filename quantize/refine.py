@@ -42,6 +42,7 @@ from quantize.distill import Held, Windows, held_out, kl_divergence
 from quantize.hf_model import StreamedModel
 from quantize.machine import arithmetic, pick_device, versions
 from quantize.progress import Reporter
+from quantize.proof_run import renew_proof
 from quantize.refine_config import RefineConfig
 from quantize.refine_state import load_state, remove_state, save_state
 from quantize.refine_store import changed_codes, snapshot, write_refined
@@ -140,7 +141,10 @@ def refine(
         out.mkdir(parents=True, exist_ok=True)
         run.train(lambda: save_state(out, identity, run.state()))
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
-    write_refined(out, source, run.snapshot, identity, run.before, run.best)
+    write_refined(
+        out, source, run.snapshot, identity, run.before, run.best,
+        lambda artifact: renew_proof(checkpoint, source, artifact, device),
+    )  # fmt: skip
     result = Refined(
         out, run.before, run.best, run.history, time.monotonic() - began, run.speed(), peak,
         changed_codes(source, run.snapshot),
