@@ -130,8 +130,9 @@ def check_file(
     """
     with tempfile.TemporaryDirectory(prefix="pt2-proof-") as name:
         folder = Path(name)
-        differing = different_lines(file, proof, programs, folder)
+        # llama-perplexity first: it says why it cannot load a file, llama-tokenize does not.
         saved = run_windows(file, proof, programs, folder)
+        differing = different_lines(file, proof, programs, folder)
         tokens, values = read_predictions(saved)
         measured = difference(proof, *predictions(values, proof))
         verdict = Verdict(measured, len(proof.lines), {n: gaps[n] for n in differing if n in gaps})
