@@ -32,7 +32,7 @@ def test_runs_are_interleaved_and_summed_up(tmp_path: Path, setup: Setup) -> Non
     assert share == pytest.approx(
         results.summary("fast", "tg256").mean * (fast.decode_bytes + 128 * fast.kv_bytes) / 1e9
     )
-    assert [p.protocol for p in fast.perplexity] == ["llama.cpp", "gptq"]
+    assert [p.protocol for p in fast.perplexity] == ["llama.cpp", "papers"]
 
 
 def test_every_output_is_written_and_reads_back(tmp_path: Path, setup: Setup) -> None:
