@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from pt2_core.texts import Text, read_text, split_sources
-from pt2_core.tokens import paper_windows
+from pt2_core.tokens import check_context, paper_windows
 from pt2_eval.measure import perplexity
 from pt2_eval.models import open_model
 from pt2_eval.tasks import PAPER_TASKS, zero_shot
@@ -149,6 +149,8 @@ def measure(
             for text in texts:
                 limit = args.chunks or text.windows
                 windows = paper_windows(opened.encode(text.text), opened.bos, args.ctx, limit)
+                check_context(windows.shape[1], opened.context, opened.name, "--ctx",
+                              allow=False, warn=reporter.warn)  # fmt: skip
                 score = perplexity(opened, windows, second_half=False, batch=args.batch_size)
                 result["perplexity"][text.label] = score.value
             if args.tasks != "none":
