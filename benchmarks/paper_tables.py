@@ -150,7 +150,7 @@ def measure(
                 limit = args.chunks or text.windows
                 windows = paper_windows(opened.encode(text.text), opened.bos, args.ctx, limit)
                 check_context(windows.shape[1], opened.context, opened.name, "--ctx",
-                              allow=False, warn=reporter.warn)  # fmt: skip
+                              allow=args.allow_long, warn=reporter.warn)  # fmt: skip
                 score = perplexity(opened, windows, second_half=False, batch=args.batch_size)
                 result["perplexity"][text.label] = score.value
             if args.tasks != "none":
@@ -236,6 +236,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("model", help="folder of the Hugging Face model")
     parser.add_argument("-o", "--out", type=Path, default=Path("out/paper-tables"))
     parser.add_argument("--tables", default="1,2", help="1, 2, 2a, 2b, 2c, 2d (1,2)")
+    parser.add_argument("--allow-long", action="store_true", help="windows beyond the context")
     parser.add_argument("--text", default="wikitext2,c4", help="test texts (wikitext2,c4)")
     parser.add_argument("--tasks", default="paper", help="paper, none, or names (paper)")
     parser.add_argument("--ctx", type=int, default=2048, help="tokens in a window (2048)")

@@ -90,7 +90,7 @@ def read_file(path: Path, field: str | None = None) -> FileText:
     records = _records(path, text, strict=_suffix(path) in JSON_SUFFIXES)
     if records is not None:
         text, used = _field_text(path, records, field)
-        notes = [f"{path.name}: JSON records, their field {used!r} is read ({len(records)} of it)"]
+        notes = [f"{path.name}: JSON records, their field {used!r} is read, {len(records)} times"]
         return FileText(normalised(text)[0], used, tuple(notes), as_is=False)
     _refuse_markup(path, text)
     return FileText(text, None, tuple(notes), as_is=data is raw and text == decoded)

@@ -194,7 +194,8 @@ def _read_one(source: str, purpose: Purpose, text_field: str | None, enough: int
         return _text(found, path.name, path if found[0].as_is and path.is_file() else None)
     if source in DATA_SETS:
         return _data_set(source, purpose, enough)
-    raise PT2Error(f"no text {source!r}: {_choices()}")
+    kind = "calibration text" if purpose == "calibration" else "text"
+    raise PT2Error(f"no {kind} {source!r}: {_choices()}")
 
 
 def _choices() -> str:

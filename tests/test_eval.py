@@ -157,6 +157,8 @@ def test_the_command_writes_one_table(artifact, tmp_path, capsys):
         (["gone.gguf", "--text", str(TEXT)], "there is no file gone.gguf"),
         ([str(MODEL), "--text", str(TEXT), "--ctx", "4096"], "at most 2048 tokens"),
         ([str(MODEL), "--text", str(TEXT), "--chunks", "0"], "--chunks and --limit"),
+        ([str(MODEL), "--text", f"{TEXT},{TEXT}"], "two of the texts are called austen.test"),
+        ([str(MODEL), "--text-field", "a", "--tasks", "paper"], "--text-field belongs to --text"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, capsys):

@@ -346,7 +346,7 @@ def test_sources_are_told_apart(tmp_path):
     assert token_source("t.safetensors.txt") is None and token_source("wikitext2") is None
     assert source_name("/x/t.safetensors:train,/y/a.txt,c4") == "t.safetensors:train,a.txt,c4"
     with pytest.raises(PT2Error, match=r"no text 'gone'.*one of wikitext2, c4, ptb"):
-        read_text("gone")
+        read_text("gone", "test")
     with pytest.raises(PT2Error, match="holds token ids"):
         read_text("t.safetensors:train")
 
