@@ -47,9 +47,12 @@ recipes (every stage is also an option below, and a line of a YAML file):
   FILE      YAML with settings by the options' names, e.g.  recipe: best / block_size: 64
 
 calibration:
-  A text file, a folder of .txt files, wikitext2, c4 or ptb (these need pip install 'pt2-llm[data]'
-  and a connection), or FILE.safetensors:TENSOR with token ids. The text is cut into windows that do
-  not overlap, and --samples of them are drawn with --seed. No BOS token is added unless --bos.
+  A text file, JSON lines, a folder of them, wikitext2, c4 or ptb (these need pip install
+  'pt2-llm[data]' and a connection), or FILE.safetensors:TENSOR with token ids; several with commas
+  between them. Of JSON records --text-field is read (default: text, or a chat's messages without
+  roles, or the only string field). The text is cut into windows that do not overlap, and --samples
+  of them are drawn with --seed. No BOS token is added unless --bos; special tokens written in the
+  text are plain text.
 
 supported: Llama, Mistral, Qwen2, Qwen3 (Hugging Face folders with safetensors)
 next:      pt2-export model.gguf --from OUT
@@ -85,6 +88,9 @@ def build_parser() -> argparse.ArgumentParser:
     text.add_argument("--sensitivity", type=int, metavar="N", help="more windows, to measure what "
                       "each linear costs, for pt2-export --target-size (0)")  # fmt: skip
     text.add_argument("--seed", type=int, help="of the windows and of the random order (0)")
+    text.add_argument("--text-field", metavar="NAME", help="of JSON records (see below)")
+    text.add_argument("--allow-long", action="store_true", default=None,
+                      help="take windows longer than the model's context")  # fmt: skip
     _switch(text, "bos", "put the BOS token in front of every window (no)")
 
     text.add_argument("--proof-tokens", type=int, metavar="N", help="tokens of the proof, with "

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from pt2_core.texts import source_name
 from quantize.common import PT2Error
 
 ORDERS = ("none", "random", "hessian", "ssr", "foldable")
@@ -47,8 +48,12 @@ class Config:
         sequential: take the Hessians of a block's sites one after the other, each with the block's
             linears before it already quantised.
         damping: share of the Hessian's mean diagonal that is added to the diagonal.
-        calibration: text file, folder, data set name, or ``file.safetensors:tensor`` of token ids.
+        calibration: text file, JSON lines, folder, data set name, ``file.safetensors:tensor`` of
+            token ids, or several with commas between them.
+        text_field: of JSON records, the field with the text (None: ``text``, a chat's
+            ``messages``, or the only string field).
         samples, seqlen: calibration windows and tokens in each.
+        allow_long: take windows that are longer than the model's context.
         bos: put the model's BOS token in front of every calibration window.
         order_samples: windows from which the foldable order's activation energies are taken.
         sensitivity: windows of text, beyond those of the calibration, from which is measured at the
@@ -79,8 +84,10 @@ class Config:
     sequential: bool = False
     damping: float = 0.01
     calibration: str = "wikitext2"
+    text_field: str | None = None
     samples: int = 128
     seqlen: int = 2048
+    allow_long: bool = False
     bos: bool = False
     order_samples: int = 16
     sensitivity: int = 0
@@ -119,8 +126,10 @@ class Config:
     def identity(self) -> dict[str, Any]:
         """The settings as the manifest holds them: no folders of this machine."""
         values = dataclasses.asdict(self)
-        path, _, tensor = self.calibration.partition(".safetensors:")
-        values["calibration"] = Path(path).name + (f".safetensors:{tensor}" if tensor else "")
+        values["calibration"] = source_name(self.calibration)
+        # The text is known by its tokens' checksum, and what is allowed changes nothing.
+        for name in ("text_field", "allow_long"):
+            values.pop(name)
         return values
 
 

@@ -23,6 +23,7 @@ import sys
 import torch
 from torch import Tensor, nn
 
+from pt2_core.tokens import check_context, context_limit
 from quantize.artifact import Artifact
 from quantize.calibration import load_calibration
 from quantize.checkpoint import Checkpoint
@@ -196,6 +197,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("artifact", help="folder of a complete artifact")
     parser.add_argument("--model", help="the source model (default: what it was made from)")
     parser.add_argument("--calibration", required=True, help="as for pt2-quantize")
+    parser.add_argument("--text-field", metavar="NAME", help="of JSON records")
+    parser.add_argument("--allow-long", action="store_true", help="windows beyond the context")
     parser.add_argument("--windows", type=int, default=8, help="of text (8)")
     parser.add_argument("--seqlen", type=int, default=512, help="tokens in a window (512)")
     parser.add_argument("--seed", type=int, default=0, help="of the windows (0)")
@@ -211,21 +214,28 @@ def _run(args: object) -> int:
     given = vars(args)
     if min(given["windows"], given["batch_size"]) < 1 or not 2 <= given["seqlen"] <= MAX_WINDOW:
         raise PT2Error(f"--windows must be at least 1, --seqlen in 2 to {MAX_WINDOW}")
+    reporter = RichReporter()
     artifact = Artifact.open(given["artifact"])
     source = artifact.source_model(given["model"], "--model")
     checkpoint = Checkpoint.open(source)
     if checkpoint.fingerprint()[0] != artifact.manifest["model"].get("fingerprint"):
         raise PT2Error(f"{artifact.path} was not made from {source}: give the model with --model")
+    check_context(
+        given["seqlen"], context_limit(checkpoint.raw_config), checkpoint.path.name, "--seqlen",
+        allow=given["allow_long"], warn=reporter.warn,
+    )  # fmt: skip
     with arithmetic(given["threads"]):
         device = pick_device(given["device"])
         vocab = StreamedModel(checkpoint).config.vocab_size
         text = load_calibration(
             given["calibration"], checkpoint.path, samples=given["windows"], vocab=vocab,
-            seqlen=given["seqlen"], seed=given["seed"], bos=False,
+            seqlen=given["seqlen"], seed=given["seed"], bos=False, text_field=given["text_field"],
         )  # fmt: skip
+        for note in text.notes:
+            reporter.note(note)
         result = measure(
             artifact, checkpoint, text.tokens, device=device, dtype=given["dtype"],
-            batch_size=given["batch_size"], reporter=RichReporter(),
+            batch_size=given["batch_size"], reporter=reporter,
         )  # fmt: skip
     path = write(artifact, result)
     print(summary(result))

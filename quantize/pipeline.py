@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pt2_core.tokens import check_context, context_limit
 from quantize import reorder
 from quantize.artifact import (
     MANIFEST,
@@ -103,6 +104,10 @@ def ternarize(
     _refuse_overwriting(out, resume, overwrite)
     checkpoint = Checkpoint.open(Path(model_dir))
     device = pick_device(config.device)
+    check_context(
+        config.seqlen, context_limit(checkpoint.raw_config), checkpoint.path.name, "--seqlen",
+        allow=config.allow_long, warn=reporter.warn,
+    )  # fmt: skip
     with arithmetic(config.threads) as threads:
         model = StreamedModel(checkpoint, device, config.dtype)
         _, kept = check_linears(model, config.block_size, config.skip)
@@ -114,8 +119,11 @@ def ternarize(
         calibration = load_calibration(
             config.calibration, checkpoint.path, samples=config.samples + config.sensitivity,
             seqlen=config.seqlen, vocab=model.config.vocab_size, seed=config.seed, bos=config.bos,
+            text_field=config.text_field,
         )  # fmt: skip
         reporter.done()
+        for note in calibration.notes:
+            reporter.note(note)
         identity = {
             "model": checkpoint.identity(digest),
             "settings": {**config.identity(), "device": device, "threads": threads},

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pt2_core.tokens import bos_token, encode, has_tokenizer, load_tokenizer
 from quantize import proof_text
 from quantize.artifact import Artifact
-from quantize.calibration import encode, has_tokenizer, load_tokenizer
 from quantize.checkpoint import Checkpoint
 from quantize.common import PT2Error
 from quantize.hf_model import StreamedModel
@@ -91,7 +91,7 @@ def plan_proof(checkpoint: Checkpoint, tokens: int, max_context: int = 0) -> Pro
     """
     tokenizer = load_tokenizer(checkpoint.path)
     windows, length = shape(checkpoint.raw_config, tokens, max_context)
-    bos = leading_bos(tokenizer)
+    bos = bos_token(tokenizer)
     # llama-perplexity wants a text of at least two windows.
     wanted = max(windows, 2) * length + 1
     text = proof_text.PROSE
@@ -111,13 +111,6 @@ def plan_proof(checkpoint: Checkpoint, tokens: int, max_context: int = 0) -> Pro
         text, cut(ids, windows, length), bos, empty.astype(np.int32), empty.astype(np.float32),
         lines, coded,
     )  # fmt: skip
-
-
-def leading_bos(tokenizer: Any) -> int | None:
-    """The token that the tokenizer puts in front of a text, None where it puts none."""
-    bos = tokenizer.bos_token_id
-    ids = tokenizer.encode("a")
-    return int(bos) if bos is not None and ids and ids[0] == bos else None
 
 
 def special_tokens(tokenizer: Any) -> list[str]:

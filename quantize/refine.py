@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pt2_core.tokens import check_context, context_limit
 from quantize.artifact import (
     MANIFEST,
     RUN,
@@ -127,7 +128,12 @@ def refine(
         raise PT2Error(f"{source.path} was not made from the model in {model}; give --model")
     with arithmetic(config.threads), torch.enable_grad():
         streamed = StreamedModel(checkpoint, device, config.dtype)  # refuses what is not supported
-        tokens = text_tokens(config, checkpoint.path, streamed.config.vocab_size)
+        check_context(
+            config.seqlen, context_limit(checkpoint.raw_config), checkpoint.path.name, "--seqlen",
+            allow=config.allow_long, warn=reporter.warn,
+        )  # fmt: skip
+        vocab = streamed.config.vocab_size
+        tokens = text_tokens(config, checkpoint.path, vocab, reporter.note)
         identity = {
             "settings": {**config.identity(), "device": device},
             "source": sha256_file(source.path / MANIFEST),

@@ -55,7 +55,11 @@ def build_parser() -> argparse.ArgumentParser:
     mode.add_argument("--overwrite", action="store_true", help="replace what OUT holds")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress, no summary")
     text = parser.add_argument_group("text")
-    _option(text, "text", "text file, folder, data set, FILE.safetensors:TENSOR; or several, a,b")
+    _option(text, "text", "text file, JSON lines, folder, data set, FILE.safetensors:TENSOR; a,b")
+    text.add_argument("--text-field", metavar="NAME", help="of --text's JSON records (text)")
+    text.add_argument(
+        "--allow-long", action="store_true", help="take windows longer than the model's context"
+    )
     _option(text, "seqlen", "tokens in a window")
     _option(text, "held_out", "windows that are watched, not trained on")
     text.add_argument(
