@@ -49,7 +49,7 @@ def test_a_proof_reads_back_as_it_was_written():
     [
         {"record": np.frombuffer(b"{}", np.uint8)},
         {"record": np.frombuffer(b"[" * 100_000, np.uint8)},
-        {"tokens": np.zeros((2, 11), np.int32)},
+        {"tokens": np.zeros((2, 10), np.int32)},
         {"top": np.zeros((2, 5, 4), np.int64)},
         {"logprob": np.full((2, 5, 4), np.nan, np.float32)},
         {"logprob": np.full((2, 5, 4), 1.0, np.float32)},
@@ -155,8 +155,8 @@ def test_a_refinement_renews_the_proof(tmp_path):
     config = Config(calibration=str(text), samples=4, seqlen=64, device="cpu", threads=1)
     ternarize(model, tmp_path / "artifact", config)
     small = RefineConfig(
-        steps=3, batch_size=2, micro_batch=1, seqlen=32, held_out=2, eval_every=1, save_every=3,
-        device="cpu", dtype="float32", threads=1, lr=0.05, lr_codes=0.05, embeddings=True,
+        steps=6, batch_size=2, micro_batch=1, seqlen=32, held_out=2, eval_every=1, save_every=9,
+        device="cpu", dtype="float32", threads=1, lr=0.01, lr_codes=0.002, embeddings=True,
         text=str(text),
     )  # fmt: skip
     refine(tmp_path / "artifact", tmp_path / "refined", small)
