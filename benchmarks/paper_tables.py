@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pt2_core.progress import open_reporter
 from pt2_eval.measure import paper_windows, perplexity
 from pt2_eval.models import open_model
 from pt2_eval.tasks import PAPER_TASKS, zero_shot
@@ -43,7 +44,6 @@ from quantize.common import (
 from quantize.config import DEVICES, DTYPES, load_recipe
 from quantize.machine import arithmetic
 from quantize.pipeline import ternarize
-from quantize.progress import RichReporter
 
 RESULTS, PAGE = "tables.json", "tables.md"
 TITLES = {
@@ -134,7 +134,7 @@ def measure(
     Returns:
         perplexities by text, accuracies by task, seconds of the quantisation.
     """
-    reporter = RichReporter()
+    reporter = open_reporter()
     path, seconds = model, 0.0
     with tempfile.TemporaryDirectory(dir=folder, prefix=".variant-") as work:
         if variant.recipe is not None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +16,7 @@ from export.config import (
 from quantize.common import ArgumentParser, PT2Error, human_bytes, read_json, run_cli
 
 if TYPE_CHECKING:
-    from export.pipeline import ExportReport, Progress
+    from export.pipeline import ExportReport
 
 _EPILOG = """\
 examples:
@@ -107,12 +105,15 @@ def _run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from export.pipeline import export_gguf
+    from pt2_core.progress import open_reporter
 
-    out, err = Console(highlight=False), Console(stderr=True, highlight=False)
-    if args.artifact is None:
-        err.print(f"exporting {artifact}, the newest artifact here")
-    with _progress(err) as progress:
-        report = export_gguf(artifact, args.out, config, model_dir=args.model, progress=progress)
+    out = Console(highlight=False)
+    with open_reporter() as reporter:
+        if args.artifact is None:
+            reporter.note(f"exporting {artifact}, the newest artifact here")
+        report = export_gguf(
+            artifact, args.out, config, model_dir=args.model, progress=reporter.stage
+        )
     _show(out, report, config)
     return 0
 
@@ -138,25 +139,6 @@ def newest_artifact(folder: Path) -> Path:
         last = max(found)[2].parent
         raise PT2Error(f"{last} is not complete: finish it with pt2-quantize --resume")
     raise PT2Error("no artifact in this folder: give one with --from DIR, made by pt2-quantize")
-
-
-@contextmanager
-def _progress(console: Any) -> Iterator[Progress]:
-    """One bar per stage on a terminal, one line per stage elsewhere."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description:36}"), BarColumn(), MofNCompleteColumn())
-    tasks: dict[str, Any] = {}
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bars:
-
-        def update(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-                if not console.is_terminal:
-                    console.print(f"{stage} ...")
-            bars.update(tasks[stage], completed=done, total=total)
-
-        yield update
 
 
 def _show(console: Any, report: ExportReport, config: ExportConfig) -> None:

@@ -11,6 +11,7 @@ import gc
 import sys
 from pathlib import Path
 
+from pt2_core.progress import Reporter, open_reporter
 from pt2_eval.measure import divergence, paper_windows, perplexity
 from pt2_eval.models import Model, open_model
 from pt2_eval.table import Row, markdown
@@ -20,7 +21,6 @@ from quantize.common import ArgumentParser, PT2Error, atomic_path, run_cli, writ
 from quantize.config import DEVICES, DTYPES
 from quantize.evaluate import llama_windows
 from quantize.machine import arithmetic
-from quantize.progress import Reporter, RichReporter
 
 PROTOCOLS = ("papers", "llama.cpp")
 EPILOG = """\
@@ -87,9 +87,8 @@ def _run(args: argparse.Namespace) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
     texts = [load_text(s) for s in (args.text or "").split(",") if s]
     tasks = list(PAPER_TASKS) if args.tasks == "paper" else (args.tasks or "").split(",")
-    reporter = Reporter() if args.quiet else RichReporter()
     rows: list[Row] = []
-    with arithmetic(args.threads):
+    with arithmetic(args.threads), open_reporter(args.quiet) as reporter:
         reference = _open(args.reference, args) if args.reference else None
         for path in args.models:
             same = args.reference and Path(path).resolve() == Path(args.reference).resolve()
@@ -124,15 +123,16 @@ def _measure(
         batch = args.batch_size
 
         def step() -> None:
-            reporter.step(model.name)
+            reporter.step()
 
         if args.protocol != "llama.cpp":
             windows = paper_windows(ids, ids_of.bos, args.ctx, args.chunks or usual)
-            reporter.start(f"{model.name} on {name}, papers", -(-len(windows) // batch))
+            reporter.start(f"{model.name} on {name}, papers", -(-len(windows) // batch), "batches")
             row.papers[name] = perplexity(model, windows, second_half=False, batch=batch, step=step)
         windows = llama_windows(ids, ids_of.bos, 512, args.chunks)
         passes = (args.protocol != "papers") + (reference is not None and reference is not model)
-        reporter.start(f"{model.name} on {name}, llama.cpp", passes * -(-len(windows) // batch))
+        steps = passes * -(-len(windows) // batch)
+        reporter.start(f"{model.name} on {name}, llama.cpp", steps, "batches")
         if args.protocol != "papers":
             row.llama[name] = perplexity(model, windows, second_half=True, batch=batch, step=step)
         if reference is not None and reference is not model:

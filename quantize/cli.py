@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from pt2_core.commands import command, resume_command
+from pt2_core.progress import open_reporter
 from quantize.common import ArgumentParser, PT2Error, human_seconds, run_cli
 from quantize.config import (
     BLOCK_SIZES,
@@ -59,7 +60,8 @@ next:      pt2-export model.gguf --from OUT
 def main(argv: list[str] | None = None) -> int:
     """The entry point; returns the exit code."""
     args = build_parser().parse_args(argv)
-    return run_cli("pt2-quantize", lambda: _run(args))
+    resume = resume_command("pt2-quantize", argv)
+    return run_cli("pt2-quantize", lambda: _run(args), resume=resume)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -129,18 +131,17 @@ def _run(args: argparse.Namespace) -> int:
     out = Path(args.out) if args.out else Path(f"{Path(args.model).resolve().name}-pt2")
 
     from quantize.pipeline import ternarize  # torch: only once the options are known to be right
-    from quantize.progress import Reporter, RichReporter
 
-    reporter = Reporter() if args.quiet else RichReporter()
-    more = {"resume": args.resume, "overwrite": args.overwrite, "reporter": reporter}
     refined = None
-    if args.recipe == "refined":
-        from quantize.refined import refine_settings, ternarize_and_refine
+    with open_reporter(args.quiet) as reporter:
+        more = {"resume": args.resume, "overwrite": args.overwrite, "reporter": reporter}
+        if args.recipe == "refined":
+            from quantize.refined import refine_settings, ternarize_and_refine
 
-        settings = refine_settings(config, args.refine_text, args.refine_steps)
-        result, refined = ternarize_and_refine(args.model, out, config, settings, **more)
-    else:
-        result = ternarize(args.model, out, config, **more)
+            settings = refine_settings(config, args.refine_text, args.refine_steps)
+            result, refined = ternarize_and_refine(args.model, out, config, settings, **more)
+        else:
+            result = ternarize(args.model, out, config, **more)
     if args.report is not None:
         from quantize.report import write_report
 
@@ -156,6 +157,8 @@ def _run(args: argparse.Namespace) -> int:
 
 def print_summary(result: Result) -> None:
     """One screen: what was made, the errors by kind of linear and stage, what to do next."""
+    from quantize.artifact import RUN
+
     console = Console(highlight=False)
     kinds: dict[str, list[dict[str, Any]]] = {}
     for name, m in result.matrices.items():
@@ -171,16 +174,16 @@ def print_summary(result: Result) -> None:
         table.add_row(kind, *cells)
     console.print(table)
     bits = math.log2(3) + 32 / result.block_size
-    console.print(
+    print(
         f"ternary  {len(result.matrices)} linears, {result.parameters / 1e6:.1f} M weights, "
         f"{bits:.3f} bits per weight (log2(3) and two float16 per {result.block_size})"
     )
     if result.kept:
-        console.print(f"kept     {len(result.kept)} linears as they are (--skip)")
+        print(f"kept     {len(result.kept)} linears as they are (--skip)")
     if result.warnings:
-        console.print(f"warnings {len(result.warnings)}, see {escape(str(result.path))}/run.json")
-    console.print(f"time     {human_seconds(result.seconds)}")
-    console.print(f"next     pt2-export model.gguf --from {escape(str(result.path))}")
+        print(f"warnings {len(result.warnings)}, see {result.path / RUN}")
+    print(f"time     {human_seconds(result.seconds)}")
+    print(f"next     {command('pt2-export', 'model.gguf', '--from', result.path)}")
 
 
 if __name__ == "__main__":

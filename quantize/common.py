@@ -122,10 +122,13 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(EXIT_ERROR, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-def run_cli(name: str, body: Callable[[], int | None]) -> int:
+def run_cli(name: str, body: Callable[[], int | None], resume: str | None = None) -> int:
     """Run a command's body; turn what a user can mend into one line on stderr and an exit code.
 
     ``PT2_DEBUG=1`` in the environment shows the traceback as well.
+
+    Args:
+        resume: the command that goes on where an interrupted run stopped, if there is one.
     """
     signal.signal(signal.SIGPIPE, signal.SIG_DFL) if hasattr(signal, "SIGPIPE") else None
     try:
@@ -134,7 +137,8 @@ def run_cli(name: str, body: Callable[[], int | None]) -> int:
         message = str(e)
         error: BaseException = e
     except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
+        then = f"; to go on: {resume}" if resume else ""
+        print(f"{name}: interrupted{then}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except OSError as e:
         message = f"{e.filename or 'operating system'}: {_reason(e)}"
@@ -144,7 +148,9 @@ def run_cli(name: str, body: Callable[[], int | None]) -> int:
         error = e
     if os.environ.get("PT2_DEBUG"):
         raise error
-    print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr)
+    # One line; blanks inside of it stay, for it may hold a command with a quoted path.
+    line = " ".join(part.strip() for part in message.splitlines() if part.strip())
+    print(f"{name}: error: {line}", file=sys.stderr)
     return EXIT_ERROR
 
 

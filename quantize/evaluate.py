@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from pt2_core.progress import Reporter, open_reporter
 from quantize.artifact import Array, Artifact
 from quantize.calibration import encode, load_tokenizer, read_text, read_tokens
 from quantize.checkpoint import Checkpoint
@@ -33,7 +34,6 @@ from quantize.common import ArgumentParser, PT2Error, run_cli
 from quantize.config import DEVICES, DTYPES
 from quantize.hf_model import StreamedModel
 from quantize.machine import arithmetic, pick_device
-from quantize.progress import Reporter, RichReporter
 
 PROTOCOLS = ("windows", "llama.cpp")
 GridChange = Callable[[Array, Array], tuple[Array, Array]]
@@ -194,13 +194,14 @@ def main(argv: list[str] | None = None) -> int:
         few = args.chunks is not None and args.chunks < 1
         if args.ctx < 2 or args.batch_size < 1 or args.threads < 0 or few:
             raise PT2Error("--ctx must be at least 2, --batch-size and --chunks at least 1")
-        score = perplexity(
-            args.model,
-            windows(args.text, args.model, args.ctx, args.protocol, args.chunks),
-            artifact=args.artifact, second_half=args.protocol == "llama.cpp",
-            device=args.device, dtype=args.dtype, threads=args.threads,
-            batch_size=args.batch_size, reporter=RichReporter(),
-        )  # fmt: skip
+        with open_reporter() as reporter:
+            score = perplexity(
+                args.model,
+                windows(args.text, args.model, args.ctx, args.protocol, args.chunks),
+                artifact=args.artifact, second_half=args.protocol == "llama.cpp",
+                device=args.device, dtype=args.dtype, threads=args.threads,
+                batch_size=args.batch_size, reporter=reporter,
+            )  # fmt: skip
         print(
             f"perplexity {score.perplexity:.4f} +- {score.perplexity * score.log_error:.4f} "
             f"({score.tokens} tokens, {args.protocol} protocol, windows of {args.ctx})"

@@ -23,6 +23,7 @@ import sys
 import torch
 from torch import Tensor, nn
 
+from pt2_core.progress import Reporter, open_reporter
 from quantize.artifact import Artifact
 from quantize.calibration import load_calibration
 from quantize.checkpoint import Checkpoint
@@ -30,7 +31,6 @@ from quantize.common import ArgumentParser, PT2Error, run_cli
 from quantize.config import DEVICES, DTYPES
 from quantize.hf_model import EMBEDDING, HEAD, StreamedModel
 from quantize.machine import arithmetic, pick_device
-from quantize.progress import Reporter, RichReporter
 from quantize.sensitivity import Linear, Sensitivity, write
 
 # Longer windows say no more of a linear and cost more.
@@ -216,7 +216,7 @@ def _run(args: object) -> int:
     checkpoint = Checkpoint.open(source)
     if checkpoint.fingerprint()[0] != artifact.manifest["model"].get("fingerprint"):
         raise PT2Error(f"{artifact.path} was not made from {source}: give the model with --model")
-    with arithmetic(given["threads"]):
+    with arithmetic(given["threads"]), open_reporter() as reporter:
         device = pick_device(given["device"])
         vocab = StreamedModel(checkpoint).config.vocab_size
         text = load_calibration(
@@ -225,7 +225,7 @@ def _run(args: object) -> int:
         )  # fmt: skip
         result = measure(
             artifact, checkpoint, text.tokens, device=device, dtype=given["dtype"],
-            batch_size=given["batch_size"], reporter=RichReporter(),
+            batch_size=given["batch_size"], reporter=reporter,
         )  # fmt: skip
     path = write(artifact, result)
     print(summary(result))

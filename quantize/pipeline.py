@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pt2_core.progress import Reporter
 from quantize import reorder
 from quantize.artifact import (
     MANIFEST,
@@ -44,7 +45,6 @@ from quantize.gptq import Method, Ternary, damp, quantize_matrix
 from quantize.hessian import SiteMoments, mean_square
 from quantize.hf_model import Site, StreamedModel, check_linears
 from quantize.machine import arithmetic, pick_device, versions
-from quantize.progress import Reporter
 
 
 @dataclass
@@ -106,7 +106,7 @@ def ternarize(
         model = StreamedModel(checkpoint, device, config.dtype)
         _, kept = check_linears(model, config.block_size, config.skip)
         run = _run_record(out, checkpoint, resume)
-        reporter.start("reading the model", checkpoint.bytes)
+        reporter.start("reading the model", checkpoint.bytes, "bytes", every=5)
         digest, run["fingerprint"] = checkpoint.fingerprint(
             run.get("fingerprint"), lambda count: reporter.step("checksum", count)
         )
@@ -200,10 +200,7 @@ class _Run:
         # The same activations in the full-precision model, where a target asks for them.
         asymmetric = self.config.asymmetry or self.config.stream
         self.reference = hidden.clone() if asymmetric else None
-        # Steps: one per batch and pass; the matrices of a block count as much as one pass.
-        passes = len(self.model.adapter.sites) if self.config.sequential else 1
-        passes += 2 if self.reference is None else 3
-        self.reporter.start("ternarising", passes * batches * self.model.n_blocks)
+        self.reporter.start("ternarising", self._passes(done) * batches)
         for index in range(self.model.n_blocks):
             if index < done:
                 self._replay(hidden, index)
@@ -214,6 +211,14 @@ class _Run:
         self.reporter.done()
         self._save_run()
         self.writer.finish()
+
+    def _passes(self, done: int) -> int:
+        """Passes over the calibration text that are ahead; a block's matrices count as one."""
+        blocks, todo = self.model.n_blocks, self.model.n_blocks - done
+        hessians = len(self.model.adapter.sites) if self.config.sequential else 1
+        # Nothing reads what the last block would put out.
+        propagated = (blocks - 1) * (1 if self.reference is None else 2)
+        return todo * (hessians + 1) + propagated
 
     def _quantize(self, hidden: Tensor, index: int, batches: int) -> None:
         seconds: dict[str, float] = {}

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from pt2_core.progress import Reporter
 from quantize.artifact import MANIFEST, Artifact, read_manifest
 from quantize.config import Config
 from quantize.distill import Held
 from quantize.machine import pick_device
 from quantize.pipeline import Result, ternarize
-from quantize.progress import Reporter
 from quantize.refine import Refined, refine
 from quantize.refine_config import RefineConfig
 from quantize.refine_state import STATE

@@ -25,12 +25,12 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from pt2_core.progress import Reporter, open_reporter
 from quantize.checkpoint import Checkpoint, torch_dtype
 from quantize.common import ArgumentParser, PT2Error, atomic_path, run_cli
 from quantize.config import DEVICES, DTYPES
 from quantize.hf_model import StreamedModel
 from quantize.machine import arithmetic, pick_device
-from quantize.progress import Reporter, RichReporter
 from quantize.refine_config import RefineConfig
 from quantize.refine_text import text_tokens
 from quantize.student import Network, build_teacher
@@ -101,7 +101,8 @@ def main(argv: list[str] | None = None) -> int:
             raise PT2Error("--tokens, --batch and --prompt-tokens must be at least 1, --length 2")
         if args.prompts and args.prompt_tokens >= args.length:
             raise PT2Error("--prompt-tokens must be below --length")
-        ids = _generate(args, RichReporter())
+        with open_reporter() as reporter:
+            ids = _generate(args, reporter)
         with atomic_path(args.out) as tmp:
             save_file({"train": ids}, tmp)
         print(f"{ids.numel()} tokens in {args.out}; use them with --text {args.out}:train")
@@ -128,7 +129,7 @@ def _generate(args: object, reporter: Reporter) -> Tensor:
     with arithmetic(0):
         model = build_teacher(config, checkpoint.read, device, torch_dtype(dtype))
         batches = prompts.split(a["batch"])
-        reporter.start("writing", len(batches) * (a["length"] - prompts.shape[1]))
+        reporter.start("writing", len(batches) * (a["length"] - prompts.shape[1]), "steps", every=5)
         for number, batch in enumerate(batches):
             seed = a["seed"] * 1_000_003 + number
             rows = write_text(model, batch.to(device), a["length"], seed, reporter)

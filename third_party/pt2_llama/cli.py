@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pt2_core.commands import command
 from quantize.common import ArgumentParser, PT2Error, human_bytes, run_cli
 from third_party.pt2_llama import api, builds, source
 from third_party.pt2_llama.cache import cache_root, folder_bytes, places
@@ -158,7 +159,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "source": _source,
         "clean": _clean,
     }
-    return run_cli("pt2-llama", lambda: bodies[args.command](args))
+    # A build that is started again goes on from the object files that are there.
+    again = command("pt2-llama", *(sys.argv[1:] if argv is None else argv))
+    resume = again if args.command == "build" else None
+    return run_cli("pt2-llama", lambda: bodies[args.command](args), resume=resume)
 
 
 if __name__ == "__main__":

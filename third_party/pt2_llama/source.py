@@ -13,9 +13,9 @@ import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 
+from pt2_core.progress import open_reporter
 from quantize.common import PT2Error, human_bytes, sha256_file
 from third_party.pt2_llama import pinned
-from third_party.pt2_llama.console import Bar
 
 PATCH_STAMP = ".pt2-overlay.json"
 
@@ -183,8 +183,9 @@ def download(folder: Path) -> Path:
     tmp.mkdir()
     env = os.environ | {"TMPDIR": str(tmp), "PYTHONPATH": str(stub.parent)}
     command = [*pip, *args, "--dest", str(folder), "-r", str(requirements)]
-    with Bar(f"fetching {pinned.SDIST_NAME}", pinned.SDIST_BYTES, unit="bytes") as bar:
-        status, log = _run_watched(command, env, lambda: bar.update(_largest_file(tmp)))
+    title = f"fetching {pinned.SDIST_NAME}"
+    with open_reporter().phase(title, pinned.SDIST_BYTES, "bytes", every=5) as bar:
+        status, log = _run_watched(command, env, lambda: bar.reach(_largest_file(tmp)))
         archive = folder / pinned.SDIST_NAME
         if status != 0 or not archive.is_file():
             raise PT2Error(_explain_pip(log))
@@ -292,8 +293,8 @@ def make_pristine(dest: Path, source: Path | None = None) -> None:
         else:
             (tmp / "download").mkdir()
             archive = source or download(tmp / "download")
-            with Bar("unpacking", None, unit="files") as bar:
-                unpack(archive, tree, bar.update)
+            with open_reporter().phase("unpacking", unit="files") as bar:
+                unpack(archive, tree, bar.reach)
             check_tree(tree)
         if dest.exists():
             shutil.rmtree(dest)
