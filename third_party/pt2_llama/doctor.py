@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from rich.console import Console
 from rich.table import Table
 
+from pt2_core.commands import command
 from quantize.common import PT2Error, human_bytes
 from third_party.pt2_llama import builds, source, toolchain
 from third_party.pt2_llama.build import NO_CUDA_KERNELS
@@ -80,7 +81,7 @@ def tool_findings() -> list[Finding]:
     except PT2Error as e:
         found.append(Finding("tools", "compiling", "not possible", "missing", str(e)))
     if importlib.util.find_spec("pip") is None:
-        advice = f"{sys.executable} -m ensurepip, or build with --source"
+        advice = f"{command(sys.executable, '-m', 'ensurepip')}, or build with --source"
         found.append(Finding("tools", "pip", "no (fetches the source)", "note", advice))
     return found
 
