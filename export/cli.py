@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from export.config import (
     ExportConfig,
     parse_size,
 )
+from pt2_core.commands import command
 from quantize.common import ArgumentParser, PT2Error, human_bytes, read_json, run_cli
 
 if TYPE_CHECKING:
@@ -30,7 +32,8 @@ examples:
                                                 by what python -m quantize.measure has measured
   pt2-export model.gguf --split-max-size 2G     model-00001-of-0000N.gguf
 
-then: pt2-llama run llama-cli -m model.gguf -p "The river"
+then, for a chat model: pt2-llama run llama-cli -m model.gguf
+for a base model:       pt2-llama run llama-completion -m model.gguf -no-cnv -p "The river" -n 64
 
 types of ordinary tensors: {ordinary}
 Where embeddings and head are one tensor (tied), --embedding-type is the type of both, and the
@@ -137,7 +140,9 @@ def newest_artifact(folder: Path) -> Path:
         return max(complete)[2].parent
     if found:
         last = max(found)[2].parent
-        raise PT2Error(f"{last} is not complete: finish it with pt2-quantize --resume")
+        from quantize.artifact import Artifact
+
+        Artifact.open(last)  # says how to finish it
     raise PT2Error("no artifact in this folder: give one with --from DIR, made by pt2-quantize")
 
 
@@ -177,6 +182,14 @@ def _show(console: Any, report: ExportReport, config: ExportConfig) -> None:
         summary.add_row(key, value)
     console.print(summary)
     console.print(_others(report))
+    print(f"next: {next_command(report)}")
+
+
+def next_command(report: ExportReport) -> str:
+    """What runs the file: llama-cli talks to chat models, llama-completion continues a text."""
+    run = ("pt2-llama", "run", "llama-cli" if report.chat else "llama-completion")
+    prompt = () if report.chat else ("-no-cnv", "-p", "The river", "-n", 64)
+    return command(*run, "-m", report.files[0], *prompt)
 
 
 def _others(report: ExportReport) -> Any:
@@ -193,3 +206,7 @@ def _others(report: ExportReport) -> Any:
         label = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
         table.add_row(label, " x ".join(map(str, shape)), kind, reason)
     return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())

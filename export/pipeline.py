@@ -69,6 +69,7 @@ class ExportReport:
         verified: whether the file was read back and compared.
         tied: whether the embeddings serve as the head too.
         mixed: what was chosen to fit a target size, in words (None: no target).
+        chat: whether the file has a chat template.
     """
 
     files: list[Path]
@@ -84,6 +85,7 @@ class ExportReport:
     verified: bool = False
     tied: bool = False
     mixed: str | None = None
+    chat: bool = False
 
     @property
     def bpw(self) -> float:
@@ -148,6 +150,7 @@ def export_gguf(
             mixed = _mixed(config, carrier, source, ggml, progress)
         items = plan_items(carrier, config, ggml, artifact.kept, mixed)
         report = _write(out, work, carrier, items, source, config, ggml, progress)
+    report.chat = "tokenizer.chat_template" in carrier.fields
     if mixed is not None:
         _check_target(report, config)
         report.mixed = mixed.summary(source.measured().kl)

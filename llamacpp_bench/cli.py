@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pt2_core.bundled import resolve_texts
 from quantize.common import ArgumentParser, PT2Error, run_cli
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 EPILOG = """\
 examples:
   against Q2_K, made from the model that the artifact in this folder was made from:
-    pt2-bench model.gguf --text wiki.test.txt
+    pt2-bench model.gguf --text bundled:wiki.test
   against Q2_K and IQ1_M, made from the original folder:
     pt2-bench model-tq2_1.gguf --source path/to/hf-model --baseline q2_k,iq1_m \\
         --imatrix-text calibration.txt --text wiki.test.txt
@@ -130,6 +131,7 @@ def run_bench(argv: Sequence[str]) -> int:
     from llamacpp_bench.pipeline import bench
     from llamacpp_bench.report import print_tables
 
+    resolve_texts(args, "text", "imatrix_text")
     config = to_config(args)
     if args.synthetic:
         from llamacpp_bench.synthetic import parse_shapes, parse_types

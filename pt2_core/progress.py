@@ -24,7 +24,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.text import Text
 
-SAME_TEXT_S = 15.0  # between two plain lines that only differ in how much is done
+# Between two plain lines that only differ in how much is done, unless that is a twentieth.
+SAME_TEXT_S = 15.0
 BAR_WIDTH, LEAST_BAR = 24, 8
 _SEPARATOR = "  "
 
@@ -235,20 +236,22 @@ class LineReporter(QuietReporter):
     something new (one a second at most), and one when it is over."""
 
     def _began(self, phase: Phase) -> None:
-        self._printed, self._text, self._lines = phase.began - phase.every, "", 0
+        self._printed, self._text, self._done = phase.began - phase.every, "", 0.0
+        self._lines = 0
         self._print(f"{_one_line(phase.title)} ...")
 
     def _moved(self, phase: Phase) -> None:
         now = time.monotonic()
-        quiet = now - self._printed
-        if quiet >= (phase.every if phase.text != self._text else max(phase.every, SAME_TEXT_S)):
+        far = phase.total is not None and phase.done - self._done >= phase.total / 20
+        news = phase.text != self._text or far
+        if now - self._printed >= (phase.every if news else max(phase.every, SAME_TEXT_S)):
             self._print(plain_line(phase, now))
-            self._printed, self._text = now, phase.text
+            self._printed, self._text, self._done = now, phase.text, phase.done
             self._lines += 1
 
     def _ended(self, phase: Phase, failed: bool) -> None:
         spent = time.monotonic() - phase.began
-        if not failed and (self._lines > 1 or spent >= 1):
+        if not failed and spent >= 1:
             self._print(f"{_one_line(phase.title)}  done  elapsed {clock(spent)}")
 
     def note(self, message: str) -> None:

@@ -11,6 +11,7 @@ import gc
 import sys
 from pathlib import Path
 
+from pt2_core.bundled import resolve_texts
 from pt2_core.progress import Reporter, open_reporter
 from pt2_eval.measure import divergence, paper_windows, perplexity
 from pt2_eval.models import Model, open_model
@@ -31,10 +32,10 @@ examples:
   pt2-eval qwen3-4b-pt2 --tasks arc_easy,my-task.yaml --limit 100
 
 models: a Hugging Face folder, an artifact of pt2-quantize or pt2-refine, or a GGUF file, which
-needs our llama.cpp (pt2-llama build) and llama-cpp-python's bindings.
+needs our llama.cpp (pt2-llama build) and llama-cpp-python's bindings (pt2-llama bindings).
 
---text takes text files, wikitext2 (its test set) and c4 (the papers' part of its validation set),
-several with commas. Two protocols:
+--text takes text files, bundled:wiki.test, wikitext2 (its test set) and c4 (the papers' part of its
+validation set), several with commas. Two protocols:
   papers     windows of --ctx tokens (2048), every token but a window's first is scored
   llama.cpp  windows of 512, the second half of each is scored; where the tokenizer adds BOS, each
              window begins with it
@@ -85,6 +86,7 @@ def _run(args: argparse.Namespace) -> int:
         raise PT2Error("--chunks and --limit must be at least 1")
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
+    resolve_texts(args, "text")
     texts = [load_text(s) for s in (args.text or "").split(",") if s]
     tasks = list(PAPER_TASKS) if args.tasks == "paper" else (args.tasks or "").split(",")
     rows: list[Row] = []

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pt2_core.bundled import resolve_texts
 from pt2_core.commands import command
 from pt2_core.progress import Reporter, open_reporter
 from quantize.common import (
@@ -232,6 +233,7 @@ def _run(args: Any) -> int:
     unknown = [n for n in names if n not in {v.name for v in everything}]
     if unknown:
         raise PT2Error(f"no variant {unknown[0]!r}: see python -m quantize.ablate --list")
+    resolve_texts(args, "calibration", "text")
     keys = ("calibration", "samples", "seqlen", "seed", "device", "dtype", "threads", "batch_size")
     base = {k: getattr(args, k) for k in keys}
     out = Path(args.out)

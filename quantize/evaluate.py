@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from pt2_core.bundled import resolve_texts
 from pt2_core.progress import Reporter, open_reporter
 from quantize.artifact import Array, Artifact
 from quantize.calibration import encode, load_tokenizer, read_text, read_tokens
@@ -191,6 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def body() -> int:
+        resolve_texts(args, "text")
         few = args.chunks is not None and args.chunks < 1
         if args.ctx < 2 or args.batch_size < 1 or args.threads < 0 or few:
             raise PT2Error("--ctx must be at least 2, --batch-size and --chunks at least 1")

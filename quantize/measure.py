@@ -17,12 +17,14 @@ import quantize.waiting  # noqa: F401  before torch is loaded
 
 # isort: split
 
+import argparse
 import dataclasses
 import sys
 
 import torch
 from torch import Tensor, nn
 
+from pt2_core.bundled import resolve_texts
 from pt2_core.progress import Reporter, open_reporter
 from quantize.artifact import Artifact
 from quantize.calibration import load_calibration
@@ -207,7 +209,8 @@ def main(argv: list[str] | None = None) -> int:
     return run_cli("quantize.measure", lambda: _run(args))
 
 
-def _run(args: object) -> int:
+def _run(args: argparse.Namespace) -> int:
+    resolve_texts(args, "calibration")
     given = vars(args)
     if min(given["windows"], given["batch_size"]) < 1 or not 2 <= given["seqlen"] <= MAX_WINDOW:
         raise PT2Error(f"--windows must be at least 1, --seqlen in 2 to {MAX_WINDOW}")

@@ -81,6 +81,7 @@ def ternarize(
     resume: bool = False,
     overwrite: bool = False,
     reporter: Reporter | None = None,
+    command: str | None = None,
 ) -> Result:
     """Ternarise a Hugging Face causal LM into an artifact folder.
 
@@ -91,6 +92,7 @@ def ternarize(
         resume: take up a run that was stopped; ends in the same bytes as one that was not.
         overwrite: replace an artifact that is already there.
         reporter: told of progress.
+        command: the command line that resumes this run; kept in run.json, for messages.
 
     Raises:
         PT2Error: anything the user can mend; one line that names what and where.
@@ -105,7 +107,7 @@ def ternarize(
     with arithmetic(config.threads) as threads:
         model = StreamedModel(checkpoint, device, config.dtype)
         _, kept = check_linears(model, config.block_size, config.skip)
-        run = _run_record(out, checkpoint, resume)
+        run = {**_run_record(out, checkpoint, resume), "resume": command}
         reporter.start("reading the model", checkpoint.bytes, "bytes", every=5)
         digest, run["fingerprint"] = checkpoint.fingerprint(
             run.get("fingerprint"), lambda count: reporter.step("checksum", count)

@@ -7,6 +7,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
+from pt2_core.bundled import resolve_texts
 from pt2_core.commands import command, resume_command
 from pt2_core.progress import open_reporter
 from quantize.common import ArgumentParser, run_cli
@@ -112,6 +113,7 @@ def _switch(group: argparse._ArgumentGroup, name: str, text: str) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    resolve_texts(args, "text", "held_out_text")
     config = RefineConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(DEFAULTS)})
     out = Path(args.out) if args.out else Path(f"{Path(args.artifact).resolve().name}-refined")
 

@@ -47,8 +47,9 @@ def ternarize_and_refine(
     resume: bool = False,
     overwrite: bool = False,
     reporter: Reporter | None = None,
+    command: str | None = None,
 ) -> tuple[Result, Refined]:
-    """Both stages; the closed form stays in ``OUT/closed-form``.
+    """Both stages; the closed form stays in ``OUT/closed-form``. ``command`` as in ternarize.
 
     Raises:
         PT2Error: of either stage.
@@ -59,8 +60,9 @@ def ternarize_and_refine(
         result = ternarize(model_dir, closed, config, resume=True, reporter=reporter)
         return result, _finished(out)
     result = ternarize(
-        model_dir, closed, config, resume=resume, overwrite=overwrite, reporter=reporter
-    )
+        model_dir, closed, config, resume=resume, overwrite=overwrite, reporter=reporter,
+        command=command,
+    )  # fmt: skip
     refined = refine(
         closed, out, settings, model_dir=model_dir, overwrite=overwrite, reporter=reporter,
         resume=resume and (out / STATE).is_file(),

@@ -16,6 +16,7 @@ import quantize.waiting  # noqa: F401  before torch is loaded
 
 # isort: split
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from pt2_core.bundled import resolve_texts
 from pt2_core.progress import Reporter, open_reporter
 from quantize.checkpoint import Checkpoint, torch_dtype
 from quantize.common import ArgumentParser, PT2Error, atomic_path, run_cli
@@ -97,6 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def body() -> int:
+        resolve_texts(args, "prompts")
         if min(args.tokens, args.batch, args.prompt_tokens) < 1 or args.length < 2:
             raise PT2Error("--tokens, --batch and --prompt-tokens must be at least 1, --length 2")
         if args.prompts and args.prompt_tokens >= args.length:
@@ -105,7 +108,8 @@ def main(argv: list[str] | None = None) -> int:
             ids = _generate(args, reporter)
         with atomic_path(args.out) as tmp:
             save_file({"train": ids}, tmp)
-        print(f"{ids.numel()} tokens in {args.out}; use them with --text {args.out}:train")
+        text = shlex.quote(f"{args.out}:train")
+        print(f"{ids.numel()} tokens in {args.out}; use them with --text {text}")
         return 0
 
     return run_cli("quantize.selftext", body)
