@@ -21,8 +21,8 @@ examples:
   pt2-llama build                          # fetch, patch, build for this CPU (about 8 minutes on
                                            # 2 cores; again only what changed)
   pt2-llama build --cuda --cuda-arch 90    # for H100 and H200
-  pt2-llama run llama-cli -m chat-model.gguf
-  pt2-llama run llama-completion -m base-model.gguf -no-cnv -p "Once upon a time" -n 64
+  pt2-llama run llama-cli -m model.gguf    # a chat model; a base model:
+  pt2-llama run llama-completion -m model.gguf -no-cnv -p "Once upon a time" -n 64
   pt2-llama run --variant stock llama-bench -m model.gguf
   pt2-llama bindings                       # for pt2-eval and llama_cpp in this Python
   eval "$(pt2-llama env)"                  # llama-* on PATH; llama-cpp-python uses our libraries
