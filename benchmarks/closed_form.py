@@ -106,7 +106,7 @@ def run(args: argparse.Namespace, variant: dict[str, Any], folder: Path) -> dict
     began = time.monotonic()
     result = ternarize(args.model, folder, config, overwrite=True)
     seconds = time.monotonic() - began
-    text = windows(f"{args.tokens}:valid", args.model, 512, "windows")
+    text = windows(f"{args.tokens}:valid", args.model, 512, "papers")
     score = perplexity(args.model, text, artifact=folder, device=args.device, batch_size=16)
     norm = sum(m["norm_x"] for m in result.matrices.values())
     error = sum(m["E_x"]["final"] for m in result.matrices.values()) / norm

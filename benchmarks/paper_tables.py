@@ -28,10 +28,11 @@ from pathlib import Path
 from typing import Any
 
 from pt2_core.progress import open_reporter
-from pt2_eval.measure import paper_windows, perplexity
+from pt2_core.texts import Text, read_text, split_sources
+from pt2_core.tokens import check_context, paper_windows
+from pt2_eval.measure import perplexity
 from pt2_eval.models import open_model
 from pt2_eval.tasks import PAPER_TASKS, zero_shot
-from pt2_eval.texts import load_text
 from quantize.common import (
     ArgumentParser,
     PT2Error,
@@ -127,7 +128,7 @@ PUBLISHED: dict[str, Published] = {
 
 
 def measure(
-    model: str, variant: Variant, args: Any, texts: list[tuple[str, str, int | None]], folder: Path
+    model: str, variant: Variant, args: Any, texts: list[Text], folder: Path
 ) -> dict[str, Any]:
     """Quantise one variant and measure it.
 
@@ -145,11 +146,13 @@ def measure(
         with arithmetic(args.threads):
             opened = open_model(path, source=model, device=args.device, dtype=args.dtype)
             result: dict[str, Any] = {"seconds": seconds, "perplexity": {}, "tasks": {}}
-            for name, text, usual in texts:
-                ids = opened.encode(text.removesuffix("\n"))
-                windows = paper_windows(ids, opened.bos, args.ctx, args.chunks or usual)
+            for text in texts:
+                limit = args.chunks or text.windows
+                windows = paper_windows(opened.encode(text.text), opened.bos, args.ctx, limit)
+                check_context(windows.shape[1], opened.context, opened.name, "--ctx",
+                              allow=args.allow_long, warn=reporter.warn)  # fmt: skip
                 score = perplexity(opened, windows, second_half=False, batch=args.batch_size)
-                result["perplexity"][name] = score.value
+                result["perplexity"][text.label] = score.value
             if args.tasks != "none":
                 names = list(PAPER_TASKS) if args.tasks == "paper" else args.tasks.split(",")
                 result["tasks"] = zero_shot(opened, names, limit=args.limit)
@@ -166,7 +169,7 @@ def tables(model: str, args: Any) -> list[dict[str, Any]]:
     """Run all variants of the wanted tables; returns their records."""
     out: Path = args.out
     out.mkdir(parents=True, exist_ok=True)
-    texts = [load_text(s) for s in args.text.split(",")]
+    texts = [read_text(s, "test") for s in split_sources(args.text)]
     wanted = args.tables.split(",")
     if unknown := [t for t in wanted if t not in (*TITLES, "2")]:
         raise PT2Error(f"--tables {unknown[0]}: known are {', '.join(TITLES)} and 2 for all of it")
@@ -233,6 +236,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("model", help="folder of the Hugging Face model")
     parser.add_argument("-o", "--out", type=Path, default=Path("out/paper-tables"))
     parser.add_argument("--tables", default="1,2", help="1, 2, 2a, 2b, 2c, 2d (1,2)")
+    parser.add_argument("--allow-long", action="store_true", help="windows beyond the context")
     parser.add_argument("--text", default="wikitext2,c4", help="test texts (wikitext2,c4)")
     parser.add_argument("--tasks", default="paper", help="paper, none, or names (paper)")
     parser.add_argument("--ctx", type=int, default=2048, help="tokens in a window (2048)")

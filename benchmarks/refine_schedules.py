@@ -34,7 +34,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pt2_core.progress import Reporter
-from quantize.calibration import encode, load_tokenizer, read_text
+from pt2_core.texts import read_text
+from pt2_core.tokens import encode, load_tokenizer
 from quantize.checkpoint import Checkpoint
 from quantize.common import ArgumentParser, PT2Error, atomic_path, run_cli, write_json
 from quantize.config import DEVICES, load_recipe
@@ -181,7 +182,7 @@ def _training_text(args: Any, out: Path, clock: Clock) -> str:
     tokenizer = load_tokenizer(Path(args.model))
 
     def ids(source: str) -> Tensor:
-        return torch.tensor(encode(tokenizer, read_text(source, 1 << 62)[0]))
+        return torch.tensor(encode(tokenizer, read_text(source).text))
 
     train, held = ids(args.calibration), ids(args.held_out)
     if held.shape[0] < args.held_windows * CONTEXT:

@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("-o", "--out", type=Path)
     args = parser.parse_args(argv)
-    tokens = windows(args.text, args.model, args.ctx, "windows", args.windows)
+    tokens = windows(args.text, args.model, args.ctx, "papers", args.windows)
     rows: list[dict[str, Any]] = []
     print("| alpha and mu | bits a weight | perplexity | ratio to fp16 |\n|---|---|---|---|")
     for name, (bits, grid) in FORMATS.items():

@@ -31,6 +31,10 @@ examples:
                                                 the most sensitive tensors in Q2_K to Q4_K, chosen
                                                 by what python -m quantize.measure has measured
   pt2-export model.gguf --split-max-size 2G     model-00001-of-0000N.gguf
+  pt2-export verify model.gguf --artifact DIR   is a file what its artifact says?
+
+Before the file gets its name, it is read back bit for bit, and llama.cpp runs a text with it: its
+predictions must be the ternary model's and its tokens the model's own. What fails is refused.
 
 then, for a chat model: pt2-llama run llama-cli -m model.gguf
 for a base model:       pt2-llama run llama-completion -m model.gguf -no-cnv -p "The river" -n 64
@@ -43,7 +47,12 @@ default is the head's.
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``pt2-export``; returns the exit code."""
-    args = _parser().parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    if given[:1] == ["verify"]:
+        from export import verify_cli
+
+        return verify_cli.main(given[1:])
+    args = _parser().parse_args(given)
     return run_cli("pt2-export", lambda: _run(args))
 
 
@@ -80,6 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     option("--target-size", "SIZE", what)
     what = "the same, in bits of the file per parameter"
     option("--target-bpw", "BITS", what, type=float, default=0.0)
+    what = "tokens that are run in llama.cpp before the file gets its name; 0: none"
+    option("--proof-tokens", "N", f"{what} ({d.proof_tokens})", type=int, default=d.proof_tokens)
+    option("--keep-refused", "FILE", "where to keep a file that the proof refuses")
     option("--split-max-size", "SIZE", "files of at most SIZE of tensors, such as 500M or 2G")
     for name, dest, what in (
         ("--strict", "strict", "fail if a linear of a decoder block would not be ternary"),
@@ -101,6 +113,8 @@ def _run(args: argparse.Namespace) -> int:
         verify=args.verify,
         split_max_size=parse_size(args.split_max_size) if args.split_max_size else 0,
         overwrite=args.overwrite,
+        proof_tokens=args.proof_tokens,
+        keep_refused=args.keep_refused,
         target_size=parse_size(args.target_size, "--target-size") if args.target_size else 0,
         target_bpw=args.target_bpw,
     )
@@ -159,7 +173,10 @@ def _show(console: Any, report: ExportReport, config: ExportConfig) -> None:
         "read back": "every tensor as meant, bit for bit, by llama.cpp's library"
         if report.verified
         else "not verified (--no-verify)",
+        "proof": report.proof.line() if report.proof else "none (--proof-tokens 0)",
     }
+    if report.proof is not None and report.proof.notes():
+        lines["known gaps"] = "; ".join(report.proof.notes())
     if report.error is not None:
         worst = max(report.errors, key=lambda n: report.errors[n])
         lines["conversion error"] = (

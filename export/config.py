@@ -59,6 +59,9 @@ class ExportConfig:
         strict: make such a fallback an error.
         verify: compare the model with the artifact's fingerprint, and the written file with what
             was meant, through llama.cpp's library.
+        proof_tokens: tokens to run in llama.cpp at most (at least one window of the proof), to
+            compare the file's predictions with the ternary model's; 0 leaves the proof out.
+        keep_refused: where to keep a file that the proof refuses (None: nowhere).
         split_max_size: bytes per output file, 0 for one file.
         overwrite: replace an existing output.
     """
@@ -69,6 +72,8 @@ class ExportConfig:
     fallback_type: str = "q8_0"
     strict: bool = False
     verify: bool = True
+    proof_tokens: int = 1024
+    keep_refused: str | None = None
     split_max_size: int = 0
     overwrite: bool = False
     target_size: int = 0
@@ -90,6 +95,11 @@ class ExportConfig:
             object.__setattr__(self, name, value)
         if self.split_max_size < 0:
             raise PT2Error(f"--split-max-size must not be negative: {self.split_max_size}")
+        if self.proof_tokens < 0:
+            raise PT2Error(f"--proof-tokens must not be negative: {self.proof_tokens}")
+        if self.strict and self.proof_tokens == 0:
+            raise PT2Error("--strict: a file without a proof is not written; leave out "
+                           "--proof-tokens 0")  # fmt: skip
         if self.target_size and self.target_bpw:
             raise PT2Error("--target-size and --target-bpw exclude each other")
         if self.target_size < 0 or not 0 <= self.target_bpw <= 32:

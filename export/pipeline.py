@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
-from numpy.typing import NDArray
 
 from export import types
 from export.checks import (
@@ -18,7 +17,6 @@ from export.checks import (
     check_disk,
     check_model,
     check_output,
-    check_shapes,
     publish,
     source_model,
     work_folder,
@@ -29,25 +27,25 @@ from export.encode import (
     EMBEDDING,
     HEAD,
     Item,
-    TernaryRows,
     check_group_size,
     encode_ordinary,
     encode_ternary,
     plan_items,
-    row_order,
 )
-from export.fold import FoldPlan, Heads, fold_plan
 from export.ggml import Ggml
 from export.mixed import Choice, choose
+from export.proof import Verdict
+from export.prove import Prover, placeholders, write_figures
 from export.q2k import WeightError
+from export.source import HF_EMBEDDING, HF_HEAD, TernarySource
 from export.verify import verify_files
 from export.writer import Metadata, write_gguf
-from quantize import sensitivity
-from quantize.artifact import Artifact, TernaryMatrix
+from quantize.artifact import Artifact
 from quantize.checkpoint import Checkpoint
+from quantize.common import PT2Error
+from third_party.pt2_llama import api
 
 PT2_VERSION = 1
-HF_EMBEDDING, HF_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 HEADER_SPARE = 8192  # our own metadata and the padding between tensors
 _FILE_TYPE = {"tq2_1": 120, "tq1_1": 121, "q2_k": int(gguf.LlamaFileType.MOSTLY_Q2_K)}
 
@@ -67,6 +65,8 @@ class ExportReport:
         errors: relative RMS weight error per GGUF tensor (Q2_K only).
         error: the same over all of them (None unless Q2_K).
         verified: whether the file was read back and compared.
+        proof: how llama.cpp's predictions from the file compare with the ternary model's (None:
+            that was left out).
         tied: whether the embeddings serve as the head too.
         mixed: what was chosen to fit a target size, in words (None: no target).
         chat: whether the file has a chat template.
@@ -83,6 +83,7 @@ class ExportReport:
     errors: dict[str, float] = field(default_factory=dict)
     error: float | None = None
     verified: bool = False
+    proof: Verdict | None = None
     tied: bool = False
     mixed: str | None = None
     chat: bool = False
@@ -132,7 +133,7 @@ def export_gguf(
     model = Checkpoint.open(Path(model_dir) if model_dir is not None else source_model(artifact))
     check_tokenizer(model.path)
     ggml = _library(config)
-    source = _Ternary.read(artifact, model, progress)
+    source = TernarySource.read(artifact, model, progress)
     if config.targeted:
         source.measured()  # before the long work
     check_group_size(source.group_size(), config.type)
@@ -152,13 +153,12 @@ def export_gguf(
         report = _write(out, work, carrier, items, source, config, ggml, progress)
     report.chat = "tokenizer.chat_template" in carrier.fields
     if mixed is not None:
-        _check_target(report, config)
         report.mixed = mixed.summary(source.measured().kl)
     return report
 
 
 def _mixed(
-    config: ExportConfig, carrier: Carrier, source: _Ternary, ggml: Ggml, progress: Progress
+    config: ExportConfig, carrier: Carrier, source: TernarySource, ggml: Ggml, progress: Progress
 ) -> Choice:
     """Choose the types that fit the target, with what metadata and small tensors leave of it."""
     shapes = {n.removesuffix(".weight"): s for n, s in source.shapes().items()}
@@ -186,75 +186,10 @@ def _mixed(
 def _check_target(report: ExportReport, config: ExportConfig) -> None:
     target = config.target_size or config.target_bpw * report.parameters / 8
     if report.file_bytes > target:  # the allowance for metadata was too small
-        raise AssertionError(f"{report.file_bytes} bytes written for a target of {target}")
-
-
-class _Ternary:
-    """The artifact's matrices, one block in memory at a time, and where their rows go."""
-
-    def __init__(
-        self, artifact: Artifact, model: Checkpoint, plan: FoldPlan, home: dict[str, int]
-    ) -> None:
-        self.artifact, self.model, self.plan, self._home = artifact, model, plan, home
-        self._block: tuple[int, dict[str, TernaryMatrix]] = (-1, {})
-        self._measured: sensitivity.Sensitivity | None = None
-
-    @classmethod
-    def read(cls, artifact: Artifact, model: Checkpoint, progress: Progress) -> _Ternary:
-        """Check every block file, collect the column orders, and plan the fold."""
-        orders, home = {}, {}
-        for index in range(artifact.n_blocks):
-            progress("checking the artifact", index, artifact.n_blocks)
-            for name, matrix in artifact.block(index).items():
-                orders[name], home[name] = matrix.perm, index
-        progress("checking the artifact", artifact.n_blocks, artifact.n_blocks)
-        check_shapes(artifact, model, list(home))
-        heads = Heads.from_config(model.raw_config)
-        plan = fold_plan(model.tensors, heads, artifact.residual_perm, orders)
-        return cls(artifact, model, plan, home)
-
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """Checkpoint tensor name -> (rows, cols)."""
-        matrices = self.artifact.matrices
-        return {f"{m}.weight": (matrices[m]["rows"], matrices[m]["cols"]) for m in self._home}
-
-    def group_size(self) -> int:
-        """Columns that share an alpha and mu."""
-        return int(self.artifact.manifest["settings"]["block_size"])
-
-    def rows(self, item: Item) -> TernaryRows:
-        """The weight of an item, its rows in the file's order."""
-        return TernaryRows.make(item.tensor, self._matrix(item), self.plan)
-
-    def original(self, name: str) -> NDArray[np.float32]:
-        """A tensor of the source model, or what a refinement has put in its place, float32."""
-        replaced = self.artifact.replaced()
-        return replaced[name] if name in replaced else self.model.read(name).float().numpy()
-
-    def original_rows(self, item: Item) -> NDArray[np.float32]:
-        """The original weight of an item, rows and columns in the file's order."""
-        assert item.tensor.source is not None
-        weight = self.original(item.tensor.source)
-        return weight[row_order(item.tensor, self.plan)][:, self._matrix(item).perm]
-
-    def energy(self, item: Item) -> NDArray[np.float32]:
-        """The mean square of each input of an item, in the file's order."""
-        matrix = self._matrix(item)
-        return self.measured().linears[matrix.name].energy[matrix.perm]
-
-    def measured(self) -> sensitivity.Sensitivity:
-        """The artifact's sensitivities; PT2Error where they have not been measured."""
-        if self._measured is None:
-            self._measured = sensitivity.read(self.artifact)
-        return self._measured
-
-    def _matrix(self, item: Item) -> TernaryMatrix:
-        assert item.tensor.source is not None
-        module = item.tensor.source.removesuffix(".weight")
-        index = self._home[module]
-        if self._block[0] != index:
-            self._block = (index, self.artifact.block(index))
-        return self._block[1][module]
+        raise PT2Error(
+            f"{report.file_bytes} bytes were needed for a target of {int(target)}: "
+            "give a target that is a little larger"
+        )
 
 
 def _write(
@@ -262,7 +197,7 @@ def _write(
     work: Path,
     carrier: Carrier,
     items: list[Item],
-    source: _Ternary,
+    source: TernarySource,
     config: ExportConfig,
     ggml: Ggml,
     progress: Progress,
@@ -299,10 +234,35 @@ def _write(
             progress("verifying", next(checked), len(items))
 
         verify_files(files, items, digests, source.rows, ggml, step)
-    return _report(publish(files, out, config), items, errors, config)
+    verdict = None
+    if config.proof_tokens:
+        prover = Prover(
+            source, items, files, ggml, api.require_build(), config.proof_tokens, progress
+        )
+        verdict = prover.verdict()
+        if verdict.problem is not None:
+            raise PT2Error(verdict.problem + _kept(files, out, config))
+        write_figures(files[0], verdict)
+    report = _report(files, items, errors, config)
+    report.proof = verdict
+    if config.targeted:
+        _check_target(report, config)
+    report.files = publish(files, out, config)
+    return report
 
 
-def _metadata(source: _Ternary, items: list[Item], config: ExportConfig) -> Metadata:
+def _kept(files: list[Path], out: Path, config: ExportConfig) -> str:
+    """Keep a refused file, or its splits, where that is wanted; what to say of it."""
+    if config.keep_refused is None:
+        return "; nothing was written (--keep-refused FILE.gguf keeps such a file to look at)"
+    kept = Path(config.keep_refused)
+    for file in reversed(files):
+        target = kept.with_name(kept.stem + file.name.removeprefix(out.stem))
+        shutil.move(file, target)
+    return f"; the refused file is {target}"
+
+
+def _metadata(source: TernarySource, items: list[Item], config: ExportConfig) -> Metadata:
     """What docs/design.md lists under GGUF metadata, and the file type."""
     manifest = source.artifact.manifest
     settings = {"quantize": manifest["settings"], "export": config.identity()}
@@ -318,6 +278,7 @@ def _metadata(source: _Ternary, items: list[Item], config: ExportConfig) -> Meta
         "pt2.settings": (json.dumps(settings, sort_keys=True), kind.STRING, None),
         "pt2.bpw": (bits, kind.FLOAT32, None),
     }
+    metadata |= placeholders()
     if config.type in types.TERNARY_TYPES:
         metadata[f"pt2.{config.type}.layout"] = (types.LAYOUT_VERSION, kind.UINT32, None)
     return metadata
@@ -349,8 +310,6 @@ def _report(
 
 
 def _library(config: ExportConfig) -> Ggml:
-    from third_party.pt2_llama import api
-
     ggml = Ggml(api.require_build().lib_dir)
     if config.type in types.TERNARY_TYPES:
         t = types.TERNARY_TYPES[config.type]
@@ -359,6 +318,4 @@ def _library(config: ExportConfig) -> Ggml:
 
 
 def _llama_source() -> Path:
-    from third_party.pt2_llama import api
-
     return api.source_dir()

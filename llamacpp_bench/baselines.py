@@ -17,7 +17,8 @@ from pathlib import Path
 from llamacpp_bench.gguf_info import GGUFInfo, read_gguf
 from llamacpp_bench.process import run_tool
 from llamacpp_bench.tools import ToolBox, cache_dir
-from quantize.common import PT2Error, atomic_path, sha256_file
+from pt2_core.texts import CHARACTERS_PER_TOKEN, Text
+from quantize.common import PT2Error, atomic_path
 
 # The names llama-quantize takes (tools/quantize/quantize.cpp), upper case.
 QUANTIZE_TYPES = (
@@ -30,6 +31,8 @@ QUANTIZE_TYPES = (
 NEEDS_IMATRIX = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "Q2_K_S")
 FLOAT_TYPES = ("F32", "F16", "BF16")
 IMATRIX_CHUNKS = 200
+IMATRIX_WINDOW = 512  # tokens; llama-imatrix's own default
+IMATRIX_ENOUGH = IMATRIX_CHUNKS * IMATRIX_WINDOW * CHARACTERS_PER_TOKEN
 Say = Callable[[str], None]
 
 
@@ -177,7 +180,7 @@ class BaselineMaker:
 
     tools: ToolBox
     source: GGUFInfo
-    imatrix_text: Path | None
+    imatrix_text: Text | None
     threads: int
     say: Say
 
@@ -223,15 +226,31 @@ class BaselineMaker:
         """The importance matrix of the calibration text, made once; None without a text."""
         if self.imatrix_text is None or self._imatrix is not None:
             return self._imatrix
-        text = sha256_file(self.imatrix_text)[:8]
+        text = self.imatrix_text.sha256[:8]
+        window = self._imatrix_window()
         stem = self.source.path.stem.removesuffix("-bf16")
         final = cache_dir() / f"{stem}-{self._source_key}-imatrix-{text}.gguf"
         if not final.is_file():
             self.say(f"importance matrix from {self.imatrix_text.name}")
-            with atomic_path(final) as tmp:
+            with self.imatrix_text.as_file() as file, atomic_path(final) as tmp:
                 argv = [str(self.tools.tool("llama-imatrix")), "-m", str(self.source.path)]
-                argv += ["-f", str(self.imatrix_text), "-o", str(tmp), "-t", str(self.threads)]
+                argv += ["-f", str(file), "-o", str(tmp), "-t", str(self.threads)]
+                argv += ["-c", str(window)]
                 argv += ["--chunks", str(IMATRIX_CHUNKS), "--output-format", "gguf"]
                 run_tool(argv, self.tools.env, final.with_suffix(".log"))
         self._imatrix = final
         return final
+
+    def _imatrix_window(self) -> int:
+        """Tokens in a window: the tool's own default, or what fits into a shorter context.
+
+        Raises:
+            PT2Error: the context is below 256 tokens, to whose multiples llama.cpp rounds up.
+        """
+        context = self.source.hparam("context_length", IMATRIX_WINDOW)
+        if context < 256:
+            raise PT2Error(
+                f"{self.source.path} has a context of {context} tokens, and an importance matrix "
+                "needs 256: leave --imatrix-text out"
+            )
+        return min(IMATRIX_WINDOW, context // 256 * 256)

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pt2_core.bundled import resolve_texts
 from quantize.common import ArgumentParser, PT2Error, run_cli
 
 if TYPE_CHECKING:
@@ -131,7 +130,6 @@ def run_bench(argv: Sequence[str]) -> int:
     from llamacpp_bench.pipeline import bench
     from llamacpp_bench.report import print_tables
 
-    resolve_texts(args, "text", "imatrix_text")
     config = to_config(args)
     if args.synthetic:
         from llamacpp_bench.synthetic import parse_shapes, parse_types
@@ -157,6 +155,7 @@ def to_config(args: argparse.Namespace) -> Config:
         baselines=tuple(parse_baselines(args.baseline)),
         source=args.source,
         imatrix_text=args.imatrix_text,
+        text_field=args.text_field,
         prompt=args.prompt,
         gen=args.gen,
         pg=parse_pairs(args.pg or [default_pair(args)]),
@@ -243,7 +242,18 @@ def make_parser() -> argparse.ArgumentParser:
     add_baseline_options(p)
     add_speed_options(p)
     g = p.add_argument_group("perplexity")
-    g.add_argument("--text", metavar="FILE", help="the text that is scored")
+    g.add_argument(
+        "--text",
+        metavar="TEXT",
+        help="what is scored: a text file, JSON lines, a folder, or wikitext2, ptb or c4 (test "
+        "sets). Lines end in LF, a byte order mark is left out, as in pt2-eval",
+    )
+    g.add_argument(
+        "--text-field",
+        metavar="NAME",
+        help="of JSON records, in --text and --imatrix-text (default: text, or a chat's messages "
+        "without roles, or the only string field)",
+    )
     g.add_argument("--chunks", type=positive, metavar="N", help="only the first N x 512 tokens")
     g.add_argument("--no-perplexity", action="store_true", help="leave it out")
     g = p.add_argument_group("synthetic models (random weights: speed only)")
@@ -285,7 +295,7 @@ def add_baseline_options(p: argparse.ArgumentParser) -> None:
     )
     g.add_argument(
         "--imatrix-text",
-        metavar="FILE",
+        metavar="TEXT",
         help="calibration text for an importance matrix, used for all baselines made here; "
         "IQ1 and IQ2 types need one",
     )

@@ -3,13 +3,13 @@
 `llama.cpp`: windows of 512 tokens, each beginning with BOS where the tokenizer adds one; only the
 second half of a window is scored. What llama.cpp's own tables use.
 
-`gptq`: windows of 2048 tokens in which every token is scored, as in the papers on quantisation
+`papers`: windows of 2048 tokens in which every token is scored, as in the papers on quantisation
 (GPTQ, PT2-LLM). llama-perplexity scores the last S of each window's C tokens when it is given a
 stride of S, and window i begins at token i * S. With S = C - 1 each window scores all of its
 predictions, and each token of the text but the first is scored exactly once. Windows overlap by the
-one token that the papers leave unscored at every window's start (1 of 2048), so they begin a little
-elsewhere: on 113 000 tokens of WikiText-2 the two differ by 0.1%. BOS stands at the beginning of
-the text only, as there. llama-perplexity opens a context of `-c` plus half the stride,
+one token that the papers (and pt2-eval) leave unscored at every window's start (1 of 2048), so they
+begin a little elsewhere: on 113 000 tokens of WikiText-2 the two differ by 0.1%. BOS stands at the
+beginning of the text only, as there. llama-perplexity opens a context of `-c` plus half the stride,
 hence the `-c` below; the window cannot be longer than the context the model states.
 """
 
@@ -27,11 +27,12 @@ from llamacpp_bench.process import run_tool
 from llamacpp_bench.results import Perplexity
 from llamacpp_bench.runner import LOST_LINE_TRIES, Load
 from llamacpp_bench.tools import ToolBox
+from pt2_core.texts import DATA_SETS, Text, read_text, split_sources
 from quantize.common import PT2Error
 
 LLAMA_WINDOW = 512
-GPTQ_WINDOW = 2048
-PROTOCOLS = ("llama.cpp", "gptq")
+PAPERS_WINDOW = 2048
+PROTOCOLS = ("llama.cpp", "papers")  # in the order of the tables
 _STEP = re.compile(r"\[(\d+)\]\s*(-?[\d.]+|-?nan|-?inf),")
 _FINAL = re.compile(r"Final estimate: PPL = ([\d.]+) \+/- ([\d.]+)")
 _PLANNED = re.compile(r"(?:computing|calculating perplexity) over (\d+) chunks")
@@ -56,8 +57,8 @@ def plan(protocol: str, info: GGUFInfo, chunks: int | None) -> Plan | None:
         chunks: how many 512-token windows of text to use (None: all); the longer windows of the
             other protocol are as many fewer, so that both read the same text.
     """
-    trained = info.hparam("context_length", GPTQ_WINDOW)
-    wanted = LLAMA_WINDOW if protocol == "llama.cpp" else GPTQ_WINDOW
+    trained = info.hparam("context_length", PAPERS_WINDOW)
+    wanted = LLAMA_WINDOW if protocol == "llama.cpp" else PAPERS_WINDOW
     # llama.cpp rounds a context up to 256, and the scored tokens are counted from its end.
     window = min(wanted, trained // 256 * 256)
     if window == 0:
@@ -134,7 +135,7 @@ def parse_perplexity(stdout: str, stderr: str, p: Plan, text: Path, log: Path) -
     short = _HAVE.search(stdout + stderr)
     if short:
         raise PT2Error(
-            f"{text} has only {short[1]} tokens; {p.protocol} windows of {p.window} need "
+            f"{text.name} has only {short[1]} tokens; {p.protocol} windows of {p.window} need "
             f"{2 * p.window}: give a longer text"
         )
     planned = _PLANNED.search(stdout + stderr)
@@ -162,17 +163,15 @@ def standard_error(running: list[float]) -> float:
     return statistics.stdev(each) / math.sqrt(len(each))
 
 
-def check_text(text: str | Path | None) -> Path:
-    """The text file for perplexity.
+def scored_text(source: str | None, text_field: str | None) -> Text:
+    """The text for perplexity.
 
     Raises:
-        PT2Error: not given, missing or empty.
+        PT2Error: not given, or not to be had.
     """
-    if text is None:
+    if source is None:
         raise PT2Error("no text for the perplexity: give --text FILE, or --no-perplexity")
-    path = Path(text)
-    if not path.is_file():
-        raise PT2Error(f"{path}: no such text file; give --text FILE, or --no-perplexity")
-    if path.stat().st_size == 0:
-        raise PT2Error(f"{path} is empty; give a text of some thousand words")
-    return path
+    for one in split_sources(source):
+        if not Path(one).exists() and one not in DATA_SETS:
+            raise PT2Error(f"{one}: no such text file; give --text FILE, or --no-perplexity")
+    return read_text(source, "test", text_field=text_field)

@@ -17,6 +17,7 @@ from typing import Any
 from llamacpp_bench import memory, speed
 from llamacpp_bench.baselines import (
     FLOAT_TYPES,
+    IMATRIX_ENOUGH,
     BaselineMaker,
     Wanted,
     find_source,
@@ -28,16 +29,17 @@ from llamacpp_bench.machine import describe_machine, usable_cores
 from llamacpp_bench.perplexity import (
     PROTOCOLS,
     Plan,
-    check_text,
     measure_perplexity,
     perplexity_command,
     plan,
+    scored_text,
 )
 from llamacpp_bench.report import write_reports
 from llamacpp_bench.results import Model, Results
 from llamacpp_bench.runner import Load, shown_command
 from llamacpp_bench.tools import ToolBox, open_toolbox
 from pt2_core.progress import Reporter, open_reporter
+from pt2_core.texts import Text, read_text, source_name
 from quantize.common import PT2Error, human_bytes, sha256_file
 
 MIN_ROUNDS = 5
@@ -48,7 +50,8 @@ class Config:
     """Every setting of a run; the command line's options have the same names.
 
     `baselines`: what to make or load, the first one is what ratios refer to. `text`: for the
-    perplexity (None only with `perplexity` False). `chunks`: 512-token windows of it (None: all).
+    perplexity (None only with `perplexity` False). `text_field`: what to read of JSON records, in
+    both texts. `chunks`: 512-token windows of it (None: all).
     `repeats`: passes of a test in each round. `bandwidth`: bytes per second, instead of measuring
     it; `bandwidth_program`: a program that measures it
     (:func:`llamacpp_bench.memory.measure_by_program`). `work`: where synthetic files go.
@@ -64,6 +67,7 @@ class Config:
     baselines: tuple[Wanted, ...] = (Wanted(type="Q2_K"),)
     source: str | None = None
     imatrix_text: str | None = None
+    text_field: str | None = None
     prompt: int = 128
     gen: int = 256
     pg: tuple[tuple[int, int], ...] = ((128, 256),)
@@ -121,6 +125,7 @@ class Session:
     out: Path
     show: Reporter
     results: Results
+    text: Text | None = None
     infos: dict[str, GGUFInfo] = field(default_factory=dict)
 
     @property
@@ -153,11 +158,10 @@ def bench(models: Sequence[str | Path], config: Config) -> Results:
     """
     if not models:
         raise PT2Error("give at least one .gguf file, or --synthetic SHAPES")
-    if config.perplexity:
-        check_text(config.text)
+    text = scored_text(config.text, config.text_field) if config.perplexity else None
     given = [read_gguf(m) for m in models]
     tools = open_toolbox(config.variant, config.bin_dir)
-    session = start(config, tools, given[0].path.stem)
+    session = start(config, tools, given[0].path.stem, text)
     for info in given:
         add_model(session, info, info.path.stem, "given")
     add_baselines(session, given)
@@ -167,8 +171,12 @@ def bench(models: Sequence[str | Path], config: Config) -> Results:
     return finish(session)
 
 
-def start(config: Config, tools: ToolBox, stem: str) -> Session:
-    """Make the output folder, describe the machine and measure its memory bandwidth."""
+def start(config: Config, tools: ToolBox, stem: str, text: Text | None = None) -> Session:
+    """Make the output folder, describe the machine and measure its memory bandwidth.
+
+    Args:
+        text: what is scored, if anything.
+    """
     check_load(config)
     for name in needed_tools(config):
         tools.tool(name)
@@ -178,8 +186,9 @@ def start(config: Config, tools: ToolBox, stem: str) -> Session:
     (out / "logs").mkdir(parents=True, exist_ok=True)
     machine = describe_machine()
     build = {"description": tools.description, "variant": tools.variant}
-    results = Results(machine, build, describe_config(config))
-    session = Session(config, tools, out, show, results)
+    results = Results(machine, build, describe_config(config, text))
+    session = Session(config, tools, out, show, results, text)
+    say_notes(session, text)
     if config.rounds < MIN_ROUNDS:
         session.warn(f"only {config.rounds} rounds; at least {MIN_ROUNDS} are needed to trust them")
     if machine["load_average"] > 0.5:
@@ -189,6 +198,14 @@ def start(config: Config, tools: ToolBox, stem: str) -> Session:
         )
     results.bandwidth = measure_bandwidth(session)
     return session
+
+
+def say_notes(session: Session, text: Text | None) -> None:
+    """Say what was done to a text, and whether llama.cpp's tools get it in another file."""
+    for note in text.notes if text is not None else ():
+        session.show.note(note)
+    if text is not None and text.file is None:
+        session.show.note(f"llama.cpp's tools get {text.name} as read here, in a temporary file")
 
 
 def check_load(config: Config) -> None:
@@ -214,14 +231,16 @@ def needed_tools(config: Config) -> list[str]:
     return names + (["llama-imatrix"] if made and config.imatrix_text else [])
 
 
-def describe_config(config: Config) -> dict[str, Any]:
+def describe_config(config: Config, text: Text | None) -> dict[str, Any]:
     """The configuration for the record: paths by name only, baselines by label."""
     raw = asdict(config)
     raw["threads"] = config.load().threads
     raw["baselines"] = [w.label for w in config.baselines]
-    for key in ("source", "imatrix_text", "bin_dir", "bandwidth_program", "out", "work", "text"):
+    for key in ("source", "bin_dir", "bandwidth_program", "out", "work"):
         raw[key] = Path(raw[key]).name if raw[key] else None
-    raw["text_sha256"] = sha256_file(config.text) if config.perplexity and config.text else None
+    for key in ("imatrix_text", "text"):
+        raw[key] = source_name(raw[key]) if raw[key] else None
+    raw["text_sha256"] = None if text is None else text.sha256
     return dict(json.loads(json.dumps(raw)))  # tuples become the lists that a reader will see
 
 
@@ -302,9 +321,12 @@ def add_baselines(session: Session, given: list[GGUFInfo]) -> None:
 def open_maker(session: Session, given: list[GGUFInfo]) -> BaselineMaker:
     """The maker of baselines for the given models' common source."""
     config = session.config
-    text = check_text(config.imatrix_text) if config.imatrix_text else None
-    if text and config.text and sha256_file(text) == sha256_file(config.text):
-        raise PT2Error("--imatrix-text is the text that is scored; give calibration text instead")
+    text = None
+    if config.imatrix_text:
+        text = read_text(config.imatrix_text, text_field=config.text_field, enough=IMATRIX_ENOUGH)
+        say_notes(session, text)
+        if session.text is not None and text.sha256 == session.text.sha256:
+            raise PT2Error("--imatrix-text is the text that is scored; give other text instead")
     source = source_gguf(find_source(given, config.source), session.show.note)
     for info in given:
         same_model(info, source)
@@ -315,7 +337,7 @@ def open_maker(session: Session, given: list[GGUFInfo]) -> BaselineMaker:
 def measure_perplexities(session: Session) -> None:
     """Both protocols for every model."""
     config = session.config
-    text = check_text(config.text)
+    assert session.text is not None
     jobs: list[tuple[Model, Plan]] = []
     for protocol in PROTOCOLS:
         for model in session.results.models:
@@ -327,7 +349,10 @@ def measure_perplexities(session: Session) -> None:
     for note in dict.fromkeys(f"{p.protocol} perplexity: {p.note}" for _, p in jobs if p.note):
         session.warn(note)
     load = config.load()
-    with session.show.phase("perplexity", len(jobs), "runs") as show:
+    with (
+        session.text.as_file() as text,
+        session.show.phase("perplexity", len(jobs), "runs") as show,
+    ):
         for model, p in jobs:
             label = f"{p.protocol}, {model.name}"
             show.step(label, 0)

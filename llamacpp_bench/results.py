@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from pt2_core.tokens import OLD_NAMES
 from quantize.common import PT2Error, read_json, write_json
 
 SCHEMA = "pt2-bench"
@@ -262,6 +263,11 @@ def _pick(cls: type, raw: dict[str, Any], leave: Iterable[str] = ()) -> dict[str
     return {k: v for k, v in raw.items() if k in names}
 
 
+def _perplexity(raw: dict[str, Any]) -> Perplexity:
+    found = Perplexity(**_pick(Perplexity, raw))
+    return replace(found, protocol=OLD_NAMES.get(found.protocol, found.protocol))
+
+
 def _from_json(raw: dict[str, Any]) -> Results:
     models = []
     for m in raw["models"]:
@@ -269,7 +275,7 @@ def _from_json(raw: dict[str, Any]) -> Results:
             Model(
                 **_pick(Model, m, ("placement", "perplexity")),
                 placement=Placement(**_pick(Placement, m["placement"])),
-                perplexity=[Perplexity(**_pick(Perplexity, p)) for p in m["perplexity"]],
+                perplexity=[_perplexity(p) for p in m["perplexity"]],
             )
         )
     samples = [Sample(**_pick(Sample, s)) for s in raw["samples"]]

@@ -1,1 +1,1 @@
-"""The ground floor: what every part of the project shares. It imports neither torch nor NumPy."""
+"""The ground floor that all packages stand on; importing it loads no torch."""

@@ -5,7 +5,6 @@ They are the files of examples/text, which are installed with this package.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from quantize.common import PT2Error
@@ -15,38 +14,18 @@ FOLDER = Path(__file__).parent / "text"
 
 
 def bundled_names() -> list[str]:
-    """Every name that :func:`text_source` knows."""
+    """Every name that :func:`bundled_file` knows."""
     return sorted(PREFIX + file.stem for file in FOLDER.glob("*.txt"))
 
 
-def text_source(source: str) -> str:
-    """The source of a text with the bundled names in it replaced by their files.
-
-    Args:
-        source: what an option for texts takes; several sources have commas between them.
+def bundled_file(source: str) -> str:
+    """The file of a bundled text's name; every other source of texts as it is.
 
     Raises:
-        PT2Error: there is no bundled text of a name.
+        PT2Error: there is no bundled text of this name.
     """
-    if PREFIX not in source:
+    if not source.startswith(PREFIX):
         return source
-    return ",".join(_file(s) if s.startswith(PREFIX) else s for s in source.split(","))
-
-
-def _file(source: str) -> str:
-    file = FOLDER / f"{source.removeprefix(PREFIX)}.txt"
     if source not in bundled_names():
         raise PT2Error(f"there is no text {source!r}; bundled are {', '.join(bundled_names())}")
-    return str(file)
-
-
-def resolve_texts(args: argparse.Namespace, *options: str) -> None:
-    """Put files in the place of bundled names in these options of a command, where given.
-
-    Raises:
-        PT2Error: as :func:`text_source`.
-    """
-    for name in options:
-        value = getattr(args, name)
-        if value is not None:
-            setattr(args, name, text_source(value))
+    return str(FOLDER / f"{source.removeprefix(PREFIX)}.txt")

@@ -11,19 +11,26 @@ import gc
 import sys
 from pathlib import Path
 
-from pt2_core.bundled import resolve_texts
+from torch import Tensor
+
 from pt2_core.progress import Reporter, open_reporter
-from pt2_eval.measure import divergence, paper_windows, perplexity
+from pt2_core.texts import Text, read_text, split_sources
+from pt2_core.tokens import (
+    PROTOCOLS,
+    check_context,
+    llama_windows,
+    paper_windows,
+    refuse_degenerate_tokens,
+)
+from pt2_eval.measure import divergence, perplexity
 from pt2_eval.models import Model, open_model
 from pt2_eval.table import Row, markdown
 from pt2_eval.tasks import PAPER_TASKS, zero_shot
-from pt2_eval.texts import load_text
 from quantize.common import ArgumentParser, PT2Error, atomic_path, run_cli, write_json
 from quantize.config import DEVICES, DTYPES
-from quantize.evaluate import llama_windows
 from quantize.machine import arithmetic
 
-PROTOCOLS = ("papers", "llama.cpp")
+LLAMA_WINDOW = 512
 EPILOG = """\
 examples:
   pt2-eval Qwen3-4B qwen3-4b-pt2 qwen3-4b.gguf --reference Qwen3-4B --text wiki.test.txt
@@ -34,9 +41,13 @@ examples:
 models: a Hugging Face folder, an artifact of pt2-quantize or pt2-refine, or a GGUF file, which
 needs our llama.cpp (pt2-llama build) and llama-cpp-python's bindings (pt2-llama bindings).
 
---text takes text files, bundled:wiki.test, wikitext2 (its test set) and c4 (the papers' part of its
-validation set), several with commas. Two protocols:
-  papers     windows of --ctx tokens (2048), every token but a window's first is scored
+--text takes text files, JSON lines (of which --text-field is read), folders of them,
+bundled:wiki.test, the test sets wikitext2, ptb and c4 (the papers' part of its validation set);
+several with commas are measured one by one. pt2-bench scores the same tokens of a file: lines end
+in LF, a byte order mark is left out, special tokens written in the text are plain text. Two
+protocols:
+  papers     windows of --ctx tokens (2048), BOS before the text where the tokenizer adds one, every
+             token but a window's first is scored
   llama.cpp  windows of 512, the second half of each is scored; where the tokenizer adds BOS, each
              window begins with it
 --reference, the full-precision model, adds the KL divergence to it and the share of positions with
@@ -63,8 +74,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--reference", help="full-precision model to compare with")
     parser.add_argument("--source", help="the artifacts' model (default: where they say)")
     parser.add_argument("--text", help="text files, with commas between them")
+    parser.add_argument("--text-field", metavar="NAME", help="of JSON records (see below)")
     parser.add_argument("--protocol", choices=(*PROTOCOLS, "both"), default="both")
     parser.add_argument("--ctx", type=int, default=2048, help="of the papers' windows (2048)")
+    parser.add_argument("--allow-long", action="store_true", help="windows beyond the context")
     parser.add_argument("--chunks", type=int, help="first windows only, in each protocol")
     parser.add_argument("--tasks", help="paper, or names and YAML files with commas between them")
     parser.add_argument("--limit", type=int, help="first questions of each task only")
@@ -86,11 +99,12 @@ def _run(args: argparse.Namespace) -> int:
         raise PT2Error("--chunks and --limit must be at least 1")
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
-    resolve_texts(args, "text")
-    texts = [load_text(s) for s in (args.text or "").split(",") if s]
+    texts = _texts(args)
     tasks = list(PAPER_TASKS) if args.tasks == "paper" else (args.tasks or "").split(",")
     rows: list[Row] = []
     with arithmetic(args.threads), open_reporter(args.quiet) as reporter:
+        for note in dict.fromkeys(n for t in texts for n in t.notes):
+            reporter.note(note)
         reference = _open(args.reference, args) if args.reference else None
         for path in args.models:
             same = args.reference and Path(path).resolve() == Path(args.reference).resolve()
@@ -104,41 +118,55 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _texts(args: argparse.Namespace) -> list[Text]:
+    if not args.text:
+        if args.text_field:
+            raise PT2Error("--text-field belongs to --text")
+        return []
+    sources = split_sources(args.text)
+    texts = [read_text(s, "test", text_field=args.text_field) for s in sources]
+    labels = [t.label for t in texts]
+    if twice := next((x for x in labels if labels.count(x) > 1), None):
+        raise PT2Error(f"two of the texts are called {twice}, as the table has them: rename one")
+    return texts
+
+
 def _open(path: str, args: argparse.Namespace) -> Model:
     return open_model(
         path, source=args.source, device=args.device, dtype=args.dtype,
-        context=max(args.ctx, 512), threads=args.threads,
+        context=max(args.ctx, LLAMA_WINDOW), threads=args.threads,
         gpu_layers=0 if args.device == "cpu" else -1,
     )  # fmt: skip
 
 
 def _measure(
-    model: Model, reference: Model | None, texts: list[tuple[str, str, int | None]],
+    model: Model, reference: Model | None, texts: list[Text],
     tasks: list[str], args: argparse.Namespace, reporter: Reporter,
 ) -> Row:  # fmt: skip
     row = Row(model.name, model.kind, model.size)
     ids_of = reference or model  # the same ids for all, so that perplexities compare
-    if args.protocol != "llama.cpp" and texts and args.ctx > model.limit:
-        raise PT2Error(f"{model.name} takes at most {model.limit} tokens: use --ctx {model.limit}")
-    for name, text, usual in texts:
-        ids = ids_of.encode(text.removesuffix("\n"))
-        batch = args.batch_size
+    against = reference if reference is not model else None
+    for text in texts:
+        name, batch = text.label, args.batch_size
+        cut = _windows(text, ids_of, args, compared=against is not None)
+        _check_windows(model, cut, args, reporter)
 
         def step() -> None:
             reporter.step()
 
         if args.protocol != "llama.cpp":
-            windows = paper_windows(ids, ids_of.bos, args.ctx, args.chunks or usual)
+            windows = cut["papers"]
             reporter.start(f"{model.name} on {name}, papers", -(-len(windows) // batch), "batches")
             row.papers[name] = perplexity(model, windows, second_half=False, batch=batch, step=step)
-        windows = llama_windows(ids, ids_of.bos, 512, args.chunks)
-        passes = (args.protocol != "papers") + (reference is not None and reference is not model)
-        steps = passes * -(-len(windows) // batch)
-        reporter.start(f"{model.name} on {name}, llama.cpp", steps, "batches")
+        if "llama.cpp" in cut:
+            windows = cut["llama.cpp"]
+            passes = (args.protocol != "papers") + (against is not None)
+            steps = passes * -(-len(windows) // batch)
+            reporter.start(f"{model.name} on {name}, llama.cpp", steps, "batches")
         if args.protocol != "papers":
             row.llama[name] = perplexity(model, windows, second_half=True, batch=batch, step=step)
-        if reference is not None and reference is not model:
-            row.divergence[name] = divergence(model, reference, windows, batch=batch, step=step)
+        if against is not None:
+            row.divergence[name] = divergence(model, against, windows, batch=batch, step=step)
         reporter.done()
     if tasks:
         reporter.start(f"{model.name}: tasks", 100)
@@ -155,6 +183,38 @@ def _measure(
         )
         reporter.done()
     return row
+
+
+def _windows(
+    text: Text, ids_of: Model, args: argparse.Namespace, compared: bool
+) -> dict[str, Tensor]:
+    """The windows of each protocol that is needed; a comparison is made on llama.cpp's."""
+    ids = ids_of.encode(text.text)
+    cut: dict[str, Tensor] = {}
+    if args.protocol != "llama.cpp":
+        limit = args.chunks or text.windows
+        cut["papers"] = paper_windows(ids, ids_of.bos, args.ctx, limit, text.name)
+    if args.protocol != "papers" or compared:
+        cut["llama.cpp"] = llama_windows(ids, ids_of.bos, LLAMA_WINDOW, args.chunks, text.name)
+    for windows in cut.values():
+        refuse_degenerate_tokens(windows, text.name)
+    return cut
+
+
+def _check_windows(
+    model: Model, cut: dict[str, Tensor], args: argparse.Namespace, reporter: Reporter
+) -> None:
+    """Refuse windows beyond the model's context; what is allowed is said once for a model."""
+
+    def warn(line: str) -> None:
+        if line not in reporter.warnings:
+            reporter.warn(line)
+
+    for protocol, windows in cut.items():
+        option = "--ctx" if protocol == "papers" else "--protocol papers --ctx"
+        check_context(
+            windows.shape[1], model.context, model.name, option, allow=args.allow_long, warn=warn
+        )
 
 
 def _write(folder: Path, rows: list[Row], reference: Model | None) -> None:

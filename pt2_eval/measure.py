@@ -1,9 +1,5 @@
-"""Perplexity in two protocols, KL divergence and agreement with a reference.
-
-- ``papers`` (GPTQ, PT2-LLM): the text, with BOS in front where the tokenizer adds one, is cut into
-  windows of 2048 tokens; every token of a window but its first is scored.
-- ``llama.cpp`` (its llama-perplexity): windows of 512; where the tokenizer adds BOS, the first
-  token of each window is replaced by it; the second half of the window is scored.
+"""Perplexity in two protocols (:data:`pt2_core.tokens.PROTOCOLS`), KL divergence and agreement with
+a reference.
 
 Divergence and agreement are taken at the positions that the llama.cpp protocol scores, as
 llama-perplexity --kl-divergence does.
@@ -40,15 +36,6 @@ class Divergence:
     error: float
     same_top: float
     tokens: int
-
-
-def paper_windows(ids: list[int], bos: int | None, context: int, limit: int | None) -> Tensor:
-    """int64 ``[n, context]``; of a text that is shorter than a window, the text: ``[1, len]``."""
-    ids = ([] if bos is None else [bos]) + ids
-    if len(ids) < 3:
-        raise PT2Error("the text is too short to be measured")
-    count = max(1, len(ids) // context)
-    return torch.tensor(ids[: count * context]).view(count, -1)[:limit]
 
 
 def perplexity(

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from pt2_core.tokens import bos_token, context_limit, encoder, load_tokenizer
 from quantize.artifact import MANIFEST, Artifact
-from quantize.calibration import encode, load_tokenizer
 from quantize.checkpoint import Checkpoint, torch_dtype
 from quantize.common import PT2Error
 from quantize.hf_model import StreamedModel
@@ -29,7 +29,8 @@ class Model(Protocol):
         size: bytes of the files.
         vocab: number of tokens.
         bos: the token put in front of a text, None where the tokenizer adds none.
-        limit: the longest window the model states.
+        limit: the longest row of tokens that :meth:`logits` takes, None for any.
+        context: tokens that the model was made for, None where it states nothing.
     """
 
     name: str
@@ -37,10 +38,11 @@ class Model(Protocol):
     size: int
     vocab: int
     bos: int | None
-    limit: int
+    limit: int | None
+    context: int | None
 
     def encode(self, text: str) -> list[int]:
-        """Token ids without special tokens."""
+        """Token ids; none is put around the text, special tokens in it are plain text."""
 
     def logits(self, tokens: Tensor) -> Tensor:
         """int64 ``[n, len]`` -> float32 ``[n, len, vocab]`` on the CPU or the model's device."""
@@ -60,7 +62,7 @@ class TorchModel:
         self.name = folder.resolve().name
         self.size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
         self.vocab = int(config.vocab_size)
-        self.limit = int(config.max_position_embeddings)
+        self.limit = self.context = context_limit(checkpoint.raw_config)
         read: Callable[[str, tuple[int, ...]], Tensor] = checkpoint.read
         if artifact is not None:
             digest, _ = checkpoint.fingerprint()
@@ -69,13 +71,11 @@ class TorchModel:
             read = _with_artifact(checkpoint, artifact)
         with torch.no_grad():
             self._network = build_teacher(config, read, self.device, torch_dtype(dtype))
-        self._tokenizer = load_tokenizer(path)
-        bos = self._tokenizer.bos_token_id
-        adds = bos is not None and self._tokenizer.encode("a")[0] == bos
-        self.bos = int(bos) if adds else None
+        tokenizer = load_tokenizer(path)
+        self.bos, self._encode = bos_token(tokenizer), encoder(tokenizer)
 
     def encode(self, text: str) -> list[int]:
-        return encode(self._tokenizer, text)
+        return self._encode(text)
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
@@ -99,7 +99,8 @@ class GgufModel:
         self.name, self.kind = path.name, "gguf"
         self.size = path.stat().st_size
         self.vocab = self._llama.n_vocab()
-        self.limit = context
+        self.limit: int | None = context
+        self.context = _stated_context(self._llama.metadata)
         added = self._llama.tokenize(b"a", add_bos=True)
         plain = self._llama.tokenize(b"a", add_bos=False)
         self.bos = int(added[0]) if len(added) > len(plain) else None
@@ -110,7 +111,7 @@ class GgufModel:
     def logits(self, tokens: Tensor) -> Tensor:
         rows = []
         for row in tokens.tolist():
-            if len(row) > self.limit:
+            if self.limit is not None and len(row) > self.limit:
                 raise PT2Error(f"{self.name}: {len(row)} tokens in a context of {self.limit}")
             self._llama.reset()
             self._llama.eval(row)
@@ -159,6 +160,12 @@ def _with_artifact(checkpoint: Checkpoint, artifact: Artifact) -> Any:
         return torch.from_numpy(held[home[module]][module].dequantize())
 
     return read
+
+
+def _stated_context(metadata: Mapping[str, str]) -> int | None:
+    """What a GGUF file's ``ARCHITECTURE.context_length`` says."""
+    value = metadata.get(f"{metadata.get('general.architecture')}.context_length", "")
+    return int(value) if value.isdigit() and int(value) else None
 
 
 def _bindings() -> Any:

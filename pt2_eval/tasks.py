@@ -102,7 +102,8 @@ def continuation_scores(
     Args:
         pairs: (context ids, continuation ids), both not empty.
     """
-    rows = [(context + rest)[-model.limit - 1 : -1] for context, rest in pairs]
+    first = None if model.limit is None else -model.limit - 1
+    rows = [(context + rest)[first:-1] for context, rest in pairs]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
     result: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
     for start in range(0, len(order), batch):

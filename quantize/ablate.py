@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pt2_core.bundled import resolve_texts
 from pt2_core.commands import command
 from pt2_core.progress import Reporter, open_reporter
 from quantize.common import (
@@ -113,7 +112,9 @@ def ablate(
     from quantize.evaluate import perplexity, windows
 
     reporter = reporter or Reporter()
-    tokens = windows(text, model, ctx, "windows")
+    tokens = windows(
+        text, model, ctx, "papers", reporter=reporter, allow_long=base.get("allow_long", False)
+    )
     machine = {k: base[k] for k in ("device", "dtype", "threads", "batch_size")}
     rows: list[dict[str, Any]] = []
     known = _known(out)
@@ -202,7 +203,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("model", nargs="?", help="folder of the Hugging Face model")
     parser.add_argument("-o", "--out", help="folder of the results")
     parser.add_argument("--calibration", help="as for pt2-quantize")
-    parser.add_argument("--text", help="to score: text file, or FILE.safetensors:TENSOR")
+    parser.add_argument("--text-field", metavar="NAME", help="of --calibration's JSON records")
+    parser.add_argument("--text", help="to score: as for python -m quantize.evaluate")
+    parser.add_argument("--allow-long", action="store_true", help="windows beyond the context")
     parser.add_argument("--ctx", type=int, default=512, help="tokens in a scored window (512)")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=2048)
@@ -216,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     # Variants that are in the table already are not measured again.
     again = command("python", "-m", "quantize.ablate", *(sys.argv[1:] if argv is None else argv))
-    return run_cli("quantize.ablate", lambda: _run(args), resume=again)
+    return run_cli("quantize.ablate", lambda: _run(args), resume=lambda: again)
 
 
 def _run(args: Any) -> int:
@@ -233,8 +236,8 @@ def _run(args: Any) -> int:
     unknown = [n for n in names if n not in {v.name for v in everything}]
     if unknown:
         raise PT2Error(f"no variant {unknown[0]!r}: see python -m quantize.ablate --list")
-    resolve_texts(args, "calibration", "text")
-    keys = ("calibration", "samples", "seqlen", "seed", "device", "dtype", "threads", "batch_size")
+    keys = ("calibration", "text_field", "samples", "seqlen", "allow_long", "seed", "device",
+            "dtype", "threads", "batch_size")  # fmt: skip
     base = {k: getattr(args, k) for k in keys}
     out = Path(args.out)
     try:

@@ -32,6 +32,7 @@ FORMAT_VERSION, REPLACING_VERSION = 1, 2
 MANIFEST = "manifest.json"
 GLOBAL = "global.safetensors"
 REPLACED = "replaced.safetensors"
+PROOF = "proof.safetensors"
 RUN = "run.json"
 RESIDUAL_PERM = "residual.perm"
 PARTS = {"ternary": np.uint8, "alpha": np.float16, "mu": np.float16, "perm": np.int32}
@@ -172,7 +173,7 @@ class Artifact:
         if not manifest["complete"] and not allow_incomplete:
             raise PT2Error(f"{path} is not complete: finish it with: {_finish(path)}")
         artifact = cls(path, manifest, np.empty(0, np.int32))
-        perm = artifact._tensors(GLOBAL).get(RESIDUAL_PERM)
+        perm = artifact.tensors(GLOBAL).get(RESIDUAL_PERM)
         if perm is None or perm.dtype != np.int32 or perm.ndim != 1 or not is_permutation(perm):
             raise PT2Error(f"{path / GLOBAL}: {RESIDUAL_PERM} is missing or not a permutation")
         artifact.residual_perm = perm
@@ -201,7 +202,7 @@ class Artifact:
         """
         if REPLACED not in self.manifest["files"]:
             return {}
-        tensors = self._tensors(REPLACED)
+        tensors = self.tensors(REPLACED)
         known = self.manifest["model"].get("tensors", {})
         for name, value in tensors.items():
             if value.dtype != np.float32 or known.get(name) != list(value.shape):
@@ -234,7 +235,7 @@ class Artifact:
         Raises:
             PT2Error: the file is missing, damaged, or does not hold what the manifest says.
         """
-        tensors = self._tensors(block_file(index))
+        tensors = self.tensors(block_file(index))
         names = sorted({name.rpartition(".")[0] for name in tensors})
         where = str(self.path / block_file(index))
         result = {}
@@ -246,7 +247,12 @@ class Artifact:
             result[name].check(where)
         return result
 
-    def _tensors(self, file: str) -> dict[str, Array]:
+    def tensors(self, file: str) -> dict[str, Array]:
+        """All tensors of one of the artifact's files, its checksum verified.
+
+        Raises:
+            PT2Error: the manifest does not name the file, or it is missing or damaged.
+        """
         path = self.path / file
         expected = self.manifest["files"].get(file)
         if expected is None:
@@ -383,6 +389,12 @@ class ArtifactWriter:
         self._write(REPLACED, {k: v.astype(np.float32) for k, v in tensors.items()})
         self._save()
 
+    def write_proof(self, tensors: dict[str, Array], record: dict[str, Any]) -> None:
+        """Write ``proof.safetensors`` (see :mod:`quantize.proof`) and what the manifest says."""
+        self.manifest["proof"] = record
+        self._write(PROOF, tensors)
+        self._save()
+
     def record(self, key: str, name: str, value: Any) -> None:
         """Set ``manifest[key][name]`` (saved with the next block)."""
         self.manifest.setdefault(key, {})[name] = value
@@ -410,8 +422,8 @@ def remove_leftovers(path: Path, *, everything: bool = False) -> None:
 
     Only names that this module writes are touched.
     """
-    ours = r"(manifest\.json|run\.json|(global|replaced|sensitivity|block-\d{5})\.safetensors)"
-    patterns = [rf"\.{ours}\..*\.tmp"] + ([ours] if everything else [])
+    ours = r"(manifest|run)\.json|(global|replaced|proof|sensitivity|block-\d{5})\.safetensors"
+    patterns = [rf"\.({ours})\..*\.tmp"] + ([ours] if everything else [])
     # The manifest goes first: without it the rest is no artifact, should we be killed half way.
     for file in sorted(path.iterdir(), key=lambda f: f.name != MANIFEST):
         if any(re.fullmatch(p, file.name) for p in patterns):

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from pt2_core.bundled import resolve_texts
 from pt2_core.commands import command, resume_command
 from pt2_core.progress import open_reporter
 from quantize.common import ArgumentParser, PT2Error, human_seconds, run_cli
@@ -51,10 +50,12 @@ recipes (every stage is also an option below, and a line of a YAML file):
   FILE      YAML with settings by the options' names, e.g.  recipe: best / block_size: 64
 
 calibration:
-  A text file, a folder of .txt files, bundled:calibration (200 000 tokens or so, comes with this
-  program), wikitext2, c4 or ptb (these need pip install 'pt2-llm[data]' and a connection), or
-  FILE.safetensors:TENSOR with token ids. The text is cut into windows that do not overlap, and
-  --samples of them are drawn with --seed. No BOS token is added unless --bos.
+  A text file, JSON lines, a folder of them, bundled:calibration (some 200 000 tokens that come with
+  this program), wikitext2, c4 or ptb (these need pip install 'pt2-llm[data]' and a connection), or
+  FILE.safetensors:TENSOR with token ids; several with commas between them. Of JSON records
+  --text-field is read (default: text, or a chat's messages without roles, or the only string
+  field). The text is cut into windows that do not overlap, and --samples of them are drawn with
+  --seed. No BOS token is added unless --bos; special tokens written in the text are plain text.
 
 supported: Llama, Mistral, Qwen2, Qwen3 (Hugging Face folders with safetensors)
 next:      pt2-export model.gguf --from OUT
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     """The entry point; returns the exit code."""
     args = build_parser().parse_args(argv)
     resume = resume_command("pt2-quantize", argv)
-    return run_cli("pt2-quantize", lambda: _run(args, resume), resume=resume)
+    return run_cli("pt2-quantize", lambda: _run(args, resume), resume=lambda: resume)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -91,7 +92,12 @@ def build_parser() -> argparse.ArgumentParser:
     what = "more windows, to measure what each linear costs, for pt2-export --target-size"
     _option(text, "sensitivity", what, metavar="N")
     _option(text, "seed", "of the windows and of the random order")
+    text.add_argument("--text-field", metavar="NAME", help="of JSON records (see below)")
+    text.add_argument("--allow-long", action="store_true", default=None,
+                      help="take windows longer than the model's context")  # fmt: skip
     _switch(text, "bos", "put the BOS token in front of every window")
+    what = "tokens of the proof, with which pt2-export compares the file; 0: no proof"
+    _option(text, "proof_tokens", what, metavar="N")
 
     method = parser.add_argument_group("method")
     _option(method, "order", "of the columns", choices=ORDERS)
@@ -141,7 +147,6 @@ def _switch(group: Any, name: str, text: str) -> None:
 
 
 def _run(args: argparse.Namespace, resume: str) -> int:
-    resolve_texts(args, "calibration", "refine_text")
     names = Config.__dataclass_fields__
     given = {name: getattr(args, name) for name in names if hasattr(args, name)}
     config = load_recipe(args.recipe, **given)

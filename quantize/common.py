@@ -122,13 +122,16 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(EXIT_ERROR, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-def run_cli(name: str, body: Callable[[], int | None], resume: str | None = None) -> int:
+def run_cli(
+    name: str, body: Callable[[], int | None], *, resume: Callable[[], str | None] | None = None
+) -> int:
     """Run a command's body; turn what a user can mend into one line on stderr and an exit code.
 
     ``PT2_DEBUG=1`` in the environment shows the traceback as well.
 
     Args:
-        resume: the command that goes on where an interrupted run stopped, if there is one.
+        resume: gives the command that goes on where an interrupted run stopped, None where there
+            is none.
     """
     signal.signal(signal.SIGPIPE, signal.SIG_DFL) if hasattr(signal, "SIGPIPE") else None
     try:
@@ -137,7 +140,8 @@ def run_cli(name: str, body: Callable[[], int | None], resume: str | None = None
         message = str(e)
         error: BaseException = e
     except KeyboardInterrupt:
-        then = f"; to go on: {resume}" if resume else ""
+        again = resume() if resume is not None else None
+        then = f"; go on with: {again}" if again else ""
         print(f"{name}: interrupted{then}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except OSError as e:

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from pt2_core.texts import source_name
 from quantize.common import PT2Error
 
 ORDERS = ("none", "random", "hessian", "ssr", "foldable")
@@ -47,13 +48,20 @@ class Config:
         sequential: take the Hessians of a block's sites one after the other, each with the block's
             linears before it already quantised.
         damping: share of the Hessian's mean diagonal that is added to the diagonal.
-        calibration: text file, folder, data set name, or ``file.safetensors:tensor`` of token ids.
+        calibration: text file, JSON lines, folder, data set name, ``file.safetensors:tensor`` of
+            token ids, or several with commas between them.
+        text_field: of JSON records, the field with the text (None: ``text``, a chat's
+            ``messages``, or the only string field).
         samples, seqlen: calibration windows and tokens in each.
+        allow_long: take windows that are longer than the model's context.
         bos: put the model's BOS token in front of every calibration window.
         order_samples: windows from which the foldable order's activation energies are taken.
         sensitivity: windows of text, beyond those of the calibration, from which is measured at the
             end what each linear costs the model (:mod:`quantize.measure`), for pt2-export's mixed
             precision (0: not measured).
+        proof_tokens: tokens of the text whose predictions are kept with the artifact, for
+            pt2-export to compare the file's with (0: none; from 1024 on, more where a sliding
+            window or a rope context begins to count only then).
         skip: regular expression; linears whose name it matches are left as they are.
         device, dtype: of the forward pass. The quantiser's arithmetic is float32 and float64.
         threads: CPU threads (0: as torch chooses).
@@ -76,11 +84,14 @@ class Config:
     sequential: bool = False
     damping: float = 0.01
     calibration: str = "wikitext2"
+    text_field: str | None = None
     samples: int = 128
     seqlen: int = 2048
+    allow_long: bool = False
     bos: bool = False
     order_samples: int = 16
     sensitivity: int = 0
+    proof_tokens: int = 1024
     skip: str | None = None
     device: str = "auto"
     dtype: str = "float32"
@@ -96,7 +107,7 @@ class Config:
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("device", self.device, DEVICES)
         least = {"itf_steps": 1, "reround": 0, "rounds": 0, "sweeps": 0, "samples": 1, "seqlen": 2,
-                 "order_samples": 1, "sensitivity": 0, "threads": 0, "seed": 0,
+                 "order_samples": 1, "sensitivity": 0, "proof_tokens": 0, "threads": 0, "seed": 0,
                  "batch_size": 1}  # fmt: skip
         for name, low in least.items():
             if getattr(self, name) < low:
@@ -115,8 +126,10 @@ class Config:
     def identity(self) -> dict[str, Any]:
         """The settings as the manifest holds them: no folders of this machine."""
         values = dataclasses.asdict(self)
-        path, _, tensor = self.calibration.partition(".safetensors:")
-        values["calibration"] = Path(path).name + (f".safetensors:{tensor}" if tensor else "")
+        values["calibration"] = source_name(self.calibration)
+        # The text is known by its tokens' checksum, and what is allowed changes nothing.
+        for name in ("text_field", "allow_long"):
+            values.pop(name)
         return values
 
 

@@ -4,11 +4,12 @@
     python -m quantize.evaluate MODEL --artifact MODEL-pt2 --text wiki.test.txt --protocol llama.cpp
     python -m quantize.evaluate MODEL --artifact MODEL-pt2 --text tokens.safetensors:valid
 
-Two protocols. ``windows``: the text is cut into windows of ``--ctx`` tokens and every token of a
-window but its first is scored (with 2048, the GPTQ papers' protocol). ``llama.cpp``: as its
-llama-perplexity does it, only the second half of each window is scored, and where the model's
-tokenizer adds a BOS token, the first token of every window is replaced by it. Decoder blocks are
-streamed: memory holds one, and the windows' activations.
+Two protocols. ``papers``: the text, with BOS in front where the model's tokenizer adds one, is cut
+into windows of ``--ctx`` tokens and every token of a window but its first is scored (with 2048, as
+GPTQ and PT2-LLM do). ``llama.cpp``: as its llama-perplexity does it, only the second half of each
+window is scored, and where the tokenizer adds BOS, it takes the first place of every window. Token
+ids are scored as they are. Decoder blocks are streamed: memory holds one, and the windows'
+activations.
 """
 
 from __future__ import annotations
@@ -26,17 +27,27 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pt2_core.bundled import resolve_texts
 from pt2_core.progress import Reporter, open_reporter
+from pt2_core.texts import read_text, token_source
+from pt2_core.tokens import (
+    PROTOCOLS,
+    bos_token,
+    check_context,
+    context_limit,
+    encode,
+    llama_windows,
+    load_tokenizer,
+    paper_windows,
+    read_tokens,
+    refuse_degenerate_tokens,
+)
 from quantize.artifact import Array, Artifact
-from quantize.calibration import encode, load_tokenizer, read_text, read_tokens
 from quantize.checkpoint import Checkpoint
 from quantize.common import ArgumentParser, PT2Error, run_cli
 from quantize.config import DEVICES, DTYPES
 from quantize.hf_model import StreamedModel
 from quantize.machine import arithmetic, pick_device
 
-PROTOCOLS = ("windows", "llama.cpp")
 GridChange = Callable[[Array, Array], tuple[Array, Array]]
 
 
@@ -106,47 +117,46 @@ def _score(model: StreamedModel, hidden: Tensor, tokens: Tensor, second_half: bo
 
 
 def windows(
-    source: str, model_dir: str | Path, ctx: int, protocol: str, limit: int | None = None
-) -> Tensor:
+    source: str, model_dir: str | Path, ctx: int, protocol: str, limit: int | None = None, *,
+    text_field: str | None = None, allow_long: bool = False, reporter: Reporter | None = None,
+) -> Tensor:  # fmt: skip
     """Cut a text, or token ids of a safetensors file, into windows, int64 ``[n, ctx]``.
 
     Args:
-        source: a text file, or ``file.safetensors:tensor`` whose rows are used as they are.
-        protocol: ``windows`` or ``llama.cpp``.
+        source: as :mod:`pt2_core.texts` has them, or ``file.safetensors[:tensor]`` whose rows are
+            used as they are.
+        protocol: ``papers`` or ``llama.cpp``.
         limit: the first so many windows only.
+        text_field: of JSON records, the field with the text (None: the usual one).
+        allow_long: take windows that are longer than the model's context.
+        reporter: told what was done to the text.
+
+    Raises:
+        PT2Error: no such text, windows longer than the context, or a degenerate text.
     """
-    stem, mark, tensor = source.partition(".safetensors")
-    if mark:
-        ids = read_tokens(Path(stem + mark), tensor.removeprefix(":"))
+    reporter = reporter or Reporter()
+    folder = Path(model_dir)
+    stated = context_limit(Checkpoint.open(folder).raw_config)
+    check_context(ctx, stated, folder.name, "--ctx", allow=allow_long, warn=reporter.warn)
+    file = token_source(source)
+    if file is not None:
+        if text_field is not None:
+            raise PT2Error(f"--text-field {text_field}: {source} holds token ids")
+        rows = read_tokens(*file)
+        if rows.dim() == 1:
+            rows = rows[: rows.shape[0] // ctx * ctx].reshape(-1, ctx)
+        found = rows[:limit, :ctx].contiguous()
     else:
-        tokenizer = load_tokenizer(Path(model_dir))
-        text, _ = read_text(source, 1 << 62)
-        bos = tokenizer.bos_token_id
-        adds_bos = protocol == "llama.cpp" and bos is not None and tokenizer.encode("a")[0] == bos
-        plain = encode(tokenizer, text.removesuffix("\n"))
-        ids = llama_windows(plain, bos if adds_bos else None, ctx, name=source)
-    if ids.dim() == 1:
-        ids = ids[: ids.shape[0] // ctx * ctx].reshape(-1, ctx)
-    return ids[:limit, :ctx].contiguous()
-
-
-def llama_windows(
-    ids: list[int], bos: int | None, ctx: int, limit: int | None = None, name: str = "the text"
-) -> Tensor:
-    """Cut a text's tokens as llama-perplexity does, int64 ``[n, ctx]``.
-
-    Args:
-        bos: where the tokenizer adds one: put before the text, and in the first place of every
-            window.
-        limit: the first so many windows only.
-    """
-    ids = ([] if bos is None else [bos]) + ids
-    count = len(ids) // ctx
-    if count == 0:
-        raise PT2Error(f"{name} has {len(ids)} tokens, fewer than one window of {ctx}")
-    found = torch.tensor(ids[: count * ctx]).view(count, ctx)[:limit].clone()
-    if bos is not None:
-        found[:, 0] = bos
+        text = read_text(source, "test", text_field=text_field)
+        for note in text.notes:
+            reporter.note(note)
+        tokenizer = load_tokenizer(folder)
+        ids, bos = encode(tokenizer, text.text), bos_token(tokenizer)
+        if protocol == "llama.cpp":
+            found = llama_windows(ids, bos, ctx, limit, text.name)
+        else:
+            found = paper_windows(ids, bos, ctx, limit or text.windows, text.name)
+    refuse_degenerate_tokens(found, source)
     return found
 
 
@@ -181,9 +191,12 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("model", help="folder of the Hugging Face model")
     parser.add_argument("--artifact", help="an artifact made from it (default: the model as it is)")
-    parser.add_argument("--text", required=True, help="text file, or FILE.safetensors:TENSOR")
+    parser.add_argument("--text", required=True, help="text file, JSON lines, folder, data set "
+                        "(its test set), or FILE.safetensors:TENSOR")  # fmt: skip
+    parser.add_argument("--text-field", metavar="NAME", help="of JSON records")
+    parser.add_argument("--allow-long", action="store_true", help="windows beyond the context")
     parser.add_argument("--ctx", type=int, default=512, help="tokens in a window (512)")
-    parser.add_argument("--protocol", choices=PROTOCOLS, default="windows")
+    parser.add_argument("--protocol", choices=PROTOCOLS, default="papers")
     parser.add_argument("--chunks", type=int, help="the first so many windows only")
     parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
@@ -192,14 +205,16 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def body() -> int:
-        resolve_texts(args, "text")
         few = args.chunks is not None and args.chunks < 1
         if args.ctx < 2 or args.batch_size < 1 or args.threads < 0 or few:
             raise PT2Error("--ctx must be at least 2, --batch-size and --chunks at least 1")
         with open_reporter() as reporter:
+            tokens = windows(
+                args.text, args.model, args.ctx, args.protocol, args.chunks, reporter=reporter,
+                text_field=args.text_field, allow_long=args.allow_long,
+            )  # fmt: skip
             score = perplexity(
-                args.model,
-                windows(args.text, args.model, args.ctx, args.protocol, args.chunks),
+                args.model, tokens,
                 artifact=args.artifact, second_half=args.protocol == "llama.cpp",
                 device=args.device, dtype=args.dtype, threads=args.threads,
                 batch_size=args.batch_size, reporter=reporter,

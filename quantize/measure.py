@@ -20,12 +20,13 @@ import quantize.waiting  # noqa: F401  before torch is loaded
 import argparse
 import dataclasses
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pt2_core.bundled import resolve_texts
 from pt2_core.progress import Reporter, open_reporter
+from pt2_core.tokens import check_context, context_limit
 from quantize.artifact import Artifact
 from quantize.calibration import load_calibration
 from quantize.checkpoint import Checkpoint
@@ -198,6 +199,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("artifact", help="folder of a complete artifact")
     parser.add_argument("--model", help="the source model (default: what it was made from)")
     parser.add_argument("--calibration", required=True, help="as for pt2-quantize")
+    parser.add_argument("--text-field", metavar="NAME", help="of JSON records")
+    parser.add_argument("--allow-long", action="store_true", help="windows beyond the context")
     parser.add_argument("--windows", type=int, default=8, help="of text (8)")
     parser.add_argument("--seqlen", type=int, default=512, help="tokens in a window (512)")
     parser.add_argument("--seed", type=int, default=0, help="of the windows (0)")
@@ -210,30 +213,42 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    resolve_texts(args, "calibration")
     given = vars(args)
     if min(given["windows"], given["batch_size"]) < 1 or not 2 <= given["seqlen"] <= MAX_WINDOW:
         raise PT2Error(f"--windows must be at least 1, --seqlen in 2 to {MAX_WINDOW}")
+    with open_reporter() as reporter:
+        artifact, result = _measured(given, reporter)
+    path = write(artifact, result)
+    print(summary(result))
+    print(f"written  {path}")
+    return 0
+
+
+def _measured(given: dict[str, Any], reporter: Reporter) -> tuple[Artifact, Sensitivity]:
+    """The artifact that the options name, and what was measured of it."""
     artifact = Artifact.open(given["artifact"])
     source = artifact.source_model(given["model"], "--model")
     checkpoint = Checkpoint.open(source)
     if checkpoint.fingerprint()[0] != artifact.manifest["model"].get("fingerprint"):
         raise PT2Error(f"{artifact.path} was not made from {source}: give the model with --model")
-    with arithmetic(given["threads"]), open_reporter() as reporter:
+    check_context(
+        given["seqlen"], context_limit(checkpoint.raw_config), checkpoint.path.name, "--seqlen",
+        allow=given["allow_long"], warn=reporter.warn,
+    )  # fmt: skip
+    with arithmetic(given["threads"]):
         device = pick_device(given["device"])
         vocab = StreamedModel(checkpoint).config.vocab_size
         text = load_calibration(
             given["calibration"], checkpoint.path, samples=given["windows"], vocab=vocab,
-            seqlen=given["seqlen"], seed=given["seed"], bos=False,
+            seqlen=given["seqlen"], seed=given["seed"], bos=False, text_field=given["text_field"],
         )  # fmt: skip
+        for note in text.notes:
+            reporter.note(note)
         result = measure(
             artifact, checkpoint, text.tokens, device=device, dtype=given["dtype"],
             batch_size=given["batch_size"], reporter=reporter,
         )  # fmt: skip
-    path = write(artifact, result)
-    print(summary(result))
-    print(f"written  {path}")
-    return 0
+    return artifact, result
 
 
 def summary(result: Sensitivity) -> str:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from pt2_core.progress import Reporter
+from pt2_core.tokens import check_context, context_limit
 from quantize import reorder
 from quantize.artifact import (
     MANIFEST,
@@ -45,6 +46,7 @@ from quantize.gptq import Method, Ternary, damp, quantize_matrix
 from quantize.hessian import SiteMoments, mean_square
 from quantize.hf_model import Site, StreamedModel, check_linears
 from quantize.machine import arithmetic, pick_device, versions
+from quantize.proof_run import ProofRun, start_proof
 
 
 @dataclass
@@ -104,6 +106,10 @@ def ternarize(
     _refuse_overwriting(out, resume, overwrite)
     checkpoint = Checkpoint.open(Path(model_dir))
     device = pick_device(config.device)
+    check_context(
+        config.seqlen, context_limit(checkpoint.raw_config), checkpoint.path.name, "--seqlen",
+        allow=config.allow_long, warn=reporter.warn,
+    )  # fmt: skip
     with arithmetic(config.threads) as threads:
         model = StreamedModel(checkpoint, device, config.dtype)
         _, kept = check_linears(model, config.block_size, config.skip)
@@ -115,8 +121,11 @@ def ternarize(
         calibration = load_calibration(
             config.calibration, checkpoint.path, samples=config.samples + config.sensitivity,
             seqlen=config.seqlen, vocab=model.config.vocab_size, seed=config.seed, bos=config.bos,
+            text_field=config.text_field,
         )  # fmt: skip
         reporter.done()
+        for note in calibration.notes:
+            reporter.note(note)
         identity = {
             "model": checkpoint.identity(digest),
             "settings": {**config.identity(), "device": device, "threads": threads},
@@ -128,7 +137,8 @@ def ternarize(
         writer = (ArtifactWriter.resume if resume and exists else ArtifactWriter.create)(
             out, identity
         )
-        worker = _Run(model, config, writer, reporter, run)
+        proof = start_proof(checkpoint, config.proof_tokens, device)
+        worker = _Run(model, config, writer, reporter, run, proof)
         worker.blocks(calibration.tokens[: config.samples])
         if config.sensitivity:
             _measure(
@@ -178,13 +188,14 @@ class _Run:
 
     def __init__(
         self, model: StreamedModel, config: Config, writer: ArtifactWriter, reporter: Reporter,
-        run: dict[str, Any],
+        run: dict[str, Any], proof: ProofRun | str,
     ) -> None:  # fmt: skip
         self.model = model
         self.config = config
         self.writer = writer
         self.reporter = reporter
         self.run = run
+        self.proof = proof
         self.method = Method(**{f.name: getattr(config, f.name) for f in fields(Method)})
 
     def blocks(self, tokens: Tensor) -> None:
@@ -210,6 +221,12 @@ class _Run:
                 self._quantize(hidden, index, batches)
             if self.reference is not None and index < self.model.n_blocks - 1:
                 self._propagate(self.reference, index, None)
+        if isinstance(self.proof, ProofRun):
+            proof = self.proof.finish()
+            self.writer.write_proof(proof.arrays(), proof.record())
+        else:
+            self.writer.manifest["proof"] = {"left_out": self.proof}
+            self.reporter.warn(f"the artifact has no proof: {self.proof}")
         self.reporter.done()
         self._save_run()
         self.writer.finish()
@@ -240,6 +257,7 @@ class _Run:
         last = index == self.model.n_blocks - 1
         with _timed(seconds, "propagation"):
             weights = {name: m.dequantize() for name, m in matrices.items()}
+            self._prove(index, weights)
             if not last:
                 self._propagate(hidden, index, weights)
                 self.writer.record("activations", str(index), activation_digest(hidden))
@@ -362,13 +380,20 @@ class _Run:
             batch.copy_(self.model.forward_block(layer, batch, index))
             self.reporter.step()
 
+    def _prove(self, index: int, weights: dict[str, Tensor]) -> None:
+        """Take the proof's windows through a block."""
+        if isinstance(self.proof, ProofRun):
+            self.proof.advance(index, weights)
+
     def _replay(self, hidden: Tensor, index: int) -> None:
         """Run a block that an earlier run has written, and check that nothing has changed."""
         artifact = Artifact(self.writer.path, self.writer.manifest, np.empty(0, np.int32))
-        weights = {n: _ternary(m).dequantize() for n, m in artifact.block(index).items()}
+        stored = {n: _ternary(m).dequantize() for n, m in artifact.block(index).items()}
+        weights = {n: w.to(hidden.device) for n, w in stored.items()}
+        self._prove(index, weights)
         if index == self.model.n_blocks - 1:
             return
-        self._propagate(hidden, index, {n: w.to(hidden.device) for n, w in weights.items()})
+        self._propagate(hidden, index, weights)
         if activation_digest(hidden) != self.writer.manifest["activations"][str(index)]:
             raise PT2Error(
                 f"cannot resume {self.writer.path}: this machine computes other activations after "

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from pt2_core.progress import Reporter
+from pt2_core.tokens import check_context, context_limit
 from quantize.artifact import (
     MANIFEST,
     RUN,
@@ -42,6 +43,7 @@ from quantize.common import PT2Error, human_bytes, human_seconds, sha256_file, w
 from quantize.distill import Held, Windows, held_out, kl_divergence
 from quantize.hf_model import StreamedModel
 from quantize.machine import arithmetic, pick_device, versions
+from quantize.proof_run import renew_proof
 from quantize.refine_config import RefineConfig
 from quantize.refine_state import load_state, remove_state, save_state
 from quantize.refine_store import changed_codes, snapshot, write_refined
@@ -126,7 +128,12 @@ def refine(
         raise PT2Error(f"{source.path} was not made from the model in {model}; give --model")
     with arithmetic(config.threads), torch.enable_grad():
         streamed = StreamedModel(checkpoint, device, config.dtype)  # refuses what is not supported
-        tokens = text_tokens(config, checkpoint.path, streamed.config.vocab_size)
+        check_context(
+            config.seqlen, context_limit(checkpoint.raw_config), checkpoint.path.name, "--seqlen",
+            allow=config.allow_long, warn=reporter.warn,
+        )  # fmt: skip
+        vocab = streamed.config.vocab_size
+        tokens = text_tokens(config, checkpoint.path, vocab, reporter.note)
         identity = {
             "settings": {**config.identity(), "device": device},
             "source": sha256_file(source.path / MANIFEST),
@@ -140,7 +147,10 @@ def refine(
         out.mkdir(parents=True, exist_ok=True)
         run.train(lambda: save_state(out, identity, run.state()))
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
-    write_refined(out, source, run.snapshot, identity, run.before, run.best)
+    write_refined(
+        out, source, run.snapshot, identity, run.before, run.best,
+        lambda artifact: renew_proof(checkpoint, source, artifact, device),
+    )  # fmt: skip
     result = Refined(
         out, run.before, run.best, run.history, time.monotonic() - began, run.speed(), peak,
         changed_codes(source, run.snapshot),

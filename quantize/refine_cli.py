@@ -7,7 +7,6 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from pt2_core.bundled import resolve_texts
 from pt2_core.commands import command, resume_command
 from pt2_core.progress import open_reporter
 from quantize.common import ArgumentParser, run_cli
@@ -41,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     """The entry point; returns the exit code."""
     args = build_parser().parse_args(argv)
     resume = resume_command("pt2-refine", argv)
-    return run_cli("pt2-refine", lambda: _run(args), resume=resume)
+    return run_cli("pt2-refine", lambda: _run(args), resume=lambda: resume)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -59,7 +58,11 @@ def build_parser() -> argparse.ArgumentParser:
     mode.add_argument("--overwrite", action="store_true", help="replace what OUT holds")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress, no summary")
     text = parser.add_argument_group("text")
-    _option(text, "text", "text file, folder, data set, FILE.safetensors:TENSOR; or several, a,b")
+    _option(text, "text", "text file, JSON lines, folder, data set, FILE.safetensors:TENSOR; a,b")
+    text.add_argument("--text-field", metavar="NAME", help="of --text's JSON records (text)")
+    text.add_argument(
+        "--allow-long", action="store_true", help="take windows longer than the model's context"
+    )
     _option(text, "seqlen", "tokens in a window")
     _option(text, "held_out", "windows that are watched, not trained on")
     text.add_argument(
@@ -113,7 +116,6 @@ def _switch(group: argparse._ArgumentGroup, name: str, text: str) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    resolve_texts(args, "text", "held_out_text")
     config = RefineConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(DEFAULTS)})
     out = Path(args.out) if args.out else Path(f"{Path(args.artifact).resolve().name}-refined")
 

@@ -33,8 +33,11 @@ class RefineConfig:
             and the others are refined around them (None: none).
         tau: width of the soft staircase at the start; it falls to a tenth.
         per_weight: keep Adam's second moment for every weight's latent, not for every block.
-        text: what to train on: text file, folder, data set name, or ``file.safetensors:tensor``;
-            several with commas between them.
+        text: what to train on: text file, JSON lines, folder, data set name, or
+            ``file.safetensors:tensor``; several with commas between them.
+        text_field: of the text's JSON records, the field to read (None: ``text``, a chat's
+            ``messages``, or the only string field).
+        allow_long: take windows that are longer than the model's context.
         held_out: windows that are not trained on, but watched: of the text's end, or of the
             beginning of held_out_text, where that is given.
         eval_every: steps between two looks at them.
@@ -62,6 +65,8 @@ class RefineConfig:
     tau: float = 0.3
     per_weight: bool = False
     text: str = "wikitext2"
+    text_field: str | None = None
+    allow_long: bool = False
     held_out: int = 32
     held_out_text: str | None = None
     eval_every: int = 50
@@ -98,7 +103,7 @@ class RefineConfig:
     def identity(self) -> dict[str, Any]:
         """What decides about the result; a resumed run must have the same."""
         values = dataclasses.asdict(self)
-        # The texts are known by their tokens' checksum.
-        for name in ("text", "held_out_text", "save_every", "threads"):
+        # The texts are known by their tokens' checksum, and what is allowed changes nothing.
+        for name in ("text", "text_field", "allow_long", "held_out_text", "save_every", "threads"):
             values.pop(name)
         return values

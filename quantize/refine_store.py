@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from quantize.artifact import Artifact, ArtifactWriter, TernaryMatrix
 from quantize.distill import Held
 from quantize.latent import round_codes
+from quantize.proof import Proof
 from quantize.student import Network, ScaledNorm, TernaryLinear
 
 
@@ -49,7 +51,7 @@ def snapshot(student: Network) -> dict[str, Tensor]:
 
 def write_refined(
     out: Path, source: Artifact, stored: dict[str, Tensor], identity: dict[str, Any], before: Held,
-    after: Held,
+    after: Held, prove: Callable[[Artifact], Proof | str],
 ) -> None:  # fmt: skip
     """Write the source artifact with a snapshot's values in it.
 
@@ -57,6 +59,7 @@ def write_refined(
         stored: of :func:`snapshot`, and tables by their names.
         identity: ``settings``, ``source``, ``tokens_sha256``, ``versions`` of the run.
         before, after: on the held-out windows.
+        prove: makes the proof of what has been written, or says why there is none.
     """
     keep = ("model", "versions", "calibration", "kept")
     manifest = {k: source.manifest[k] for k in keep}
@@ -84,6 +87,11 @@ def write_refined(
     replaced = {**source.replaced(), **others}
     if replaced:
         writer.write_replaced(replaced)
+    proof = prove(Artifact.open(out, allow_incomplete=True))
+    if isinstance(proof, Proof):
+        writer.write_proof(proof.arrays(), proof.record())
+    else:
+        writer.manifest["proof"] = {"left_out": proof}
     writer.finish()
 
 

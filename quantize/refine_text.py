@@ -2,45 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from quantize.calibration import encode, load_tokenizer, read_text, read_tokens
+from pt2_core.tokens import refuse_degenerate_tokens, stream
 from quantize.common import PT2Error
 from quantize.refine_config import RefineConfig
 
-CHARACTERS_PER_TOKEN = 8  # of a data set's text that is read per token wanted; plenty
 
-
-def text_tokens(config: RefineConfig, model: Path, vocab: int) -> Tensor:
+def text_tokens(
+    config: RefineConfig, model: Path, vocab: int, note: Callable[[str], None] = lambda line: None
+) -> Tensor:
     """The training text as one stream of token ids, int64 ``[n]``; its end is held out.
 
+    Args:
+        note: told what was done to the text.
+
     Raises:
-        PT2Error: no such text, no tokenizer, or ids outside of the vocabulary.
+        PT2Error: no such text, no tokenizer, ids outside of the vocabulary, or a degenerate text.
     """
     wanted = (config.steps * config.batch_size + config.held_out + 2) * config.seqlen
-    parts = [_source_tokens(s, wanted, model, vocab) for s in config.text.split(",")]
-    if config.held_out_text is not None:
-        held = config.held_out * config.seqlen
-        watched = _source_tokens(config.held_out_text, held, model, vocab)
-        if watched.shape[0] < held:
-            raise PT2Error(
-                f"{config.held_out_text} has {watched.shape[0]} tokens, fewer than "
-                f"{config.held_out} windows of {config.seqlen}: give a smaller --held-out"
-            )
-        parts.append(watched[:held])
-    return torch.cat(parts)
+    found = stream(config.text, model, vocab, wanted=wanted, text_field=config.text_field)
+    refuse_degenerate_tokens(found.ids, config.text)
+    for line in found.notes:
+        note(line)
+    if config.held_out_text is None:
+        return found.ids
+    held = config.held_out * config.seqlen
+    watched = _held_out(config.held_out_text, config, model, vocab, held)
+    return torch.cat([found.ids, watched])
 
 
-def _source_tokens(source: str, wanted: int, model: Path, vocab: int) -> Tensor:
-    stem, mark, tensor = source.partition(".safetensors")
-    if mark and (not tensor or tensor.startswith(":")):
-        ids = read_tokens(Path(stem + mark), tensor[1:]).flatten()
-    else:
-        text, _ = read_text(source, wanted * CHARACTERS_PER_TOKEN)
-        ids = torch.tensor(encode(load_tokenizer(model), text), dtype=torch.int64)
-    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= vocab):
-        raise PT2Error(f"{source} has token ids outside of the model's vocabulary of {vocab}")
-    return ids
+def _held_out(source: str, config: RefineConfig, model: Path, vocab: int, count: int) -> Tensor:
+    """The first ``count`` tokens of the text that is watched."""
+    ids = stream(source, model, vocab, wanted=count).ids
+    if ids.shape[0] < count:
+        raise PT2Error(
+            f"{source} has {ids.shape[0]} tokens, fewer than {config.held_out} windows of "
+            f"{config.seqlen}: give a smaller --held-out"
+        )
+    refuse_degenerate_tokens(ids[:count], source)
+    return ids[:count]

@@ -31,6 +31,7 @@ def refine_settings(config: Config, text: str | None, steps: int | None) -> Refi
     return RefineConfig(
         steps=RefineConfig.steps if steps is None else steps,
         text=text or config.calibration, seqlen=config.seqlen, seed=config.seed,
+        text_field=None if text else config.text_field, allow_long=config.allow_long,
         batch_size=max(1, TOKENS // config.seqlen), micro_batch=max(1, PASS // config.seqlen),
         embeddings=True,
         device=device, dtype="bfloat16" if device == "cuda" else config.dtype,

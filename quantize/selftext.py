@@ -26,15 +26,13 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pt2_core.bundled import resolve_texts
 from pt2_core.progress import Reporter, open_reporter
+from pt2_core.tokens import check_context, context_limit, refuse_degenerate_tokens, stream
 from quantize.checkpoint import Checkpoint, torch_dtype
 from quantize.common import ArgumentParser, PT2Error, atomic_path, run_cli
 from quantize.config import DEVICES, DTYPES
 from quantize.hf_model import StreamedModel
 from quantize.machine import arithmetic, pick_device
-from quantize.refine_config import RefineConfig
-from quantize.refine_text import text_tokens
 from quantize.student import Network, build_teacher
 
 # Not cuDNN's, which prepares itself anew for every length, and here every step has another one.
@@ -92,6 +90,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--length", type=int, default=512, help="tokens in a row (512)")
     parser.add_argument("--batch", type=int, default=64, help="rows written at a time (64)")
     parser.add_argument("--prompts", help="text to take beginnings from (default: BOS alone)")
+    parser.add_argument("--text-field", metavar="NAME", help="of the prompts' JSON records")
+    parser.add_argument("--allow-long", action="store_true", help="rows beyond the context")
     parser.add_argument("--prompt-tokens", type=int, default=32, help="of each beginning (32)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=DEVICES, default="auto")
@@ -99,11 +99,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def body() -> int:
-        resolve_texts(args, "prompts")
         if min(args.tokens, args.batch, args.prompt_tokens) < 1 or args.length < 2:
             raise PT2Error("--tokens, --batch and --prompt-tokens must be at least 1, --length 2")
         if args.prompts and args.prompt_tokens >= args.length:
             raise PT2Error("--prompt-tokens must be below --length")
+        if args.text_field and not args.prompts:
+            raise PT2Error("--text-field belongs to --prompts")
         with open_reporter() as reporter:
             ids = _generate(args, reporter)
         with atomic_path(args.out) as tmp:
@@ -118,13 +119,22 @@ def main(argv: list[str] | None = None) -> int:
 def _generate(args: object, reporter: Reporter) -> Tensor:
     a = vars(args)
     checkpoint = Checkpoint.open(a["model"])
+    check_context(
+        a["length"], context_limit(checkpoint.raw_config), checkpoint.path.name, "--length",
+        allow=a["allow_long"], warn=reporter.warn,
+    )  # fmt: skip
     device, dtype = pick_device(a["device"]), a["dtype"]
     config = StreamedModel(checkpoint, device, dtype).config
     count = -(-a["tokens"] // a["length"])
     if a["prompts"]:
-        text = RefineConfig(text=a["prompts"], steps=1)
-        stream = text_tokens(text, checkpoint.path, config.vocab_size)
-        prompts = prompt_windows(stream, count, a["prompt_tokens"], a["seed"])
+        text = stream(
+            a["prompts"], checkpoint.path, config.vocab_size, wanted=count * a["prompt_tokens"],
+            text_field=a["text_field"],
+        )  # fmt: skip
+        for note in text.notes:
+            reporter.note(note)
+        refuse_degenerate_tokens(text.ids, a["prompts"])
+        prompts = prompt_windows(text.ids, count, a["prompt_tokens"], a["seed"])
     elif isinstance(config.bos_token_id, int):
         prompts = torch.full((count, 1), config.bos_token_id)
     else:

@@ -31,6 +31,8 @@ if not any(os.environ.get("FAKE_ONLY", "") in a for a in args):
     mode = ""
 def value(flag):
     return args[args.index(flag) + 1]
+if "-f" in args:
+    (here / f"TEXT-{{name}}").write_bytes(Path(value("-f")).read_bytes())
 if mode == "crash":
     os.kill(os.getpid(), signal.SIGSEGV)
 if mode == "hang":

@@ -71,7 +71,7 @@ def test_error_of_running_perplexities() -> None:
 
 def test_perplexity_windows_fit_the_context(tmp_path: Path) -> None:
     info = read_gguf(write_gguf(tmp_path / "m.gguf"))  # trained for 1024
-    p = plan("gptq", info, None)
+    p = plan("papers", info, None)
     assert p is not None and (p.window, p.scored) == (1024, 1023)
     assert p.note == "window 1024: the model's context is 1024"
     ctx, stride = int(p.arguments[1]), int(p.arguments[5])
@@ -81,7 +81,7 @@ def test_perplexity_windows_fit_the_context(tmp_path: Path) -> None:
     short = read_gguf(
         write_gguf(tmp_path / "s.gguf", None, {**METADATA, "llama.context_length": 99})
     )
-    assert plan("gptq", short, None) is None
+    assert plan("papers", short, None) is None
 
 
 # ------------------------------------------------------------------------------------------ compare

@@ -32,7 +32,7 @@ def test_runs_are_interleaved_and_summed_up(tmp_path: Path, setup: Setup) -> Non
     assert share == pytest.approx(
         results.summary("fast", "tg256").mean * (fast.decode_bytes + 128 * fast.kv_bytes) / 1e9
     )
-    assert [p.protocol for p in fast.perplexity] == ["llama.cpp", "gptq"]
+    assert [p.protocol for p in fast.perplexity] == ["llama.cpp", "papers"]
 
 
 def test_every_output_is_written_and_reads_back(tmp_path: Path, setup: Setup) -> None:
@@ -160,6 +160,34 @@ def test_baselines_are_made_once_and_need_a_matrix(tmp_path: Path, setup: Setup)
     same = setup(baselines=wanted, imatrix_text=str(tmp_path / "text.txt"))
     with pytest.raises(PT2Error, match="--imatrix-text is the text that is scored"):
         bench([tmp_path / "fast.gguf"], same)
+
+
+def test_the_tools_get_the_text_that_is_scored_elsewhere(tmp_path: Path, setup: Setup) -> None:
+    """Line ends, byte order marks and JSON records are read here; plain files go as they are."""
+    words = [f"word{i}" for i in range(300)]
+    (tmp_path / "crlf.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(words).encode())
+    lines = "\n".join(json.dumps({"text": w}) for w in words)
+    (tmp_path / "calibration.jsonl").write_text(lines)
+    short = write_gguf(
+        tmp_path / "source.gguf",
+        [(n, s, "F16" if len(s) > 1 else "F32") for n, s, _ in TENSORS],
+        {**METADATA, "llama.context_length": 300},
+    )
+    config = setup(
+        text=str(tmp_path / "crlf.txt"), imatrix_text=str(tmp_path / "calibration.jsonl")
+    )
+    results = bench([tmp_path / "fast.gguf"], config)
+    assert (tmp_path / "bin/TEXT-llama-perplexity").read_text() == "\n".join(words) + "\n"
+    assert (tmp_path / "bin/TEXT-llama-imatrix").read_text() == "\n\n".join(words) + "\n"
+    matrix = calls(tmp_path, "llama-imatrix")[0]
+    assert matrix[matrix.index("-c") + 1] == "256", f"{short.name} has a context of 300"
+    for name in ("llama-perplexity", "llama-imatrix"):
+        call = calls(tmp_path, name)[0]
+        assert not Path(call[call.index("-f") + 1]).exists(), "the temporary file is gone"
+    assert results.config["text"] == "crlf.txt"
+    bench([tmp_path / "fast.gguf"], setup())
+    call = calls(tmp_path, "llama-perplexity")[-1]
+    assert call[call.index("-f") + 1] == str(tmp_path / "text.txt")
 
 
 def test_the_source_is_found_by_the_fingerprint(

@@ -11,14 +11,16 @@ from pathlib import Path, PurePath
 import pytest
 
 import export.cli
+import export.verify_cli
 import llamacpp_bench.cli
 import pt2_eval.cli
 import quantize.cli
 import quantize.refine_cli
 import third_party.pt2_llama.cli
 from export.pipeline import ExportReport
-from pt2_core.bundled import bundled_names, resolve_texts, text_source
+from pt2_core.bundled import bundled_file, bundled_names
 from pt2_core.commands import command, resume_command
+from pt2_core.texts import source_name, split_sources
 from quantize.artifact import Artifact
 from quantize.common import PT2Error, run_cli
 
@@ -37,6 +39,8 @@ PARSERS = {
 def parsed(line: str) -> argparse.Namespace:
     """What the command that a line suggests makes of its arguments; fails on a wrong option."""
     program, *argv = shlex.split(line, comments=True)
+    if argv[:1] == ["verify"]:
+        return export.verify_cli._parser().parse_args(argv[1:])
     return PARSERS[program]().parse_args(argv)
 
 
@@ -58,7 +62,7 @@ def test_what_resumes_a_run_parses_back_to_the_same_run(name, capsys):
     def stopped() -> int:
         raise KeyboardInterrupt
 
-    assert run_cli("pt2-quantize", stopped, resume=line) == 130
+    assert run_cli("pt2-quantize", stopped, resume=lambda: line) == 130
     said = capsys.readouterr().err
     assert said.startswith("pt2-quantize: interrupted") and said.count("\n") == 1
     given = parsed(said[said.index("pt2-quantize ", 1) :].removesuffix("\n"))
@@ -145,13 +149,12 @@ def test_commands_in_help_texts_have_options_that_exist(program):
 def test_bundled_texts_have_names(tmp_path):
     assert bundled_names() == ["bundled:austen.test", "bundled:calibration", "bundled:wiki.test"]
     assert (
-        Path(text_source("bundled:wiki.test")).read_bytes()
+        Path(bundled_file("bundled:wiki.test")).read_bytes()
         == (ROOT / "examples/text/wiki.test.txt").read_bytes()
     )
-    both = text_source("c4,bundled:calibration").split(",")
+    both = split_sources("c4,bundled:calibration")
     assert both[0] == "c4" and Path(both[1]).is_file()
-    args = argparse.Namespace(text=None, calibration="my bundled:file.txt")
-    resolve_texts(args, "text", "calibration")
-    assert args == argparse.Namespace(text=None, calibration="my bundled:file.txt")
+    assert source_name("bundled:calibration") == "calibration.txt"
+    assert bundled_file("my bundled:file.txt") == "my bundled:file.txt"
     with pytest.raises(PT2Error, match=r"no text 'bundled:x'; bundled are bundled:austen\.test"):
-        text_source("bundled:x")
+        bundled_file("bundled:x")

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from pt2_core.texts import read_text
+from pt2_core.tokens import llama_windows, paper_windows
 from pt2_eval.cli import main
-from pt2_eval.measure import divergence, paper_windows, perplexity
+from pt2_eval.measure import divergence, perplexity
 from pt2_eval.models import TorchModel, open_model
 from pt2_eval.table import Row, markdown
 from pt2_eval.tasks import continuation_scores, zero_shot
-from pt2_eval.texts import load_text
 from quantize.common import PT2Error
 from quantize.config import Config
-from quantize.evaluate import llama_windows
 from quantize.evaluate import perplexity as streamed_perplexity
 from quantize.pipeline import ternarize
 
@@ -157,6 +157,8 @@ def test_the_command_writes_one_table(artifact, tmp_path, capsys):
         (["gone.gguf", "--text", str(TEXT)], "there is no file gone.gguf"),
         ([str(MODEL), "--text", str(TEXT), "--ctx", "4096"], "at most 2048 tokens"),
         ([str(MODEL), "--text", str(TEXT), "--chunks", "0"], "--chunks and --limit"),
+        ([str(MODEL), "--text", f"{TEXT},{TEXT}"], "two of the texts are called austen.test"),
+        ([str(MODEL), "--text-field", "a", "--tasks", "paper"], "--text-field belongs to --text"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, capsys):
@@ -172,8 +174,9 @@ def test_the_average_is_over_the_tasks():
 
 
 def test_texts_have_their_names():
-    name, text, usual = load_text(str(TEXT))
-    assert name == "austen.test" and usual is None and "universally acknowledged" in text
+    text = read_text(str(TEXT), "test")
+    assert text.label == "austen.test" and text.windows is None
+    assert "universally acknowledged" in text.text
 
 
 @pytest.mark.llama

@@ -22,6 +22,7 @@ from export.cli import main
 from export.config import parse_size
 from export.fold import dense_plan, fold_plan
 from export.mixed import Option, knapsack
+from pt2_core.tokens import read_tokens
 from quantize import measure, sensitivity
 from quantize.artifact import Artifact
 from quantize.checkpoint import Checkpoint
@@ -121,7 +122,7 @@ def test_gains_are_those_of_the_whole_model(architecture, tmp_path):
     quantize.ternarize(folder, tmp_path / "a", config)
     artifact = Artifact.open(tmp_path / "a")
     result = sensitivity.read(artifact)
-    tokens = quantize.calibration.read_tokens(tmp_path / "t.safetensors", "calibration")[4:6]
+    tokens = read_tokens(tmp_path / "t.safetensors", "calibration")[4:6]
     ternary = {n: m.dequantize() for i in range(3) for n, m in artifact.block(i).items()}
     full = logits(folder, {}, tokens)
 

@@ -43,7 +43,7 @@ def measured(text: str | None, **files: tuple[str, str, float]) -> Results:
     for model in results.models:
         model.main_type, model.origin, ppl = files[model.name]
         model.perplexity = [
-            Perplexity("gptq", 99.0, 1.0, 2048, 2, 4094),
+            Perplexity("papers", 99.0, 1.0, 2048, 2, 4094),
             Perplexity("llama.cpp", ppl, 0.1, 512, 4, 1020),
         ]
     return results

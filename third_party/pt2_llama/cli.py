@@ -177,8 +177,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     # A build that is started again goes on from the object files that are there.
     again = command("pt2-llama", *(sys.argv[1:] if argv is None else argv))
-    resume = again if args.command == "build" else None
-    return run_cli("pt2-llama", lambda: bodies[args.command](args), resume=resume)
+    return run_cli(
+        "pt2-llama",
+        lambda: bodies[args.command](args),
+        resume=lambda: again if args.command == "build" else None,
+    )
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ STOCK_TOOLS: tuple[str, ...] = (
     "llama-bench",
     "llama-quantize",
     "llama-perplexity",
+    "llama-tokenize",
 )
 TEST_TOOLS: tuple[str, ...] = ("test-backend-ops", "test-quantize-fns")
 
