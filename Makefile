@@ -32,6 +32,7 @@ setup: $(VENV)/.installed
 
 llama: setup
 	$(BIN)/pt2-llama build --jobs $(JOBS)
+	$(BIN)/pt2-llama bindings
 
 demo: llama
 	$(BIN)/python examples/demo.py

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pt2_core.progress import open_reporter
 from pt2_core.texts import Text, read_text, split_sources
 from pt2_core.tokens import check_context, paper_windows
 from pt2_eval.measure import perplexity
@@ -44,7 +45,6 @@ from quantize.common import (
 from quantize.config import DEVICES, DTYPES, load_recipe
 from quantize.machine import arithmetic
 from quantize.pipeline import ternarize
-from quantize.progress import RichReporter
 
 RESULTS, PAGE = "tables.json", "tables.md"
 TITLES = {
@@ -135,7 +135,7 @@ def measure(
     Returns:
         perplexities by text, accuracies by task, seconds of the quantisation.
     """
-    reporter = RichReporter()
+    reporter = open_reporter()
     path, seconds = model, 0.0
     with tempfile.TemporaryDirectory(dir=folder, prefix=".variant-") as work:
         if variant.recipe is not None:

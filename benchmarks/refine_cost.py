@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pt2_core.progress import Reporter
 from quantize.common import ArgumentParser, human_bytes, run_cli
 from quantize.config import DEVICES, DTYPES
 from quantize.machine import arithmetic, pick_device
-from quantize.progress import Reporter
 from quantize.refine import Run
 from quantize.refine_config import CODES, RefineConfig
 from quantize.student import build_teacher, ternary_maker

@@ -33,6 +33,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pt2_core.progress import Reporter
 from pt2_core.texts import read_text
 from pt2_core.tokens import encode, load_tokenizer
 from quantize.checkpoint import Checkpoint
@@ -42,7 +43,6 @@ from quantize.evaluate import perplexity, windows
 from quantize.hf_model import StreamedModel
 from quantize.machine import arithmetic, pick_device
 from quantize.pipeline import ternarize
-from quantize.progress import Reporter
 from quantize.refine import Refined, refine
 from quantize.refine_config import RefineConfig
 from quantize.selftext import prompt_windows, write_text

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +14,11 @@ from export.config import (
     ExportConfig,
     parse_size,
 )
+from pt2_core.commands import command
 from quantize.common import ArgumentParser, PT2Error, human_bytes, read_json, run_cli
 
 if TYPE_CHECKING:
-    from export.pipeline import ExportReport, Progress
+    from export.pipeline import ExportReport
 
 _EPILOG = """\
 examples:
@@ -37,7 +36,8 @@ examples:
 Before the file gets its name, it is read back bit for bit, and llama.cpp runs a text with it: its
 predictions must be the ternary model's and its tokens the model's own. What fails is refused.
 
-then: pt2-llama run llama-cli -m model.gguf -p "The river"
+then, for a chat model: pt2-llama run llama-cli -m model.gguf
+for a base model:       pt2-llama run llama-completion -m model.gguf -no-cnv -p "The river" -n 64
 
 types of ordinary tensors: {ordinary}
 Where embeddings and head are one tensor (tied), --embedding-type is the type of both, and the
@@ -122,12 +122,15 @@ def _run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from export.pipeline import export_gguf
+    from pt2_core.progress import open_reporter
 
-    out, err = Console(highlight=False), Console(stderr=True, highlight=False)
-    if args.artifact is None:
-        err.print(f"exporting {artifact}, the newest artifact here")
-    with progress_bars(err) as progress:
-        report = export_gguf(artifact, args.out, config, model_dir=args.model, progress=progress)
+    out = Console(highlight=False)
+    with open_reporter() as reporter:
+        if args.artifact is None:
+            reporter.note(f"exporting {artifact}, the newest artifact here")
+        report = export_gguf(
+            artifact, args.out, config, model_dir=args.model, progress=reporter.stage
+        )
     _show(out, report, config)
     return 0
 
@@ -151,27 +154,10 @@ def newest_artifact(folder: Path) -> Path:
         return max(complete)[2].parent
     if found:
         last = max(found)[2].parent
-        raise PT2Error(f"{last} is not complete: finish it with pt2-quantize --resume")
+        from quantize.artifact import Artifact
+
+        Artifact.open(last)  # says how to finish it
     raise PT2Error("no artifact in this folder: give one with --from DIR, made by pt2-quantize")
-
-
-@contextmanager
-def progress_bars(console: Any) -> Iterator[Progress]:
-    """One bar per stage on a terminal, one line per stage elsewhere."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description:36}"), BarColumn(), MofNCompleteColumn())
-    tasks: dict[str, Any] = {}
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bars:
-
-        def update(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-                if not console.is_terminal:
-                    console.print(f"{stage} ...")
-            bars.update(tasks[stage], completed=done, total=total)
-
-        yield update
 
 
 def _show(console: Any, report: ExportReport, config: ExportConfig) -> None:
@@ -213,6 +199,14 @@ def _show(console: Any, report: ExportReport, config: ExportConfig) -> None:
         summary.add_row(key, value)
     console.print(summary)
     console.print(_others(report))
+    print(f"next: {next_command(report)}")
+
+
+def next_command(report: ExportReport) -> str:
+    """What runs the file: llama-cli talks to chat models, llama-completion continues a text."""
+    run = ("pt2-llama", "run", "llama-cli" if report.chat else "llama-completion")
+    prompt = () if report.chat else ("-no-cnv", "-p", "The river", "-n", 64)
+    return command(*run, "-m", report.files[0], *prompt)
 
 
 def _others(report: ExportReport) -> Any:
@@ -229,3 +223,7 @@ def _others(report: ExportReport) -> Any:
         label = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
         table.add_row(label, " x ".join(map(str, shape)), kind, reason)
     return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())

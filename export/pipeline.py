@@ -69,6 +69,7 @@ class ExportReport:
             that was left out).
         tied: whether the embeddings serve as the head too.
         mixed: what was chosen to fit a target size, in words (None: no target).
+        chat: whether the file has a chat template.
     """
 
     files: list[Path]
@@ -85,6 +86,7 @@ class ExportReport:
     proof: Verdict | None = None
     tied: bool = False
     mixed: str | None = None
+    chat: bool = False
 
     @property
     def bpw(self) -> float:
@@ -149,6 +151,7 @@ def export_gguf(
             mixed = _mixed(config, carrier, source, ggml, progress)
         items = plan_items(carrier, config, ggml, artifact.kept, mixed)
         report = _write(out, work, carrier, items, source, config, ggml, progress)
+    report.chat = "tokenizer.chat_template" in carrier.fields
     if mixed is not None:
         report.mixed = mixed.summary(source.measured().kl)
     return report

@@ -50,15 +50,13 @@ def _parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> int:
     if args.proof_tokens < 0:
         raise PT2Error(f"--proof-tokens must not be negative: {args.proof_tokens}")
-    from rich.console import Console
-
-    from export.cli import progress_bars
     from export.verify_file import verify_file
+    from pt2_core.progress import open_reporter
 
-    with progress_bars(Console(stderr=True, highlight=False)) as progress:
+    with open_reporter() as reporter:
         found = verify_file(
             args.file, args.artifact, model_dir=args.model, variant=args.variant, llama=args.llama,
-            proof_tokens=args.proof_tokens, progress=progress,
+            proof_tokens=args.proof_tokens, progress=reporter.stage,
         )  # fmt: skip
     if found.problems:
         more = len(found.problems) - 1

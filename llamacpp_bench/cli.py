@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 EPILOG = """\
 examples:
   against Q2_K, made from the model that the artifact in this folder was made from:
-    pt2-bench model.gguf --text wiki.test.txt
+    pt2-bench model.gguf --text bundled:wiki.test
   against Q2_K and IQ1_M, made from the original folder:
     pt2-bench model-tq2_1.gguf --source path/to/hf-model --baseline q2_k,iq1_m \\
         --imatrix-text calibration.txt --text wiki.test.txt

@@ -34,11 +34,11 @@ from llamacpp_bench.perplexity import (
     plan,
     scored_text,
 )
-from llamacpp_bench.progress import Display
 from llamacpp_bench.report import write_reports
 from llamacpp_bench.results import Model, Results
 from llamacpp_bench.runner import Load, shown_command
 from llamacpp_bench.tools import ToolBox, open_toolbox
+from pt2_core.progress import Reporter, open_reporter
 from pt2_core.texts import Text, read_text, source_name
 from quantize.common import PT2Error, human_bytes, sha256_file
 
@@ -123,7 +123,7 @@ class Session:
     config: Config
     tools: ToolBox
     out: Path
-    show: Display
+    show: Reporter
     results: Results
     text: Text | None = None
     infos: dict[str, GGUFInfo] = field(default_factory=dict)
@@ -180,7 +180,7 @@ def start(config: Config, tools: ToolBox, stem: str, text: Text | None = None) -
     check_load(config)
     for name in needed_tools(config):
         tools.tool(name)
-    show = Display(config.quiet)
+    show = open_reporter(config.quiet)
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     out = Path(config.out) if config.out else Path(f"bench-{stem}-{stamp}")
     (out / "logs").mkdir(parents=True, exist_ok=True)
@@ -203,9 +203,9 @@ def start(config: Config, tools: ToolBox, stem: str, text: Text | None = None) -
 def say_notes(session: Session, text: Text | None) -> None:
     """Say what was done to a text, and whether llama.cpp's tools get it in another file."""
     for note in text.notes if text is not None else ():
-        session.show.say(note)
+        session.show.note(note)
     if text is not None and text.file is None:
-        session.show.say(f"llama.cpp's tools get {text.name} as read here, in a temporary file")
+        session.show.note(f"llama.cpp's tools get {text.name} as read here, in a temporary file")
 
 
 def check_load(config: Config) -> None:
@@ -249,7 +249,7 @@ def measure_bandwidth(session: Session) -> dict[str, Any]:
     config = session.config
     if config.bandwidth is not None:
         return {"bytes_per_second": config.bandwidth, "method": "given", "note": ""}
-    session.show.say("measuring the memory bandwidth")
+    session.show.note("measuring the memory bandwidth")
     if config.bandwidth_program is not None:
         found = memory.measure_by_program(config.bandwidth_program, session.log("bandwidth"))
     elif session.tools.variant == "cuda":
@@ -313,7 +313,7 @@ def add_baselines(session: Session, given: list[GGUFInfo]) -> None:
             with_matrix = " with an importance matrix" if maker.imatrix_text else ""
             origin = f"llama-quantize{with_matrix} from {maker.source.path.name}"
             model = add_model(session, read_gguf(path), wanted.label, origin)
-        show.say(f"baseline {model.name}: {human_bytes(model.file_bytes)}, {model.bpw:.3f} bpw")
+        show.note(f"baseline {model.name}: {human_bytes(model.file_bytes)}, {model.bpw:.3f} bpw")
         first = first or model.name
     session.results.baseline[""] = first or session.results.models[0].name
 
@@ -327,11 +327,11 @@ def open_maker(session: Session, given: list[GGUFInfo]) -> BaselineMaker:
         say_notes(session, text)
         if session.text is not None and text.sha256 == session.text.sha256:
             raise PT2Error("--imatrix-text is the text that is scored; give other text instead")
-    source = source_gguf(find_source(given, config.source), session.show.say)
+    source = source_gguf(find_source(given, config.source), session.show.note)
     for info in given:
         same_model(info, source)
     threads = config.load().threads or 1
-    return BaselineMaker(session.tools, source, text, threads, session.show.say)
+    return BaselineMaker(session.tools, source, text, threads, session.show.note)
 
 
 def measure_perplexities(session: Session) -> None:
@@ -349,10 +349,13 @@ def measure_perplexities(session: Session) -> None:
     for note in dict.fromkeys(f"{p.protocol} perplexity: {p.note}" for _, p in jobs if p.note):
         session.warn(note)
     load = config.load()
-    with session.text.as_file() as text, session.show.bar("perplexity", len(jobs)) as step:
+    with (
+        session.text.as_file() as text,
+        session.show.phase("perplexity", len(jobs), "runs") as show,
+    ):
         for model, p in jobs:
-            label = f"perplexity ({p.protocol}) of {model.name}"
-            step(0, label)
+            label = f"{p.protocol}, {model.name}"
+            show.step(label, 0)
             log = session.log("perplexity", p.protocol, model.name)
             session.command(
                 perplexity_command(session.tools, session.infos[model.name], text, p, load)
@@ -364,11 +367,11 @@ def measure_perplexities(session: Session) -> None:
                 p,
                 load,
                 log,
-                lambda n, label=label: step(0, f"{label}, window {n}"),  # type: ignore[misc]
+                lambda n, label=label: show.step(f"{label}, window {n}", 0),  # type: ignore[misc]
             )
             model.perplexity.append(found)
             session.save()
-            step(1)
+            show.step()
 
 
 def finish(session: Session) -> Results:

@@ -34,18 +34,18 @@ def measure_group(session: Session, group: str) -> None:
     failed: set[str] = set()
     placed = models_to_place(session, models)
     if placed:
-        with session.show.bar("placement", len(placed)) as step:
+        with session.show.phase("placement", len(placed), "files") as show:
             for model in placed:
-                step(0, f"placement of {model.name}")
+                show.step(model.name, 0)
                 attempt(session, model, failed, lambda m=model: place(session, m, load))
-                step(1)
+                show.step()
         taken = human_seconds(time.monotonic() - started)
-        session.show.say(f"placement of {len(placed)} files in {taken}")
+        session.show.note(f"placement of {len(placed)} files in {taken}")
     order = interleave(len(models), session.config.rounds)
-    with session.show.bar("speed", len(order)) as step:
+    with session.show.phase("speed", len(order), "runs") as show:
         for round_, i in within(session, order, len(models), started, group):
             model = models[i]
-            step(0, f"speed of {model.name}, round {round_ + 1}/{session.config.rounds}")
+            show.step(f"{model.name}, round {round_ + 1}/{session.config.rounds}", 0)
             if model.name not in failed:
                 attempt(
                     session,
@@ -54,7 +54,7 @@ def measure_group(session: Session, group: str) -> None:
                     lambda m=model, r=round_: measure_once(session, m, load, r),
                 )
                 session.save()
-            step(1)
+            show.step()
 
 
 def models_to_place(session: Session, models: list[Model]) -> list[Model]:
@@ -90,7 +90,7 @@ def within(
     for n, run in enumerate(order):
         if n and n % per_round == 0:
             now = time.monotonic()
-            session.show.say(f"round {n // per_round} in {human_seconds(now - begun)}")
+            session.show.note(f"round {n // per_round} in {human_seconds(now - begun)}")
             longest, begun = max(longest, now - begun), now
             if limit is not None and now - started + longest > limit:
                 done, all_ = n // per_round, session.config.rounds

@@ -85,18 +85,18 @@ def write_shape(session: pipeline.Session, shape: Shape, files: dict[str, Path])
     todo = {k: p for k, p in files.items() if not is_written(p, plans[k][0], plans[k][2])}
     total = sum(plans[k][2] for k in todo)
     check_disk(next(iter(files.values())).parent, total)
-    session.show.say(f"{shape.name}: writing {human_bytes(total)} of {LABEL.split(':')[0]}")
+    session.show.note(f"{shape.name}: writing {human_bytes(total)} of {LABEL.split(':')[0]}")
     started = time.monotonic()
-    with session.show.bar("writing", round(total / 1e6)) as step:
+    with session.show.phase("writing", total, "bytes") as show:
         for kind, path in todo.items():
-            step(0, f"writing {path.name}")
+            show.step(path.name, 0)
             write_synthetic(
-                path, shape, kind, recipes[kind], on_bytes=lambda n: step(round(n / 1e6))
+                path, shape, kind, recipes[kind], on_bytes=lambda n: show.step(amount=n)
             )
     seconds = time.monotonic() - started
     if todo:
         rate = total / 1e9 / seconds
-        session.show.say(f"{shape.name}: written in {human_seconds(seconds)} ({rate:.1f} GB/s)")
+        session.show.note(f"{shape.name}: written in {human_seconds(seconds)} ({rate:.1f} GB/s)")
 
 
 def is_written(path: Path, head: bytes, size: int) -> bool:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pt2_core.bundled import bundled_file, bundled_names
 from pt2_core.text_files import TEXT_SUFFIXES, FileText, normalised, read_file
 from quantize.common import PT2Error
 
@@ -121,15 +122,17 @@ class Text:
 def split_sources(sources: str) -> list[str]:
     """``"a.txt,b.txt"`` -> ``["a.txt", "b.txt"]``; a file with a comma in its name stays whole.
 
+    Bundled texts (``bundled:calibration``) become their files.
+
     Raises:
-        PT2Error: there is none.
+        PT2Error: there is none, or no bundled text of a name.
     """
     if Path(sources).exists():
         return [sources]
     found = [s for s in (w.strip() for w in sources.split(",")) if s]
     if not found:
         raise PT2Error(f"no text in {sources!r}: {_choices()}")
-    return found
+    return [bundled_file(s) for s in found]
 
 
 def token_source(source: str) -> tuple[Path, str] | None:
@@ -201,7 +204,7 @@ def _read_one(source: str, purpose: Purpose, text_field: str | None, enough: int
 def _choices() -> str:
     return (
         "give a text file, JSON lines, a folder of them, FILE.safetensors:TENSOR with token ids, "
-        f"or one of {', '.join(DATA_SETS)}"
+        f"or one of {', '.join([*DATA_SETS, *bundled_names()])}"
     )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from pt2_core.progress import Reporter, open_reporter
 from pt2_core.texts import Text, read_text, split_sources
 from pt2_core.tokens import (
     PROTOCOLS,
@@ -28,7 +29,6 @@ from pt2_eval.tasks import PAPER_TASKS, zero_shot
 from quantize.common import ArgumentParser, PT2Error, atomic_path, run_cli, write_json
 from quantize.config import DEVICES, DTYPES
 from quantize.machine import arithmetic
-from quantize.progress import Reporter, RichReporter
 
 LLAMA_WINDOW = 512
 EPILOG = """\
@@ -39,12 +39,13 @@ examples:
   pt2-eval qwen3-4b-pt2 --tasks arc_easy,my-task.yaml --limit 100
 
 models: a Hugging Face folder, an artifact of pt2-quantize or pt2-refine, or a GGUF file, which
-needs our llama.cpp (pt2-llama build) and llama-cpp-python's bindings.
+needs our llama.cpp (pt2-llama build) and llama-cpp-python's bindings (pt2-llama bindings).
 
---text takes text files, JSON lines (of which --text-field is read), folders of them, the test sets
-wikitext2, ptb and c4 (the papers' part of its validation set); several with commas are measured
-one by one. pt2-bench scores the same tokens of a file: lines end in LF, a byte order mark is left
-out, special tokens written in the text are plain text. Two protocols:
+--text takes text files, JSON lines (of which --text-field is read), folders of them,
+bundled:wiki.test, the test sets wikitext2, ptb and c4 (the papers' part of its validation set);
+several with commas are measured one by one. pt2-bench scores the same tokens of a file: lines end
+in LF, a byte order mark is left out, special tokens written in the text are plain text. Two
+protocols:
   papers     windows of --ctx tokens (2048), BOS before the text where the tokenizer adds one, every
              token but a window's first is scored
   llama.cpp  windows of 512, the second half of each is scored; where the tokenizer adds BOS, each
@@ -100,11 +101,10 @@ def _run(args: argparse.Namespace) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
     texts = _texts(args)
     tasks = list(PAPER_TASKS) if args.tasks == "paper" else (args.tasks or "").split(",")
-    reporter = Reporter() if args.quiet else RichReporter()
-    for note in dict.fromkeys(n for t in texts for n in t.notes):
-        reporter.note(note)
     rows: list[Row] = []
-    with arithmetic(args.threads):
+    with arithmetic(args.threads), open_reporter(args.quiet) as reporter:
+        for note in dict.fromkeys(n for t in texts for n in t.notes):
+            reporter.note(note)
         reference = _open(args.reference, args) if args.reference else None
         for path in args.models:
             same = args.reference and Path(path).resolve() == Path(args.reference).resolve()
@@ -152,16 +152,17 @@ def _measure(
         _check_windows(model, cut, args, reporter)
 
         def step() -> None:
-            reporter.step(model.name)
+            reporter.step()
 
         if args.protocol != "llama.cpp":
             windows = cut["papers"]
-            reporter.start(f"{model.name} on {name}, papers", -(-len(windows) // batch))
+            reporter.start(f"{model.name} on {name}, papers", -(-len(windows) // batch), "batches")
             row.papers[name] = perplexity(model, windows, second_half=False, batch=batch, step=step)
         if "llama.cpp" in cut:
             windows = cut["llama.cpp"]
             passes = (args.protocol != "papers") + (against is not None)
-            reporter.start(f"{model.name} on {name}, llama.cpp", passes * -(-len(windows) // batch))
+            steps = passes * -(-len(windows) // batch)
+            reporter.start(f"{model.name} on {name}, llama.cpp", steps, "batches")
         if args.protocol != "papers":
             row.llama[name] = perplexity(model, windows, second_half=True, batch=batch, step=step)
         if against is not None:

@@ -180,7 +180,7 @@ def _bindings() -> Any:
     except ImportError as e:
         raise PT2Error(
             "GGUF files need llama-cpp-python's bindings (our llama.cpp takes the place of its "
-            "own): CMAKE_ARGS=-DLLAMA_BUILD=OFF pip install llama-cpp-python==0.3.36"
+            "own); run: pt2-llama bindings"
         ) from e
     except (FileNotFoundError, RuntimeError, OSError) as e:
         raise PT2Error(f"llama.cpp's library cannot be loaded: {e}; run: pt2-llama doctor") from e

@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pt2_core.commands import command
+from pt2_core.progress import Reporter, open_reporter
 from quantize.common import (
     ArgumentParser,
     PT2Error,
@@ -91,8 +93,9 @@ VARIANTS = (
 
 
 def ablate(
-    model: str, out: Path, base: dict[str, Any], text: str, ctx: int, names: list[str]
-) -> list[dict[str, Any]]:
+    model: str, out: Path, base: dict[str, Any], text: str, ctx: int, names: list[str],
+    reporter: Reporter | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Run variants and write the table after each.
 
     Args:
@@ -107,9 +110,8 @@ def ablate(
             its reason, the others go on.
     """
     from quantize.evaluate import perplexity, windows
-    from quantize.progress import RichReporter
 
-    reporter = RichReporter()
+    reporter = reporter or Reporter()
     tokens = windows(
         text, model, ctx, "papers", reporter=reporter, allow_long=base.get("allow_long", False)
     )
@@ -141,7 +143,7 @@ def ablate(
 
 
 def _measure(
-    model: str, out: Path, variant: Variant, config: Config, score: Any, reporter: Any
+    model: str, out: Path, variant: Variant, config: Config, score: Any, reporter: Reporter
 ) -> dict[str, Any]:
     if variant is FULL:
         return {"perplexity": score(None), "seconds": 0.0}
@@ -215,7 +217,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=4)
     args = parser.parse_args(argv)
-    return run_cli("quantize.ablate", lambda: _run(args))
+    # Variants that are in the table already are not measured again.
+    again = command("python", "-m", "quantize.ablate", *(sys.argv[1:] if argv is None else argv))
+    return run_cli("quantize.ablate", lambda: _run(args), resume=lambda: again)
 
 
 def _run(args: Any) -> int:
@@ -241,7 +245,8 @@ def _run(args: Any) -> int:
     except OSError as e:
         raise PT2Error(f"cannot make the folder {out}: {e.strerror}") from e
     began = time.monotonic()
-    rows = ablate(args.model, out, base, args.text, args.ctx, names)
+    with open_reporter() as reporter:
+        rows = ablate(args.model, out, base, args.text, args.ctx, names, reporter)
     print(markdown(rows), end="")
     print(f"\n{human_seconds(time.monotonic() - began)}; also in {out / TABLE} and {out / RESULTS}")
     return 0

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from pt2_core.commands import command
 from quantize.common import PT2Error, atomic_path, read_json, sha256_file, write_json
 from quantize.safetensors_file import read_header
 
@@ -170,7 +171,7 @@ class Artifact:
         path = Path(path)
         manifest = read_manifest(path)
         if not manifest["complete"] and not allow_incomplete:
-            raise PT2Error(f"{path} is not complete: finish it with pt2-quantize --resume")
+            raise PT2Error(f"{path} is not complete: finish it with: {_finish(path)}")
         artifact = cls(path, manifest, np.empty(0, np.int32))
         perm = artifact.tensors(GLOBAL).get(RESIDUAL_PERM)
         if perm is None or perm.dtype != np.int32 or perm.ndim != 1 or not is_permutation(perm):
@@ -209,6 +210,9 @@ class Artifact:
             if not np.isfinite(value).all():
                 raise PT2Error(f"{self.path / REPLACED}: {name} has NaN or Inf in it")
         return tensors
+
+    def _again(self) -> str:
+        return command("pt2-quantize", "MODEL", "-o", self.path, "--overwrite")
 
     def source_model(self, given: str | os.PathLike[str] | None, option: str) -> Path:
         """Folder of the model that it was made from: ``given``, or where run.json says.
@@ -258,13 +262,24 @@ class Artifact:
             if sha256_file(path) != expected:
                 raise PT2Error(
                     f"{path} is damaged (not the checksum that {MANIFEST} names); "
-                    "make the artifact again with pt2-quantize --overwrite"
+                    f"make it again with: {self._again()}"
                 )
             self._checked.add(file)
         try:
             return load_file(path)
         except (SafetensorError, ValueError, TypeError) as e:
             raise PT2Error(f"{path} cannot be read ({e}); quantise again") from e
+
+
+def _finish(path: Path) -> str:
+    """The command that finishes an artifact: as its run noted it, else without its settings."""
+    try:
+        resume = read_json(path / RUN).get("resume")
+    except (PT2Error, AttributeError):
+        resume = None
+    if isinstance(resume, str):
+        return resume
+    return command("pt2-quantize", "MODEL", "-o", path, "--resume") + " and the settings it had"
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

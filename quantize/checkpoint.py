@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from pt2_core.commands import command
 from quantize.common import PT2Error, read_json
 from quantize.safetensors_file import TensorInfo, read_header
 
@@ -51,8 +52,9 @@ class Checkpoint:
         path = Path(model_dir)
         if not path.is_dir():
             hint = ""
-            if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model_dir)):
-                hint = f"; download it first: hf download {model_dir} --local-dir DIR"
+            if re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(model_dir)):
+                download = command("hf", "download", path, "--local-dir", path)
+                hint = f"; download it first: {download}"
             raise PT2Error(f"there is no model folder {path}{hint}")
         if not (path / "config.json").is_file():
             raise PT2Error(f"{path} has no config.json: it is not a Hugging Face model")

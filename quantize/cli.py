@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from pt2_core.commands import command, resume_command
+from pt2_core.progress import open_reporter
 from quantize.common import ArgumentParser, PT2Error, human_seconds, run_cli
 from quantize.config import (
     BLOCK_SIZES,
@@ -21,10 +22,12 @@ from quantize.config import (
     Config,
     load_recipe,
 )
+from quantize.refine_config import RefineConfig
 
 if TYPE_CHECKING:
     from quantize.pipeline import Result
 
+DEFAULTS = Config()
 EPILOG = """\
 examples:
   pt2-quantize Llama-3.2-1B                        ternarise it into ./Llama-3.2-1B-pt2
@@ -47,12 +50,12 @@ recipes (every stage is also an option below, and a line of a YAML file):
   FILE      YAML with settings by the options' names, e.g.  recipe: best / block_size: 64
 
 calibration:
-  A text file, JSON lines, a folder of them, wikitext2, c4 or ptb (these need pip install
-  'pt2-llm[data]' and a connection), or FILE.safetensors:TENSOR with token ids; several with commas
-  between them. Of JSON records --text-field is read (default: text, or a chat's messages without
-  roles, or the only string field). The text is cut into windows that do not overlap, and --samples
-  of them are drawn with --seed. No BOS token is added unless --bos; special tokens written in the
-  text are plain text.
+  A text file, JSON lines, a folder of them, bundled:calibration (some 200 000 tokens that come with
+  this program), wikitext2, c4 or ptb (these need pip install 'pt2-llm[data]' and a connection), or
+  FILE.safetensors:TENSOR with token ids; several with commas between them. Of JSON records
+  --text-field is read (default: text, or a chat's messages without roles, or the only string
+  field). The text is cut into windows that do not overlap, and --samples of them are drawn with
+  --seed. No BOS token is added unless --bos; special tokens written in the text are plain text.
 
 supported: Llama, Mistral, Qwen2, Qwen3 (Hugging Face folders with safetensors)
 next:      pt2-export model.gguf --from OUT
@@ -62,7 +65,8 @@ next:      pt2-export model.gguf --from OUT
 def main(argv: list[str] | None = None) -> int:
     """The entry point; returns the exit code."""
     args = build_parser().parse_args(argv)
-    return run_cli("pt2-quantize", lambda: _run(args))
+    resume = resume_command("pt2-quantize", argv)
+    return run_cli("pt2-quantize", lambda: _run(args, resume), resume=lambda: resume)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -82,52 +86,67 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress, no summary")
 
     text = parser.add_argument_group("calibration")
-    text.add_argument("--calibration", metavar="TEXT", help="see below (wikitext2)")
-    text.add_argument("--samples", type=int, help="windows of text (128)")
-    text.add_argument("--seqlen", type=int, help="tokens in a window (2048)")
-    text.add_argument("--sensitivity", type=int, metavar="N", help="more windows, to measure what "
-                      "each linear costs, for pt2-export --target-size (0)")  # fmt: skip
-    text.add_argument("--seed", type=int, help="of the windows and of the random order (0)")
+    _option(text, "calibration", "see below", metavar="TEXT")
+    _option(text, "samples", "windows of text")
+    _option(text, "seqlen", "tokens in a window")
+    what = "more windows, to measure what each linear costs, for pt2-export --target-size"
+    _option(text, "sensitivity", what, metavar="N")
+    _option(text, "seed", "of the windows and of the random order")
     text.add_argument("--text-field", metavar="NAME", help="of JSON records (see below)")
     text.add_argument("--allow-long", action="store_true", default=None,
                       help="take windows longer than the model's context")  # fmt: skip
-    _switch(text, "bos", "put the BOS token in front of every window (no)")
-
-    text.add_argument("--proof-tokens", type=int, metavar="N", help="tokens of the proof, with "
-                      "which pt2-export compares the file; 0: no proof (1024)")  # fmt: skip
+    _switch(text, "bos", "put the BOS token in front of every window")
+    what = "tokens of the proof, with which pt2-export compares the file; 0: no proof"
+    _option(text, "proof_tokens", what, metavar="N")
 
     method = parser.add_argument_group("method")
-    method.add_argument("--order", choices=ORDERS, help="of the columns (foldable)")
-    method.add_argument("--block-size", type=int, choices=BLOCK_SIZES, help="columns (128)")
-    _switch(method, "itf", "Iterative Ternary Fitting (yes)")
-    _switch(method, "aga", "Activation-aware Grid Alignment (yes)")
-    _switch(method, "compensate", "carry each block's error into the columns to come (yes)")
-    method.add_argument("--reround", type=int, metavar="N", help="rounds of re-rounding T (1)")
-    method.add_argument("--rounds", type=int, metavar="N", help="of improving whole rows (0)")
-    method.add_argument("--sweeps", type=int, metavar="N", help="of descent on T in a round (4)")
-    method.add_argument("--noise", type=float, help="of the descent, fading, in steps of T (0)")
-    method.add_argument("--asymmetry", type=float, help="make up for so much of inputs' errors (0)")
-    method.add_argument("--stream", type=float, help="... of the residual stream's errors (0)")
+    _option(method, "order", "of the columns", choices=ORDERS)
+    _option(method, "block_size", "columns", choices=BLOCK_SIZES)
+    _switch(method, "itf", "Iterative Ternary Fitting")
+    _switch(method, "aga", "Activation-aware Grid Alignment")
+    _switch(method, "compensate", "carry each block's error into the columns to come")
+    _option(method, "reround", "rounds of re-rounding T", metavar="N")
+    _option(method, "rounds", "of improving whole rows", metavar="N")
+    _option(method, "sweeps", "of descent on T in a round", metavar="N")
+    _option(method, "noise", "of the descent, fading, in steps of T")
+    _option(method, "asymmetry", "make up for so much of inputs' errors")
+    _option(method, "stream", "... of the residual stream's errors")
     refine = "of --recipe refined: "
     method.add_argument("--refine-text", metavar="TEXT", help=refine + "text (the calibration's)")
-    method.add_argument("--refine-steps", type=int, metavar="N", help=refine + "steps (1000)")
-    _switch(method, "sequential", "Hessians behind the block's own quantised linears (no)")
-    method.add_argument("--damping", type=float, help="share of the mean Hessian diagonal (0.01)")
+    method.add_argument(
+        "--refine-steps", type=int, metavar="N", help=refine + f"steps ({RefineConfig.steps})"
+    )
+    _switch(method, "sequential", "Hessians behind the block's own quantised linears")
+    _option(method, "damping", "share of the mean Hessian diagonal")
     method.add_argument("--skip", metavar="REGEX", help="leave matching linears as they are")
 
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", choices=DEVICES, help="(auto)")
-    machine.add_argument("--dtype", choices=DTYPES, help="of the forward pass (float32)")
-    machine.add_argument("--threads", type=int, help="CPU threads (as torch chooses)")
-    machine.add_argument("--batch-size", type=int, help="windows per forward pass (4)")
+    _option(machine, "device", "", choices=DEVICES)
+    _option(machine, "dtype", "of the forward pass", choices=DTYPES)
+    _option(machine, "threads", "CPU threads; 0: as torch chooses")
+    _option(machine, "batch_size", "windows per forward pass")
     return parser
 
 
+def _option(group: Any, name: str, text: str, **more: Any) -> None:
+    """A setting's option; the help shows its default, of the recipe fast."""
+    default = getattr(DEFAULTS, name)
+    group.add_argument(
+        "--" + name.replace("_", "-"),
+        type=type(default),
+        help=f"{text} ({default})".strip(),
+        **more,
+    )
+
+
 def _switch(group: Any, name: str, text: str) -> None:
-    group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=None, help=text)
+    default = "yes" if getattr(DEFAULTS, name) else "no"
+    group.add_argument(
+        f"--{name}", action=argparse.BooleanOptionalAction, default=None, help=f"{text} ({default})"
+    )
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace, resume: str) -> int:
     names = Config.__dataclass_fields__
     given = {name: getattr(args, name) for name in names if hasattr(args, name)}
     config = load_recipe(args.recipe, **given)
@@ -138,18 +157,18 @@ def _run(args: argparse.Namespace) -> int:
     out = Path(args.out) if args.out else Path(f"{Path(args.model).resolve().name}-pt2")
 
     from quantize.pipeline import ternarize  # torch: only once the options are known to be right
-    from quantize.progress import Reporter, RichReporter
 
-    reporter = Reporter() if args.quiet else RichReporter()
-    more = {"resume": args.resume, "overwrite": args.overwrite, "reporter": reporter}
     refined = None
-    if args.recipe == "refined":
-        from quantize.refined import refine_settings, ternarize_and_refine
+    with open_reporter(args.quiet) as reporter:
+        more = {"resume": args.resume, "overwrite": args.overwrite, "reporter": reporter,
+                "command": resume}  # fmt: skip
+        if args.recipe == "refined":
+            from quantize.refined import refine_settings, ternarize_and_refine
 
-        settings = refine_settings(config, args.refine_text, args.refine_steps)
-        result, refined = ternarize_and_refine(args.model, out, config, settings, **more)
-    else:
-        result = ternarize(args.model, out, config, **more)
+            settings = refine_settings(config, args.refine_text, args.refine_steps)
+            result, refined = ternarize_and_refine(args.model, out, config, settings, **more)
+        else:
+            result = ternarize(args.model, out, config, **more)
     if args.report is not None:
         from quantize.report import write_report
 
@@ -165,6 +184,8 @@ def _run(args: argparse.Namespace) -> int:
 
 def print_summary(result: Result) -> None:
     """One screen: what was made, the errors by kind of linear and stage, what to do next."""
+    from quantize.artifact import RUN
+
     console = Console(highlight=False)
     kinds: dict[str, list[dict[str, Any]]] = {}
     for name, m in result.matrices.items():
@@ -180,16 +201,16 @@ def print_summary(result: Result) -> None:
         table.add_row(kind, *cells)
     console.print(table)
     bits = math.log2(3) + 32 / result.block_size
-    console.print(
+    print(
         f"ternary  {len(result.matrices)} linears, {result.parameters / 1e6:.1f} M weights, "
         f"{bits:.3f} bits per weight (log2(3) and two float16 per {result.block_size})"
     )
     if result.kept:
-        console.print(f"kept     {len(result.kept)} linears as they are (--skip)")
+        print(f"kept     {len(result.kept)} linears as they are (--skip)")
     if result.warnings:
-        console.print(f"warnings {len(result.warnings)}, see {escape(str(result.path))}/run.json")
-    console.print(f"time     {human_seconds(result.seconds)}")
-    console.print(f"next     pt2-export model.gguf --from {escape(str(result.path))}")
+        print(f"warnings {len(result.warnings)}, see {result.path / RUN}")
+    print(f"time     {human_seconds(result.seconds)}")
+    print(f"next     {command('pt2-export', 'model.gguf', '--from', result.path)}")
 
 
 if __name__ == "__main__":

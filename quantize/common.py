@@ -122,10 +122,16 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(EXIT_ERROR, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-def run_cli(name: str, body: Callable[[], int | None]) -> int:
+def run_cli(
+    name: str, body: Callable[[], int | None], *, resume: Callable[[], str | None] | None = None
+) -> int:
     """Run a command's body; turn what a user can mend into one line on stderr and an exit code.
 
     ``PT2_DEBUG=1`` in the environment shows the traceback as well.
+
+    Args:
+        resume: gives the command that goes on where an interrupted run stopped, None where there
+            is none.
     """
     signal.signal(signal.SIGPIPE, signal.SIG_DFL) if hasattr(signal, "SIGPIPE") else None
     try:
@@ -134,7 +140,9 @@ def run_cli(name: str, body: Callable[[], int | None]) -> int:
         message = str(e)
         error: BaseException = e
     except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
+        again = resume() if resume is not None else None
+        then = f"; go on with: {again}" if again else ""
+        print(f"{name}: interrupted{then}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except OSError as e:
         message = f"{e.filename or 'operating system'}: {_reason(e)}"
@@ -144,7 +152,9 @@ def run_cli(name: str, body: Callable[[], int | None]) -> int:
         error = e
     if os.environ.get("PT2_DEBUG"):
         raise error
-    print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr)
+    # One line; blanks inside of it stay, for it may hold a command with a quoted path.
+    line = " ".join(part.strip() for part in message.splitlines() if part.strip())
+    print(f"{name}: error: {line}", file=sys.stderr)
     return EXIT_ERROR
 
 

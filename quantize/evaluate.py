@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from pt2_core.progress import Reporter, open_reporter
 from pt2_core.texts import read_text, token_source
 from pt2_core.tokens import (
     PROTOCOLS,
@@ -46,7 +47,6 @@ from quantize.common import ArgumentParser, PT2Error, run_cli
 from quantize.config import DEVICES, DTYPES
 from quantize.hf_model import StreamedModel
 from quantize.machine import arithmetic, pick_device
-from quantize.progress import Reporter, RichReporter
 
 GridChange = Callable[[Array, Array], tuple[Array, Array]]
 
@@ -208,17 +208,17 @@ def main(argv: list[str] | None = None) -> int:
         few = args.chunks is not None and args.chunks < 1
         if args.ctx < 2 or args.batch_size < 1 or args.threads < 0 or few:
             raise PT2Error("--ctx must be at least 2, --batch-size and --chunks at least 1")
-        reporter = RichReporter()
-        tokens = windows(
-            args.text, args.model, args.ctx, args.protocol, args.chunks, reporter=reporter,
-            text_field=args.text_field, allow_long=args.allow_long,
-        )  # fmt: skip
-        score = perplexity(
-            args.model, tokens,
-            artifact=args.artifact, second_half=args.protocol == "llama.cpp",
-            device=args.device, dtype=args.dtype, threads=args.threads,
-            batch_size=args.batch_size, reporter=reporter,
-        )  # fmt: skip
+        with open_reporter() as reporter:
+            tokens = windows(
+                args.text, args.model, args.ctx, args.protocol, args.chunks, reporter=reporter,
+                text_field=args.text_field, allow_long=args.allow_long,
+            )  # fmt: skip
+            score = perplexity(
+                args.model, tokens,
+                artifact=args.artifact, second_half=args.protocol == "llama.cpp",
+                device=args.device, dtype=args.dtype, threads=args.threads,
+                batch_size=args.batch_size, reporter=reporter,
+            )  # fmt: skip
         print(
             f"perplexity {score.perplexity:.4f} +- {score.perplexity * score.log_error:.4f} "
             f"({score.tokens} tokens, {args.protocol} protocol, windows of {args.ctx})"

@@ -17,12 +17,15 @@ import quantize.waiting  # noqa: F401  before torch is loaded
 
 # isort: split
 
+import argparse
 import dataclasses
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pt2_core.progress import Reporter, open_reporter
 from pt2_core.tokens import check_context, context_limit
 from quantize.artifact import Artifact
 from quantize.calibration import load_calibration
@@ -31,7 +34,6 @@ from quantize.common import ArgumentParser, PT2Error, run_cli
 from quantize.config import DEVICES, DTYPES
 from quantize.hf_model import EMBEDDING, HEAD, StreamedModel
 from quantize.machine import arithmetic, pick_device
-from quantize.progress import Reporter, RichReporter
 from quantize.sensitivity import Linear, Sensitivity, write
 
 # Longer windows say no more of a linear and cost more.
@@ -210,11 +212,20 @@ def main(argv: list[str] | None = None) -> int:
     return run_cli("quantize.measure", lambda: _run(args))
 
 
-def _run(args: object) -> int:
+def _run(args: argparse.Namespace) -> int:
     given = vars(args)
     if min(given["windows"], given["batch_size"]) < 1 or not 2 <= given["seqlen"] <= MAX_WINDOW:
         raise PT2Error(f"--windows must be at least 1, --seqlen in 2 to {MAX_WINDOW}")
-    reporter = RichReporter()
+    with open_reporter() as reporter:
+        artifact, result = _measured(given, reporter)
+    path = write(artifact, result)
+    print(summary(result))
+    print(f"written  {path}")
+    return 0
+
+
+def _measured(given: dict[str, Any], reporter: Reporter) -> tuple[Artifact, Sensitivity]:
+    """The artifact that the options name, and what was measured of it."""
     artifact = Artifact.open(given["artifact"])
     source = artifact.source_model(given["model"], "--model")
     checkpoint = Checkpoint.open(source)
@@ -237,10 +248,7 @@ def _run(args: object) -> int:
             artifact, checkpoint, text.tokens, device=device, dtype=given["dtype"],
             batch_size=given["batch_size"], reporter=reporter,
         )  # fmt: skip
-    path = write(artifact, result)
-    print(summary(result))
-    print(f"written  {path}")
-    return 0
+    return artifact, result
 
 
 def summary(result: Sensitivity) -> str:

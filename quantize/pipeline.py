@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pt2_core.progress import Reporter
 from pt2_core.tokens import check_context, context_limit
 from quantize import reorder
 from quantize.artifact import (
@@ -45,7 +46,6 @@ from quantize.gptq import Method, Ternary, damp, quantize_matrix
 from quantize.hessian import SiteMoments, mean_square
 from quantize.hf_model import Site, StreamedModel, check_linears
 from quantize.machine import arithmetic, pick_device, versions
-from quantize.progress import Reporter
 from quantize.proof_run import ProofRun, start_proof
 
 
@@ -83,6 +83,7 @@ def ternarize(
     resume: bool = False,
     overwrite: bool = False,
     reporter: Reporter | None = None,
+    command: str | None = None,
 ) -> Result:
     """Ternarise a Hugging Face causal LM into an artifact folder.
 
@@ -93,6 +94,7 @@ def ternarize(
         resume: take up a run that was stopped; ends in the same bytes as one that was not.
         overwrite: replace an artifact that is already there.
         reporter: told of progress.
+        command: the command line that resumes this run; kept in run.json, for messages.
 
     Raises:
         PT2Error: anything the user can mend; one line that names what and where.
@@ -111,8 +113,8 @@ def ternarize(
     with arithmetic(config.threads) as threads:
         model = StreamedModel(checkpoint, device, config.dtype)
         _, kept = check_linears(model, config.block_size, config.skip)
-        run = _run_record(out, checkpoint, resume)
-        reporter.start("reading the model", checkpoint.bytes)
+        run = {**_run_record(out, checkpoint, resume), "resume": command}
+        reporter.start("reading the model", checkpoint.bytes, "bytes", every=5)
         digest, run["fingerprint"] = checkpoint.fingerprint(
             run.get("fingerprint"), lambda count: reporter.step("checksum", count)
         )
@@ -211,10 +213,7 @@ class _Run:
         # The same activations in the full-precision model, where a target asks for them.
         asymmetric = self.config.asymmetry or self.config.stream
         self.reference = hidden.clone() if asymmetric else None
-        # Steps: one per batch and pass; the matrices of a block count as much as one pass.
-        passes = len(self.model.adapter.sites) if self.config.sequential else 1
-        passes += 2 if self.reference is None else 3
-        self.reporter.start("ternarising", passes * batches * self.model.n_blocks)
+        self.reporter.start("ternarising", self._passes(done) * batches)
         for index in range(self.model.n_blocks):
             if index < done:
                 self._replay(hidden, index)
@@ -231,6 +230,14 @@ class _Run:
         self.reporter.done()
         self._save_run()
         self.writer.finish()
+
+    def _passes(self, done: int) -> int:
+        """Passes over the calibration text that are ahead; a block's matrices count as one."""
+        blocks, todo = self.model.n_blocks, self.model.n_blocks - done
+        hessians = len(self.model.adapter.sites) if self.config.sequential else 1
+        # Nothing reads what the last block would put out.
+        propagated = (blocks - 1) * (1 if self.reference is None else 2)
+        return todo * (hessians + 1) + propagated
 
     def _quantize(self, hidden: Tensor, index: int, batches: int) -> None:
         seconds: dict[str, float] = {}

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pt2_core.progress import Reporter
 from pt2_core.tokens import check_context, context_limit
 from quantize.artifact import (
     MANIFEST,
@@ -42,7 +43,6 @@ from quantize.common import PT2Error, human_bytes, human_seconds, sha256_file, w
 from quantize.distill import Held, Windows, held_out, kl_divergence
 from quantize.hf_model import StreamedModel
 from quantize.machine import arithmetic, pick_device, versions
-from quantize.progress import Reporter
 from quantize.proof_run import renew_proof
 from quantize.refine_config import RefineConfig
 from quantize.refine_state import load_state, remove_state, save_state
@@ -189,7 +189,7 @@ class Run:
         """Load the teacher and make the student from an artifact's matrices."""
         config = self.config
         restored = restored_linears(source, config.restore)
-        self.reporter.start("loading the models", 2)
+        self.reporter.start("loading the models", 2, "models")
         self.teacher = build_teacher(
             model_config, checkpoint.read, self.device, torch_dtype(config.dtype)
         )
@@ -236,7 +236,7 @@ class Run:
         if self.step == 0:
             self.best = self.before = self._look()
             self._keep(float("nan"))
-        self.reporter.start("refining", config.steps - self.step)
+        self.reporter.start("refining", config.steps - self.step, "steps", every=5)
         self.began = time.monotonic()
         recent: list[Tensor] = []
         ended = self.place() >= config.steps

@@ -7,6 +7,8 @@ import dataclasses
 import sys
 from pathlib import Path
 
+from pt2_core.commands import command, resume_command
+from pt2_core.progress import open_reporter
 from quantize.common import ArgumentParser, run_cli
 from quantize.config import DEVICES, DTYPES
 from quantize.refine_config import CODES, RefineConfig
@@ -37,7 +39,8 @@ next: pt2-export model.gguf --from OUT
 def main(argv: list[str] | None = None) -> int:
     """The entry point; returns the exit code."""
     args = build_parser().parse_args(argv)
-    return run_cli("pt2-refine", lambda: _run(args))
+    resume = resume_command("pt2-refine", argv)
+    return run_cli("pt2-refine", lambda: _run(args), resume=lambda: resume)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -116,15 +119,16 @@ def _run(args: argparse.Namespace) -> int:
     config = RefineConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(DEFAULTS)})
     out = Path(args.out) if args.out else Path(f"{Path(args.artifact).resolve().name}-refined")
 
-    from quantize.progress import Reporter, RichReporter
     from quantize.refine import refine
 
-    result = refine(
-        args.artifact, out, config, model_dir=args.model, resume=args.resume,
-        overwrite=args.overwrite, reporter=Reporter() if args.quiet else RichReporter(),
-    )  # fmt: skip
+    with open_reporter(args.quiet) as reporter:
+        result = refine(
+            args.artifact, out, config, model_dir=args.model, resume=args.resume,
+            overwrite=args.overwrite, reporter=reporter,
+        )  # fmt: skip
     if not args.quiet:
-        print(f"{result.summary()}\nnext      pt2-export model.gguf --from {result.path}")
+        export = command("pt2-export", "model.gguf", "--from", result.path)
+        print(f"{result.summary()}\nnext      {export}")
     return 0
 
 

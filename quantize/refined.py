@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from pt2_core.progress import Reporter
 from quantize.artifact import MANIFEST, Artifact, read_manifest
 from quantize.config import Config
 from quantize.distill import Held
 from quantize.machine import pick_device
 from quantize.pipeline import Result, ternarize
-from quantize.progress import Reporter
 from quantize.refine import Refined, refine
 from quantize.refine_config import RefineConfig
 from quantize.refine_state import STATE
@@ -48,8 +48,9 @@ def ternarize_and_refine(
     resume: bool = False,
     overwrite: bool = False,
     reporter: Reporter | None = None,
+    command: str | None = None,
 ) -> tuple[Result, Refined]:
-    """Both stages; the closed form stays in ``OUT/closed-form``.
+    """Both stages; the closed form stays in ``OUT/closed-form``. ``command`` as in ternarize.
 
     Raises:
         PT2Error: of either stage.
@@ -60,8 +61,9 @@ def ternarize_and_refine(
         result = ternarize(model_dir, closed, config, resume=True, reporter=reporter)
         return result, _finished(out)
     result = ternarize(
-        model_dir, closed, config, resume=resume, overwrite=overwrite, reporter=reporter
-    )
+        model_dir, closed, config, resume=resume, overwrite=overwrite, reporter=reporter,
+        command=command,
+    )  # fmt: skip
     refined = refine(
         closed, out, settings, model_dir=model_dir, overwrite=overwrite, reporter=reporter,
         resume=resume and (out / STATE).is_file(),

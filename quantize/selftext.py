@@ -16,6 +16,7 @@ import quantize.waiting  # noqa: F401  before torch is loaded
 
 # isort: split
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -25,13 +26,13 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from pt2_core.progress import Reporter, open_reporter
 from pt2_core.tokens import check_context, context_limit, refuse_degenerate_tokens, stream
 from quantize.checkpoint import Checkpoint, torch_dtype
 from quantize.common import ArgumentParser, PT2Error, atomic_path, run_cli
 from quantize.config import DEVICES, DTYPES
 from quantize.hf_model import StreamedModel
 from quantize.machine import arithmetic, pick_device
-from quantize.progress import Reporter, RichReporter
 from quantize.student import Network, build_teacher
 
 # Not cuDNN's, which prepares itself anew for every length, and here every step has another one.
@@ -104,10 +105,12 @@ def main(argv: list[str] | None = None) -> int:
             raise PT2Error("--prompt-tokens must be below --length")
         if args.text_field and not args.prompts:
             raise PT2Error("--text-field belongs to --prompts")
-        ids = _generate(args, RichReporter())
+        with open_reporter() as reporter:
+            ids = _generate(args, reporter)
         with atomic_path(args.out) as tmp:
             save_file({"train": ids}, tmp)
-        print(f"{ids.numel()} tokens in {args.out}; use them with --text {args.out}:train")
+        text = shlex.quote(f"{args.out}:train")
+        print(f"{ids.numel()} tokens in {args.out}; use them with --text {text}")
         return 0
 
     return run_cli("quantize.selftext", body)
@@ -140,7 +143,7 @@ def _generate(args: object, reporter: Reporter) -> Tensor:
     with arithmetic(0):
         model = build_teacher(config, checkpoint.read, device, torch_dtype(dtype))
         batches = prompts.split(a["batch"])
-        reporter.start("writing", len(batches) * (a["length"] - prompts.shape[1]))
+        reporter.start("writing", len(batches) * (a["length"] - prompts.shape[1]), "steps", every=5)
         for number, batch in enumerate(batches):
             seed = a["seed"] * 1_000_003 + number
             rows = write_text(model, batch.to(device), a["length"], seed, reporter)

@@ -19,13 +19,13 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from pt2_core.commands import command
 from quantize.artifact import Artifact
 from quantize.common import PT2Error, atomic_path
 
 FILE = "sensitivity.safetensors"
 FORMAT = "pt2-sensitivity-1"
 RECORD = "pt2"
-HOW = "measure it: python -m quantize.measure ARTIFACT --calibration TEXT"
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def read(artifact: Artifact) -> Sensitivity:
     """
     path = artifact.path / FILE
     if not path.is_file():
-        raise PT2Error(f"{artifact.path} has no {FILE}; {HOW}")
+        raise PT2Error(f"{artifact.path} has no {FILE}; {_how(artifact)}")
     try:
         with safe_open(path, framework="numpy") as f:
             record = json.loads((f.metadata() or {})[RECORD])
@@ -101,10 +101,15 @@ def read(artifact: Artifact) -> Sensitivity:
             {k: float(v) for k, v in figures["tables"].items()},
         )  # fmt: skip
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError) as e:
-        raise PT2Error(f"{path} is damaged; {HOW}") from e
+        raise PT2Error(f"{path} is damaged; {_how(artifact)}") from e
     if record.get("format") != FORMAT or record.get("artifact") != digest(artifact):
-        raise PT2Error(f"{path} is not of this state of the artifact; {HOW}")
+        raise PT2Error(f"{path} is not of this state of the artifact; {_how(artifact)}")
     return result
+
+
+def _how(artifact: Artifact) -> str:
+    words = ("python", "-m", "quantize.measure", artifact.path, "--calibration", "TEXT")
+    return f"measure it: {command(*words)}"
 
 
 def digest(artifact: Artifact) -> str:

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pt2_core.progress import say
 from quantize.common import PT2Error, human_seconds
 from third_party.pt2_llama import builds, compile, pinned, smoke, source, toolchain
 from third_party.pt2_llama.builds import Build, Stamp
 from third_party.pt2_llama.cache import Places, check_disk, lock
-from third_party.pt2_llama.console import say
 from third_party.pt2_llama.overlay import Overlay, load_overlay, stamp_digest, sync_patched
 
 DISK_BYTES = {"cpu": 1_000_000_000, "stock": 600_000_000, "cuda": 5_000_000_000}

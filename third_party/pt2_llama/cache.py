@@ -20,9 +20,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pt2_core.progress import say
 from quantize.common import PT2Error
 from third_party.pt2_llama import pinned
-from third_party.pt2_llama.console import say
 
 
 def cache_root() -> Path:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pt2_core.commands import command
 from quantize.common import ArgumentParser, PT2Error, human_bytes, run_cli
 from third_party.pt2_llama import api, builds, source
 from third_party.pt2_llama.cache import cache_root, folder_bytes, places
@@ -20,8 +21,10 @@ examples:
   pt2-llama build                          # fetch, patch, build for this CPU (about 8 minutes on
                                            # 2 cores; again only what changed)
   pt2-llama build --cuda --cuda-arch 90    # for H100 and H200
-  pt2-llama run llama-cli -m model.gguf -p "Once upon a time" -n 64
+  pt2-llama run llama-cli -m model.gguf    # a chat model; a base model:
+  pt2-llama run llama-completion -m model.gguf -no-cnv -p "Once upon a time" -n 64
   pt2-llama run --variant stock llama-bench -m model.gguf
+  pt2-llama bindings                       # for pt2-eval and llama_cpp in this Python
   eval "$(pt2-llama env)"                  # llama-* on PATH; llama-cpp-python uses our libraries
   pt2-llama doctor                         # what is there, what is missing
 
@@ -54,6 +57,12 @@ def make_parser() -> argparse.ArgumentParser:
 
     sources = commands.add_parser("source", help="print the patched source tree's path")
     sources.description = "Fetch and patch the source if needed, and print where it is."
+
+    bindings = commands.add_parser(
+        "bindings", help="install llama-cpp-python's bindings into this Python, compiling nothing"
+    )
+    bindings.add_argument("--source", type=Path, metavar="PATH", help="archive, not a download")
+    bindings.add_argument("--force", action="store_true", help="replace what is installed")
 
     clean = commands.add_parser("clean", help="remove object files and old builds from the cache")
     clean.add_argument("--all", action="store_true", help="sources and current builds as well")
@@ -127,6 +136,13 @@ def _env(args: argparse.Namespace) -> int:
     return 0
 
 
+def _bindings(args: argparse.Namespace) -> int:
+    from third_party.pt2_llama import bindings
+
+    bindings.install(places(), args.source, args.force)
+    return 0
+
+
 def _clean(args: argparse.Namespace) -> int:
     before = folder_bytes(cache_root())
     removed = builds.clean(places(), args.all)
@@ -156,9 +172,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         "env": _env,
         "doctor": _doctor,
         "source": _source,
+        "bindings": _bindings,
         "clean": _clean,
     }
-    return run_cli("pt2-llama", lambda: bodies[args.command](args))
+    # A build that is started again goes on from the object files that are there.
+    again = command("pt2-llama", *(sys.argv[1:] if argv is None else argv))
+    return run_cli(
+        "pt2-llama",
+        lambda: bodies[args.command](args),
+        resume=lambda: again if args.command == "build" else None,
+    )
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pt2_core.progress import Reporter, open_reporter, say
 from quantize.common import PT2Error
 from third_party.pt2_llama import pinned
-from third_party.pt2_llama.console import Bar, say
 from third_party.pt2_llama.toolchain import Cublas, Toolchain
 
 TOOLS: tuple[str, ...] = (
@@ -139,7 +139,7 @@ def configure(tc: Toolchain, tree: Path, objects: Path, flags: Sequence[str], lo
     """
     objects.mkdir(parents=True, exist_ok=True)
     command = [tc.cmake, "-S", str(tree), "-B", str(objects), "-G", tc.generator, *flags]
-    with Bar("configuring", None):
+    with open_reporter().phase("configuring"):
         status = run_logged(command, build_environment(tree), log)
         if status != 0:
             raise PT2Error(explain_failure("configuring", log))
@@ -154,7 +154,7 @@ def compile_targets(
         PT2Error: with the reason and the log's path.
     """
     command = [tc.cmake, "--build", str(objects), "--parallel", str(jobs), "--target", *targets]
-    with Bar("compiling", None, unit="steps") as bar:
+    with open_reporter().phase("compiling", unit="steps", every=5) as bar:
         status = run_logged(command, build_environment(tree), log, bar)
         if status != 0:
             raise PT2Error(explain_failure("compiling", log))
@@ -169,7 +169,7 @@ def parse_step(line: str) -> tuple[int, int, str] | None:
 
 
 def run_logged(
-    command: Sequence[str], env: Mapping[str, str], log: Path, bar: Bar | None = None
+    command: Sequence[str], env: Mapping[str, str], log: Path, bar: Reporter | None = None
 ) -> int:
     """Run a program, append what it prints to ``log``, and feed its steps to ``bar``.
 
@@ -193,7 +193,7 @@ def run_logged(
             for line in process.stdout:
                 out.write(line)
                 if bar is not None and (step := parse_step(line)):
-                    bar.update(step[0], step[1], _object_name(step[2]))
+                    bar.reach(step[0], _object_name(step[2]), step[1])
             return process.wait()
         finally:
             if process.poll() is None:

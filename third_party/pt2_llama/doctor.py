@@ -14,8 +14,10 @@ from dataclasses import asdict, dataclass
 from rich.console import Console
 from rich.table import Table
 
+from pt2_core.commands import command
 from quantize.common import PT2Error, human_bytes
-from third_party.pt2_llama import builds, source, toolchain
+from third_party.pt2_llama import builds, pinned, source, toolchain
+from third_party.pt2_llama.bindings import installed_version
 from third_party.pt2_llama.build import NO_CUDA_KERNELS
 from third_party.pt2_llama.builds import Build
 from third_party.pt2_llama.cache import Places, folder_bytes
@@ -80,8 +82,15 @@ def tool_findings() -> list[Finding]:
     except PT2Error as e:
         found.append(Finding("tools", "compiling", "not possible", "missing", str(e)))
     if importlib.util.find_spec("pip") is None:
-        advice = f"{sys.executable} -m ensurepip, or build with --source"
+        advice = f"{command(sys.executable, '-m', 'ensurepip')}, or build with --source"
         found.append(Finding("tools", "pip", "no (fetches the source)", "note", advice))
+    bindings = installed_version()
+    if bindings == pinned.VERSION:
+        found.append(Finding("tools", pinned.PACKAGE, bindings))
+    else:
+        advice = "pt2-eval needs it for GGUF files: pt2-llama bindings"
+        value = f"{bindings}, not {pinned.VERSION}" if bindings else "no"
+        found.append(Finding("tools", pinned.PACKAGE, value, "note", advice))
     return found
 
 

@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pt2_core.progress import open_reporter
 from quantize.common import PT2Error
-from third_party.pt2_llama.console import Bar
 from third_party.pt2_llama.tiny_model import tiny_text, write_tiny_model
 
 STOCK_TYPES: tuple[str, ...] = ("F16", "Q8_0", "Q4_0", "Q6_K", "Q4_K", "Q2_K", "TQ1_0", "TQ2_0")
@@ -107,13 +107,17 @@ def smoke_test(
         Perplexity per type (``"TQ2_1 gpu"`` for the GPU's), and the first failure or None.
     """
     results: dict[str, float] = {}
-    with tempfile.TemporaryDirectory(prefix="pt2-smoke-") as name, _bar(types) as bar:
+    reporter = open_reporter()
+    with (
+        tempfile.TemporaryDirectory(prefix="pt2-smoke-") as name,
+        reporter.phase("smoke test", len(types), "types") as bar,
+    ):
         folder = Path(name)
         base = write_tiny_model(folder / "F16.gguf")
         text = folder / "text.txt"
         text.write_text(tiny_text())
         for done, kind in enumerate(types):
-            bar.update(done, note=kind)
+            bar.reach(done, kind)
             model = folder / f"{kind}.gguf"
             if kind != "F16":
                 quantize = str(bin_dir / "llama-quantize")
@@ -148,10 +152,6 @@ def _run_until_it_tells(runner: Runner, command: Sequence[str], env: Mapping[str
         if outcome.status != 0 or final_perplexity(outcome.output) is not None:
             break
     return outcome
-
-
-def _bar(types: Sequence[str]) -> Bar:
-    return Bar("smoke test", len(types), unit="types")
 
 
 def _perplexity(bin_dir: Path, model: Path, text: Path, device: str) -> list[str]:

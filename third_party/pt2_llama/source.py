@@ -13,9 +13,11 @@ import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 
+from pt2_core.commands import command
+from pt2_core.progress import open_reporter
 from quantize.common import PT2Error, human_bytes, sha256_file
 from third_party.pt2_llama import pinned
-from third_party.pt2_llama.console import Bar
+from third_party.pt2_llama.wheel import make_wheel
 
 PATCH_STAMP = ".pt2-overlay.json"
 
@@ -183,11 +185,12 @@ def download(folder: Path) -> Path:
     tmp.mkdir()
     env = os.environ | {"TMPDIR": str(tmp), "PYTHONPATH": str(stub.parent)}
     command = [*pip, *args, "--dest", str(folder), "-r", str(requirements)]
-    with Bar(f"fetching {pinned.SDIST_NAME}", pinned.SDIST_BYTES, unit="bytes") as bar:
-        status, log = _run_watched(command, env, lambda: bar.update(_largest_file(tmp)))
+    title = f"fetching {pinned.SDIST_NAME}"
+    with open_reporter().phase(title, pinned.SDIST_BYTES, "bytes", every=5) as bar:
+        status, log = _run_watched(command, env, lambda: bar.reach(_largest_file(tmp)))
         archive = folder / pinned.SDIST_NAME
         if status != 0 or not archive.is_file():
-            raise PT2Error(_explain_pip(log))
+            raise PT2Error(explain_pip(log))
     check_archive(archive)
     return archive
 
@@ -223,20 +226,26 @@ def _largest_file(folder: Path) -> int:
     return max(sizes)
 
 
-def _explain_pip(log: str) -> str:
-    by_hand = f"or fetch {pinned.SDIST_NAME} elsewhere and give it with --source"
+def explain_pip(
+    log: str,
+    doing: str = "fetch",
+    by_hand: str = f", or fetch {pinned.SDIST_NAME} elsewhere and give it with --source",
+) -> str:
+    """One line about why pip failed, from what it printed."""
     if "No module named pip" in log:
-        return f"this Python has no pip: run {sys.executable} -m ensurepip, {by_hand}"
+        ensure = command(sys.executable, "-m", "ensurepip")
+        return f"this Python has no pip: run {ensure}{by_hand}"
     if "No space left" in log:
         return "the disk is full; free about 500 MB, or set PT2_CACHE to a larger disk"
     network = ("NameResolution", "Name or service", "Connection", "timed out", "Max retries")
     if any(sign in log for sign in network):
-        return f"no network: pip could not reach the package index; connect, {by_hand}"
+        return f"no network: pip could not reach the package index; connect{by_hand}"
     if "DO NOT MATCH THE HASHES" in log:
         return f"the package index gave another file than the pinned {pinned.SDIST_NAME}"
     lines = [line for line in log.splitlines() if line.strip()]
     last = next((x for x in reversed(lines) if x.startswith("ERROR")), lines[-1] if lines else "")
-    return f"pip could not fetch {pinned.PACKAGE}=={pinned.VERSION} ({last.strip()}); {by_hand}"
+    what = f"{pinned.PACKAGE}=={pinned.VERSION} ({last.strip()})"
+    return f"pip could not {doing} {what}{by_hand}"
 
 
 def locate(source: Path) -> Path:
@@ -292,9 +301,11 @@ def make_pristine(dest: Path, source: Path | None = None) -> None:
         else:
             (tmp / "download").mkdir()
             archive = source or download(tmp / "download")
-            with Bar("unpacking", None, unit="files") as bar:
-                unpack(archive, tree, bar.update)
+            with open_reporter().phase("unpacking", unit="files") as bar:
+                unpack(archive, tree, bar.reach)
             check_tree(tree)
+            # The archive goes, so the bindings that it holds are kept now.
+            make_wheel(archive, dest.parent)
         if dest.exists():
             shutil.rmtree(dest)
         os.replace(tree, dest)
