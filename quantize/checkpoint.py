@@ -70,8 +70,8 @@ class Checkpoint:
     @property
     def architecture(self) -> str:
         """The first entry of ``architectures``; empty if there is none."""
-        names = self.raw_config.get("architectures") or [""]
-        return str(names[0])
+        names = self.raw_config.get("architectures")
+        return str(names[0]) if isinstance(names, list) and names else ""
 
     @property
     def bytes(self) -> int:
