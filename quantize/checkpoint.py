@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -151,10 +152,11 @@ def _shards(path: Path) -> list[str]:
     if (path / INDEX).is_file():
         index = read_json(path / INDEX)
         weight_map = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(weight_map, dict) or not weight_map:
+        named = weight_map.values() if isinstance(weight_map, dict) else []
+        if not named or not all(isinstance(v, str) for v in named):
             raise PT2Error(f"{path / INDEX} has no weight_map; download the model again")
-        shards = sorted({str(v) for v in weight_map.values()})
-        missing = [s for s in shards if not (path / s).is_file()]
+        shards = sorted(set(named))
+        missing = [s for s in shards if not os.path.isfile(path / s)]
         if missing:
             raise PT2Error(f"{path} lacks {missing[0]}, which {INDEX} names; download it again")
         return shards

@@ -95,13 +95,13 @@ def read(artifact: Artifact) -> Sensitivity:
     path = artifact.path / FILE
     if not path.is_file():
         raise PT2Error(f"{artifact.path} has no {FILE}; {HOW}")
-    read_header(path)
     try:
+        read_header(path)
         with safe_open(path, framework="numpy") as f:
             stored = (f.metadata() or {}).get(RECORD, "")
             energies = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, TypeError) as e:
-        raise PT2Error(f"{path} is damaged; {HOW}") from e
+    except (PT2Error, SafetensorError, OSError, ValueError, TypeError) as e:
+        raise PT2Error(f"{path} is damaged ({e}); {HOW}") from e
     record = parse_json(stored, f"{path}: its record {RECORD!r}", unique=True)
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise PT2Error(f"{path} is not of the format {FORMAT}; {HOW}")

@@ -11,15 +11,23 @@ import yaml
 from quantize.common import PT2Error, read_bytes
 
 MAX_BYTES = 1 << 20  # written by hand: far more than anybody needs
+MAX_DEPTH = 20
 
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader without aliases (a few lines of them stand for gigabytes) and double keys."""
 
+    depth = 0
+
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("aliases (*name) are not taken: write the value out")
-        return super().compose_node(parent, index)
+        if self.depth > MAX_DEPTH:
+            raise yaml.YAMLError("it is nested too deeply")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
