@@ -340,8 +340,8 @@ def _from_json(raw: dict[str, Any]) -> Results:
         models.append(
             Model(
                 **_pick(Model, m, ("placement", "perplexity")),
-                placement=Placement(**_pick(Placement, m["placement"])),
-                perplexity=[Perplexity(**_pick(Perplexity, p)) for p in m["perplexity"]],
+                placement=Placement(**_pick(Placement, m.get("placement", {}))),
+                perplexity=[Perplexity(**_pick(Perplexity, p)) for p in m.get("perplexity", [])],
             )
         )
     samples = [Sample(**_pick(Sample, s)) for s in raw["samples"]]

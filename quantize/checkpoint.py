@@ -55,6 +55,10 @@ class Checkpoint:
             if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model_dir)):
                 hint = f"; download it first: hf download {model_dir} --local-dir DIR"
             raise PT2Error(f"there is no model folder {path}{hint}")
+        if any("\ud800" <= c <= "\udfff" for c in str(path)):  # safetensors refuses it, but late
+            raise PT2Error(
+                f"{path}: a path of bytes that are not UTF-8 cannot be opened: rename it"
+            )
         if not (path / "config.json").is_file():
             raise PT2Error(f"{path} has no config.json: it is not a Hugging Face model")
         config = read_json(path / "config.json")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import errno
 import hashlib
+import io
 import json
 import math
 import os
@@ -230,6 +231,10 @@ def run_cli(name: str, body: Callable[[], int | None]) -> int:
     ``PT2_DEBUG=1`` in the environment shows the traceback as well.
     """
     signal.signal(signal.SIGPIPE, signal.SIG_DFL) if hasattr(signal, "SIGPIPE") else None
+    for stream in (sys.stdout, sys.stderr):
+        # A sign that the terminal's encoding lacks, or a file's name in another one, ends nothing.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return body() or 0
     except PT2Error as e:

@@ -65,6 +65,9 @@ def check_manifest(value: Any, file: Path) -> None:
     blocks = sorted(name for name in value["files"] if name.startswith("block-"))
     if blocks != [f"block-{i:05d}.safetensors" for i in range(len(blocks))]:
         raise PT2Error(f"{file}: 'files' names {blocks[-1]} but not every block before it; {MEND}")
+    lost = [n for n in value["matrices"] if block_of(n) >= len(blocks)]
+    if lost:
+        raise PT2Error(f"{file}: 'matrices' has {lost[0]}, of a block without a file; {MEND}")
     cols = {name: m["cols"] % m.get("block_size", 1) for name, m in value["matrices"].items()}
     if bad := next((name for name, rest in cols.items() if rest), None):
         raise PT2Error(f"{file}: the columns of {bad} are no multiple of its block_size; {MEND}")
