@@ -26,7 +26,9 @@ def main() -> int:
     parser.add_argument(
         "--programs", type=int, metavar="N", help="runs of llama-* programs instead"
     )
-    parser.add_argument("--kernels", type=float, metavar="SECONDS", help="the C code instead")
+    parser.add_argument(
+        "--kernels", type=int, metavar="N", help="N shapes through the C code instead"
+    )
     args = parser.parse_args()
     if args.programs is not None:
         from .programs import run_programs
