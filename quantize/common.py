@@ -12,6 +12,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import stat
 import sys
@@ -43,7 +44,7 @@ class PT2Error(Exception):
 
 def one_line(text: str) -> str:
     """``text`` on one line of printable characters, its middle left out if it is very long."""
-    line = " ".join(text.split())
+    line = re.sub(r"\s*[^\S ]\s*", " ", text).strip()  # blanks within a path stay as they are
     if len(line) > MAX_MESSAGE:
         line = f"{line[: MAX_MESSAGE // 2]} ... {line[-MAX_MESSAGE // 2 :]}"
     if line.isprintable():

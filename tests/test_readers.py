@@ -153,6 +153,7 @@ def test_a_path_that_is_not_utf8_is_written_to_json_and_read_back(tmp_path: Path
 def test_names_of_files_cannot_break_a_message():
     message = str(PT2Error(f"tensor a\nb\x1b[31m\x00\udcff{'x' * 100_000} is wrong; mend it"))
     assert message.isprintable() and len(message) < 5000 and message.endswith("mend it")
+    assert str(PT2Error("my  folder is\n  gone")) == "my  folder is gone"
 
 
 def test_signs_that_the_terminal_lacks_end_nothing():
@@ -486,6 +487,29 @@ def test_a_tensor_of_the_type_of_activations_is_refused_by_every_program(tmp_pat
         code, words = programs.run_program(program, model)
         assert code == 1, (program, code, words)
     assert "of type q8_t, which is never in a file" in words  # llama-quantize loses no lines
+
+
+def test_a_table_that_was_not_measured_is_refused_by_the_choice_of_types(artifact: Path):
+    from export.config import ExportConfig
+    from export.mixed import choose
+
+    found = sensitivity.read(Artifact.open(artifact))
+    found.tables.pop("head")
+    with refused("the head has not been measured"):
+        choose(ExportConfig(target_size=10**6), found, {}, None, {"head": "x"}, None, 0)
+
+
+@pytest.mark.parametrize(
+    "rows", [{}, [3], [{"name": "fp"}], [{"name": "fp", "title": "t", "settings": {},
+             "perplexity": "9", "seconds": 1}], [{"name": "fp", "title": "t", "settings": {},
+             "perplexity": 9, "seconds": 1, "E_x": []}]],
+)  # fmt: skip
+def test_a_damaged_table_of_ablations_is_refused(tmp_path: Path, rows: object):
+    from quantize.ablate import RESULTS, _known
+
+    write_json(tmp_path / RESULTS, rows)
+    with refused("remove it"):
+        _known(tmp_path)
 
 
 def test_tokens_of_a_wrong_kind_are_refused(tmp_path: Path):
