@@ -253,8 +253,8 @@ def _read_one(path: Path) -> tuple[dict[str, Any], list[Tensor], int]:
         kinds: dict[str, int] = {}
         for _ in range(r.count(n_kv, MAX_ENTRIES, 12, "keys")):
             key = r.string("a metadata key")
-            if key in metadata:
-                raise r.fail(f"key {key!r} is there twice")
+            if key in metadata or not key:
+                raise r.fail(f"key {key!r} is there twice" if key else "a key without a name")
             kinds[key] = r.scalar("I", f"key {key!r}")
             metadata[key] = r.value(kinds[key], f"key {key!r}")
         _check_kinds(r, metadata, kinds)

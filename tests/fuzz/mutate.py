@@ -140,14 +140,13 @@ def mutate_safetensors(data: bytes, rng: Rng) -> bytes:
         piece, at = rng.choice(DOUBTFUL), rng.randrange(len(rest))
         at -= at % len(piece)
         return data[: 8 + length] + (rest[:at] + piece + rest[at + len(piece) :])[: len(rest)]
-    if kind < 0.6:  # what the records in the metadata say
-        notes = json.loads(head)
-        if "__metadata__" in notes:
-            name = rng.choice(sorted(notes["__metadata__"]))
-            inner = notes["__metadata__"][name].encode()
-            inner = mutate_json(inner, rng) if inner[:1] in b"{[" else mutate_bytes(inner, rng)
-            notes["__metadata__"][name] = inner.decode("utf-8", "replace")
-            head = json.dumps(notes).encode()
+    notes = json.loads(head)
+    if kind < 0.8 and "__metadata__" in notes:  # what the records in the metadata say
+        name = rng.choice(sorted(notes["__metadata__"]))
+        inner = notes["__metadata__"][name].encode()
+        inner = mutate_json(inner, rng) if inner[:1] in b"{[" else mutate_bytes(inner, rng)
+        notes["__metadata__"][name] = inner.decode("utf-8", "replace")
+        head = json.dumps(notes).encode()
     else:
         head = mutate_json(head, rng)
     stated = len(head) if rng.random() < 0.95 else rng.choice(ODD_INTEGERS) % 2**64

@@ -224,7 +224,11 @@ def _judge_state(folder: Path, value: Any) -> str | None:
     tensors, record = value
     if not all(bool(t.isfinite().all()) for t in tensors.values()) or not _finite(record):
         return "values that are not finite"
-    return None if type(record["step"]) is int and record["step"] >= 0 else "a step that is none"
+    counts = (record["step"], record["looks_without_gain"], *(h["step"] for h in record["history"]))
+    if not all(type(n) is int and n >= 0 for n in counts):
+        return f"counts {counts}"
+    figures = [*record["before"].values(), *record["best"].values(), record["elapsed"]]
+    return None if all(type(v) in (int, float) for v in figures) else "figures that are none"
 
 
 def _sign_state(folder: Path, file: str) -> bool:
