@@ -34,7 +34,7 @@ def source_model(artifact: Artifact) -> Path:
     folder = record.get("model_dir") if isinstance(record, dict) else None
     if not isinstance(folder, str):
         raise PT2Error(f"{file} does not name the source model: give its folder with --model DIR")
-    if not Path(folder).is_dir():
+    if not os.path.isdir(folder):  # a name that no path can have is no folder either
         raise PT2Error(f"the source model is no longer at {folder}: give its folder with --model")
     return Path(folder)
 

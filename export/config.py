@@ -37,7 +37,7 @@ ORDINARY_TYPES: dict[str, str | None] = {
 DEFAULT_EMBEDDING_TYPE = "q4_k"
 DEFAULT_OUTPUT_TYPE = "q5_k"
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)([KMG]?)B?", re.IGNORECASE)
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)([KMG]?)B?", re.IGNORECASE)
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3}
 
 
@@ -135,7 +135,7 @@ def parse_size(text: str, option: str = "--split-max-size") -> int:
         PT2Error: not a size.
     """
     match = _SIZE.fullmatch(text.strip())
-    size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
-    if size == 0:
-        raise PT2Error(f"{option} {text!r} is not a size such as 500M or 2G")
-    return size
+    size = float(match[1]) * _UNITS[match[2].upper()] if match else 0.0
+    if not 1 <= size < 1 << 62:
+        raise PT2Error(f"{option} {text[:40]!r} is not a size such as 500M or 2G")
+    return int(size)

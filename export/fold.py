@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantize.common import PT2Error
+from quantize.schema import shown
 
 Order = NDArray[np.int32]
 
@@ -70,13 +71,36 @@ class Heads:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Heads:
-        """From a Hugging Face ``config.json``; head_dim and n_kv default as transformers does."""
-        try:
-            n_head = int(config["num_attention_heads"])
-            dim = config.get("head_dim") or int(config["hidden_size"]) // n_head
-        except KeyError as e:
-            raise PT2Error(f"config.json has no {e.args[0]}: cannot fold the orders") from e
-        return cls(n_head, int(config.get("num_key_value_heads") or n_head), int(dim))
+        """From a Hugging Face ``config.json``; head_dim and n_kv default as transformers does.
+
+        Raises:
+            PT2Error: a size is missing, no whole number above 0, or does not divide another.
+        """
+        n_head = _config_size(config, "num_attention_heads")
+        n_kv = _config_size(config, "num_key_value_heads", n_head)
+        if config.get("head_dim") is not None:
+            return cls._checked(n_head, n_kv, _config_size(config, "head_dim"))
+        hidden = _config_size(config, "hidden_size")
+        if hidden % n_head:
+            raise PT2Error(f"config.json has {n_head} heads for a hidden_size of {hidden}")
+        return cls._checked(n_head, n_kv, hidden // n_head)
+
+    @classmethod
+    def _checked(cls, n_head: int, n_kv: int, dim: int) -> Heads:
+        if n_head % n_kv:
+            raise PT2Error(f"config.json has {n_head} heads over {n_kv} key-value heads")
+        return cls(n_head, n_kv, dim)
+
+
+def _config_size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = config.get(key)
+    if value is None and default is not None:
+        return default
+    if value is None:
+        raise PT2Error(f"config.json has no {key}: cannot fold the orders")
+    if type(value) is not int or not 0 < value < 1 << 31:
+        raise PT2Error(f"config.json: {key} must be a whole number above 0, not {shown(value)}")
+    return value
 
 
 def fold_plan(

@@ -140,6 +140,8 @@ def choose(
         names.append(module)
         step()
     for table, name in tables.items():
+        if table not in sensitivity.tables:
+            raise PT2Error(f"the {table} has not been measured; run python -m quantize.measure")
         fixed = config.embedding_type if table == "embedding" else config.output_type
         kinds = (fixed,) if fixed else TABLE_TYPES
         items.append(_table_options(kinds, original(name), sensitivity.tables[table], ggml))

@@ -7,7 +7,6 @@ HF folder --convert_hf_to_gguf.py--> BF16 GGUF --llama-quantize--> Q2_K, IQ1_M, 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from llamacpp_bench.gguf_info import GGUFInfo, read_gguf
 from llamacpp_bench.process import run_tool
 from llamacpp_bench.tools import ToolBox, cache_dir
 from pt2_core.texts import CHARACTERS_PER_TOKEN, Text
-from quantize.common import PT2Error, atomic_path
+from quantize.common import PT2Error, atomic_path, read_json
 
 # The names llama-quantize takes (tools/quantize/quantize.cpp), upper case.
 QUANTIZE_TYPES = (
@@ -98,13 +97,13 @@ def source_by_fingerprint(info: GGUFInfo) -> Path | None:
     for parent in dict.fromkeys((Path.cwd(), info.path.resolve().parent)):
         for manifest in sorted(parent.glob("*/manifest.json")):
             try:
-                found = json.loads(manifest.read_text("utf-8"))["model"]["fingerprint"]
-                record = json.loads(manifest.with_name("run.json").read_text("utf-8"))
-                folder = Path(record["model_dir"])
-            except (OSError, ValueError, KeyError, TypeError):
-                continue
-            if found == wanted and (folder / "config.json").is_file():
-                return folder
+                found = read_json(manifest)["model"]["fingerprint"]
+                folder = read_json(manifest.with_name("run.json"))["model_dir"]
+            except (PT2Error, KeyError, TypeError):
+                continue  # somebody else's file, or a damaged one: not the one that is looked for
+            there = isinstance(folder, str) and os.path.isfile(os.path.join(folder, "config.json"))
+            if found == wanted and there:
+                return Path(folder)
     return None
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import re
 import struct
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,13 @@ DEFAULT_ALIGNMENT = 32
 MAX_DIMS = 4
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q"}
 _SCALARS[12] = "d"
-_STRING, _ARRAY = 8, 9
+_UINT32, _STRING, _ARRAY = 4, 8, 9
+# Far above any model, and few enough to read in a second.
+MAX_ENTRIES, MAX_STRINGS, MAX_STRING = 1 << 20, 1 << 22, 1 << 24
+HPARAMS = (
+    "block_count", "embedding_length", "attention.head_count", "attention.head_count_kv",
+    "attention.key_length", "attention.value_length", "expert_count", "expert_used_count",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -86,9 +93,12 @@ class GGUFInfo:
         return str(self.metadata.get("general.architecture", "unknown"))
 
     def hparam(self, key: str, default: int = 0) -> int:
-        """An integer hyper-parameter of the architecture, e.g. ``hparam("block_count")``."""
+        """An integer hyper-parameter of the architecture, e.g. ``hparam("block_count")``.
+
+        ``default`` where it is not stated, or stated per block (an array).
+        """
         value = self.metadata.get(f"{self.architecture}.{key}", default)
-        return int(value) if isinstance(value, int | float) else default
+        return default if isinstance(value, ArrayInfo) else int(value)
 
     def types(self) -> dict[str, dict[str, int]]:
         """Per tensor type: how many tensors, values and bytes."""
@@ -172,8 +182,19 @@ class _Reader:
     def scalar(self, fmt: str, what: str) -> Any:
         return struct.unpack("<" + fmt, self.take(struct.calcsize("<" + fmt), what))[0]
 
+    def count(self, n: int, most: int, nbytes: int, what: str) -> int:
+        """``n`` entries of at least ``nbytes`` each, if the file has room for them."""
+        self.need(nbytes * n, f"a list of {n} {what}")
+        if n > most:
+            raise self.fail(f"it lists {n} {what}")
+        return n
+
     def string(self, what: str) -> str:
-        raw = self.take(self.scalar("Q", f"the length of {what}"), what)
+        length = self.scalar("Q", f"the length of {what}")
+        if length > MAX_STRING:
+            self.need(length, what)
+            raise self.fail(f"{what} is a text of {length} bytes")
+        raw = self.take(length, what)
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError as e:
@@ -193,7 +214,7 @@ class _Reader:
         if type_id in _SCALARS:
             self.skip(length * struct.calcsize("<" + _SCALARS[type_id]), what)
         elif type_id == _STRING:
-            self.need(8 * length, what)
+            self.count(length, MAX_STRINGS, 8, f"texts in {what}")
             for _ in range(length):
                 self.skip(self.scalar("Q", what), what)
         else:
@@ -212,7 +233,7 @@ def _read_tensor(r: _Reader) -> Tensor:
     if type_id not in TYPES:
         raise r.fail(f"{what} has the unknown ggml type {type_id}; this tool may be too old for it")
     kind = TYPES[type_id]
-    if 0 in shape or shape[0] % kind.block:
+    if 0 in shape or max(shape) >= 1 << 63 or shape[0] % kind.block:
         raise r.fail(f"{what} of shape {shape} does not fill blocks of {kind.block} ({kind.name})")
     return Tensor(name, shape, kind, offset)
 
@@ -228,30 +249,53 @@ def _read_one(path: Path) -> tuple[dict[str, Any], list[Tensor], int]:
         if version not in (2, 3):
             raise r.fail(f"version {version} (2 and 3 are known; is it a big-endian file?)")
         n_tensors, n_kv = r.scalar("Q", "the tensor count"), r.scalar("Q", "the key count")
-        r.need(12 * n_kv, f"a list of {n_kv} keys")
         metadata: dict[str, Any] = {}
-        for _ in range(n_kv):
+        kinds: dict[str, int] = {}
+        for _ in range(r.count(n_kv, MAX_ENTRIES, 12, "keys")):
             key = r.string("a metadata key")
-            metadata[key] = r.value(r.scalar("I", f"key {key!r}"), f"key {key!r}")
-        r.need(24 * n_tensors, f"a list of {n_tensors} tensors")
-        tensors = [_read_tensor(r) for _ in range(n_tensors)]
+            if key in metadata or not key:
+                raise r.fail(f"key {key!r} is there twice" if key else "a key without a name")
+            kinds[key] = r.scalar("I", f"key {key!r}")
+            metadata[key] = r.value(kinds[key], f"key {key!r}")
+        _check_kinds(r, metadata, kinds)
+        tensors = [_read_tensor(r) for _ in range(r.count(n_tensors, MAX_ENTRIES, 24, "tensors"))]
         _check_extent(r, metadata, tensors)
         return metadata, tensors, r.size
 
 
+def _check_kinds(r: _Reader, metadata: Mapping[str, Any], kinds: Mapping[str, int]) -> None:
+    """What is computed with must be of the type that llama.cpp asks for as well."""
+    if kinds.get("general.architecture", _STRING) != _STRING:
+        raise r.fail("general.architecture is no text")
+    arch = metadata.get("general.architecture", "unknown")
+    hparams = [f"{arch}.{name}" for name in HPARAMS]
+    for key in ("general.alignment", *PT2_LAYOUT_KEYS.values(), *hparams):
+        kind = kinds.get(key, _UINT32)
+        if kind != _UINT32 and not (kind == _ARRAY and key in hparams):
+            raise r.fail(f"key {key!r} is {metadata[key]!r}, not a uint32")
+
+
 def _check_extent(r: _Reader, metadata: Mapping[str, Any], tensors: Iterable[Tensor]) -> None:
-    """Every tensor's bytes must lie inside the file."""
+    """Every tensor's bytes must lie inside the file, each tensor's behind those of the last."""
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
-    if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
+    if alignment <= 0 or alignment & (alignment - 1):
         raise r.fail(f"general.alignment is {alignment!r}, not a power of two")
     start = -(-r.at // alignment) * alignment
+    names: set[str] = set()
+    expected = 0
     for t in tensors:
+        if t.name in names:
+            raise r.fail(f"tensor {t.name!r} is there twice")
+        names.add(t.name)
         end = start + t.offset + t.nbytes
         if end > r.size:
             raise PT2Error(
                 f"{r.path} is truncated: tensor {t.name!r} ends at byte {end}, the file has "
                 f"{r.size}; copy or make it again"
             )
+        if t.offset != expected:
+            raise r.fail(f"tensor {t.name!r} is at byte {t.offset} of the data, not {expected}")
+        expected += -(-t.nbytes // alignment) * alignment
 
 
 _SHARD = re.compile(r"^(.*)-(\d{5})-of-(\d{5})\.gguf$")
@@ -279,7 +323,7 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFInfo:
     metadata, tensors, size = _read_one(path)
     count = metadata.get("split.count", 0)
     shards = [path]
-    if isinstance(count, int) and count > 1:
+    if isinstance(count, int) and not isinstance(count, bool) and count > 1:
         shards = _shards(path, count)
         metadata, tensors, size = {}, [], 0
         for shard in shards:
@@ -287,10 +331,16 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFInfo:
                 raise PT2Error(f"{shard} is missing; the model has {count} shards")
             m, t, s = _read_one(shard)
             metadata, tensors, size = {**m, **metadata}, tensors + t, size + s
+        names = Counter(t.name for t in tensors)
+        if twice := next((n for n, times in names.items() if times > 1), None):
+            raise PT2Error(f"{path}: tensor {twice!r} is in two shards; split the model again")
     if not tensors:
         raise PT2Error(f"{path} holds no tensors; give a model, not a vocabulary or an adapter")
     info = GGUFInfo(path, metadata, tensors, size, shards)
     check_layouts(info)
+    used, experts = info.hparam("expert_used_count"), info.hparam("expert_count")
+    if used > experts:
+        raise PT2Error(f"{path} is not a usable GGUF file: it uses {used} of {experts} experts")
     return info
 
 

@@ -79,7 +79,7 @@ def check_fit(a: Results, b: Results) -> None:
 
 def join(mine: Model, other: Model) -> None:
     """Complete a model by what another part knows of it."""
-    if (mine.file_bytes, mine.types) != (other.file_bytes, other.types):
+    if (mine.file_bytes, mine.types, mine.group) != (other.file_bytes, other.types, other.group):
         raise PT2Error(f"two different files are called {mine.name}; merge runs of the same files")
     mine.peak_rss = max(mine.peak_rss, other.peak_rss)
     mine.device_bytes = max(mine.device_bytes, other.device_bytes)

@@ -11,6 +11,18 @@ from typing import Any
 
 from pt2_core.tokens import OLD_NAMES
 from quantize.common import PT2Error, read_json, write_json
+from quantize.schema import (
+    boolean,
+    integer,
+    number,
+    of,
+    optional,
+    record,
+    sequence,
+    shown,
+    text,
+    validate,
+)
 
 SCHEMA = "pt2-bench"
 SCHEMA_VERSION = 1
@@ -241,21 +253,81 @@ def load_results(path: str | Path) -> Results:
     """Read a results file.
 
     Raises:
-        PT2Error: missing, not JSON, not from pt2-bench, of a schema version that is not known, or
-            with fields missing.
+        PT2Error: missing, not JSON, not from pt2-bench, of a schema version that is not known,
+            with an entry missing or wrong (its place is named), or of models that it does not list.
     """
-    raw = read_json(path)
+    raw = read_json(path, unique=True)
     if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
         raise PT2Error(f"{path} is not a results file of pt2-bench (give a results.json)")
     if raw.get("schema_version") != SCHEMA_VERSION:
         raise PT2Error(
-            f"{path} has schema version {raw.get('schema_version')}, this pt2-bench knows "
+            f"{path} has schema version {shown(raw.get('schema_version'))}, this pt2-bench knows "
             f"{SCHEMA_VERSION}; use the version that wrote it or measure again"
         )
-    try:
-        return _from_json(raw)
-    except (KeyError, TypeError, AttributeError) as e:
-        raise PT2Error(f"{path} is damaged: {e}; measure again") from e
+    validate(raw, _check_file, path, MEND)
+    results = _from_json(raw)
+    if problem := _disagreement(results):
+        raise PT2Error(f"{path} is damaged: {problem}; {MEND}")
+    return results
+
+
+MEND = "measure again"
+_COUNT = integer(0)
+# What report, merge and compare use of the parts that are free objects in the dataclass.
+_MACHINE = record(
+    {"cpu": text(), "cores": _COUNT, "ram_bytes": _COUNT, "system": text(), "date": text()},
+    {"gpus": sequence(text())},
+)
+_BUILD = record(
+    {"description": text()},
+    {k: optional(text()) for k in ("variant", "build_commit", "backends")},
+)
+_CONFIG = record(
+    {"threads": _COUNT, "rounds": _COUNT},
+    {"repeats": _COUNT, "repeats_least": _COUNT, "repack": boolean, "text": optional(text()),
+     "chunks": optional(_COUNT), "text_sha256": optional(text()), "synthetic": optional(text())},
+)  # fmt: skip
+_BANDWIDTH = record({}, {"bytes_per_second": number(0, 1e18), "method": text()})
+_SAMPLE = record(
+    {
+        "model": text(),
+        "test": text(r"(pp\d{1,9}(\+tg\d{1,9})?|tg\d{1,9})(@[bd]\d{1,9})?"),
+        "round": integer(0, 1 << 31),
+        "tokens_per_second": number(0, 1e15),
+    }
+)
+_RANGES = record(
+    {"file_bytes": _COUNT, "parameters": integer(1), "bpw": number(0, 1e6),
+     "decode_bytes": _COUNT},
+    {"kv_bytes": _COUNT, "device_bytes": _COUNT, "peak_rss": _COUNT},
+)  # fmt: skip
+
+
+def _check_file(raw: Any, where: str) -> None:
+    """The dataclasses' types, and what is more narrow than these."""
+    of(Results)(raw, where)
+    samples = sequence(_SAMPLE)
+    record(
+        {"machine": _MACHINE, "build": _BUILD, "config": _CONFIG, "samples": samples,
+         "models": sequence(_RANGES)},
+        {"bandwidth": _BANDWIDTH},
+    )(raw, where)  # fmt: skip
+
+
+def _disagreement(results: Results) -> str | None:
+    """What a results file says of models that it does not list, or None."""
+    group_of = {m.name: m.group for m in results.models}
+    if len(group_of) < len(results.models):
+        return "two models have one name"
+    if lost := next((s for s in results.samples if s.model not in group_of), None):
+        return f"it has samples of {shown(lost.model)}, a model that it does not list"
+    for group, name in results.baseline.items():
+        if group_of.get(name) != group:
+            return f"the baseline {shown(name)} is no model of the group {shown(group)}"
+    if results.bandwidth.get("bytes_per_second") and "method" not in results.bandwidth:
+        return "it does not say how the memory's bandwidth was measured"
+    rounds = {(s.model, s.test, s.round) for s in results.samples}
+    return "a round is there twice" if len(rounds) < len(results.samples) else None
 
 
 def _pick(cls: type, raw: dict[str, Any], leave: Iterable[str] = ()) -> dict[str, Any]:
@@ -274,8 +346,8 @@ def _from_json(raw: dict[str, Any]) -> Results:
         models.append(
             Model(
                 **_pick(Model, m, ("placement", "perplexity")),
-                placement=Placement(**_pick(Placement, m["placement"])),
-                perplexity=[_perplexity(p) for p in m["perplexity"]],
+                placement=Placement(**_pick(Placement, m.get("placement", {}))),
+                perplexity=[_perplexity(p) for p in m.get("perplexity", [])],
             )
         )
     samples = [Sample(**_pick(Sample, s)) for s in raw["samples"]]

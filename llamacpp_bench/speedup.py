@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-import yaml
 from matplotlib.figure import Figure
 
 from llamacpp_bench.plots import COLOURS, add_caption, add_legend, short_name, test_title
 from llamacpp_bench.report import Rows, caption, decode_reads, figure, plain_tests
 from llamacpp_bench.results import Model, Results
 from quantize.common import PT2Error, human_bytes
+from quantize.schema import Mismatch, mapping, number, record, text
+from quantize.yaml_file import read_yaml
 
 OURS = ("TQ2_1", "TQ1_1")
 OURS_COLOURS = (COLOURS[0], COLOURS[5])
@@ -37,25 +38,27 @@ class Published:
     speedup: dict[str, dict[str, float]]
 
 
+_PUBLISHED = record(
+    {"name": text(), "source": text(), "what": text(), "speedup": mapping(mapping(number(0, 1e6)))}
+)
+
+
 def load_published(path: str | Path) -> Published:
     """Read such a file.
 
     Raises:
         PT2Error: it is not there, not YAML, or something is missing or not a number.
     """
+    if not Path(path).is_file():
+        raise PT2Error(f"{path}: No such file")
+    raw = read_yaml(path)
     try:
-        raw = yaml.safe_load(Path(path).read_text("utf-8"))
-        speedup = {
-            str(shape): {str(test): float(v) for test, v in tests.items()}
-            for shape, tests in raw["speedup"].items()
-        }
-        return Published(str(raw["name"]), str(raw["source"]), str(raw["what"]), speedup)
-    except OSError as e:
-        raise PT2Error(f"{path}: {e.strerror}") from e
-    except yaml.YAMLError as e:
-        raise PT2Error(f"{path} is not valid YAML: {' '.join(str(e).split())}") from e
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise PT2Error(f"{path} needs name, source, what and speedup (shape: test: number)") from e
+        _PUBLISHED(raw, "")
+    except Mismatch as e:
+        wanted = "name, source, what and speedup (shape: test: number)"
+        raise PT2Error(f"{path} needs {wanted}: {e}") from e
+    speedup = {s: {t: float(v) for t, v in tests.items()} for s, tests in raw["speedup"].items()}
+    return Published(raw["name"], raw["source"], raw["what"], speedup)
 
 
 # ------------------------------------------------------------------------------------------ figure

@@ -17,6 +17,7 @@ from quantize.checkpoint import Checkpoint, torch_dtype
 from quantize.common import PT2Error
 from quantize.hf_model import StreamedModel
 from quantize.machine import pick_device
+from quantize.manifest import block_of
 from quantize.student import build_teacher
 
 
@@ -147,7 +148,7 @@ def open_model(
 def _with_artifact(checkpoint: Checkpoint, artifact: Artifact) -> Any:
     """The checkpoint's ``read`` with the artifact's weights; holds one decoder block."""
     checkpoint.replaced = {k: torch.from_numpy(v) for k, v in artifact.replaced().items()}
-    home = {name: int(name.split(".")[2]) for name in artifact.matrices}
+    home = {name: block_of(name) for name in artifact.matrices}
     held: dict[int, Any] = {}
 
     def read(name: str, shape: tuple[int, ...]) -> Tensor:

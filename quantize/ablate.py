@@ -33,6 +33,7 @@ from quantize.common import (
     write_json,
 )
 from quantize.config import BEST, DEVICES, DTYPES, Config
+from quantize.schema import Mismatch, anything, mapping, number, record, sequence, text
 
 RESULTS = "ablation.json"
 TABLE = "ablation.md"
@@ -168,11 +169,13 @@ def _known(out: Path) -> dict[str, dict[str, Any]]:
     if not (out / RESULTS).is_file():
         return {}
     rows = read_json(out / RESULTS)
-    wanted = {"name", "title", "settings", "perplexity", "seconds"}
-    if not isinstance(rows, list) or not all(
-        isinstance(r, dict) and wanted <= set(r) for r in rows
-    ):
-        raise PT2Error(f"{out / RESULTS} is not a table of this program; remove it")
+    row = {"name": text(), "title": text(), "settings": mapping(anything),
+           "perplexity": number(0), "seconds": number(0)}  # fmt: skip
+    more = {"E_x": record({"final": number(0)})}
+    try:
+        sequence(record(row, more))(rows, "rows")
+    except Mismatch as e:
+        raise PT2Error(f"{out / RESULTS} is not a table of this program ({e}); remove it") from e
     return {r["name"]: r for r in rows}
 
 

@@ -24,7 +24,9 @@ from safetensors.numpy import load_file, save_file
 
 from pt2_core.commands import command
 from quantize.common import PT2Error, atomic_path, read_json, sha256_file, write_json
+from quantize.manifest import block_of, check_errors, check_manifest
 from quantize.safetensors_file import read_header
+from quantize.schema import shown
 
 FORMAT = "pt2-artifact"
 # 2 says that there are replaced tensors, which a reader of version 1 would leave out in silence.
@@ -225,7 +227,7 @@ class Artifact:
         file = self.path / RUN
         record = read_json(file) if file.is_file() else {}
         folder = record.get("model_dir") if isinstance(record, dict) else None
-        if not isinstance(folder, str) or not Path(folder).is_dir():
+        if not isinstance(folder, str) or not os.path.isdir(folder):
             raise PT2Error(f"{file} does not say where the model is now: give it with {option} DIR")
         return Path(folder)
 
@@ -245,7 +247,22 @@ class Artifact:
                 raise PT2Error(f"{where}: {name} does not match the manifest; quantise again")
             result[name] = TernaryMatrix(name, **{k: v for k, v in parts.items() if v is not None})
             result[name].check(where)
+            self._check_record(result[name], index, where)
+        wanted = {name for name in self.matrices if block_of(name) == index}
+        if missing := sorted(wanted - set(result)):
+            raise PT2Error(f"{where} lacks {missing[0]}, which the manifest names; quantise again")
         return result
+
+    def _check_record(self, m: TernaryMatrix, index: int, where: str) -> None:
+        """The manifest's figures are what exporter and evaluation plan by: they must be true."""
+        record = self.matrices[m.name]
+        size = record.get("block_size", m.block_size)
+        stated = (record["rows"], record["cols"], size, block_of(m.name))
+        if stated != (m.rows, m.cols, m.block_size, index):
+            raise PT2Error(
+                f"{where}: {m.name} is {m.rows} x {m.cols} in blocks of {m.block_size}, not as "
+                "the manifest says; quantise again"
+            )
 
     def tensors(self, file: str) -> dict[str, Array]:
         """All tensors of one of the artifact's files, its checksum verified.
@@ -286,25 +303,22 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """Read and check ``manifest.json``.
 
     Raises:
-        PT2Error: missing, not JSON, not ours, of another format version, or with parts missing.
+        PT2Error: missing, not JSON, not ours, of another format version, or with an entry missing
+            or wrong (:mod:`quantize.manifest`), whose place is named.
     """
     file = path / MANIFEST
     if not file.is_file():
         raise PT2Error(f"{path} is not an artifact (no {MANIFEST}); make one with pt2-quantize")
-    value = read_json(file)
+    value = read_json(file, unique=True)
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise PT2Error(f"{file} is not the manifest of an artifact (format is not {FORMAT!r})")
     version = value.get("format_version")
-    if version not in (FORMAT_VERSION, REPLACING_VERSION):
+    if type(version) is not int or version not in (FORMAT_VERSION, REPLACING_VERSION):
         raise PT2Error(
-            f"{file} has format version {version}; this program reads {FORMAT_VERSION} and "
+            f"{file} has format version {shown(version)}; this program reads {FORMAT_VERSION} and "
             f"{REPLACING_VERSION}"
         )
-    kinds = {"complete": bool, "files": dict, "kept": dict, "matrices": dict, "model": dict,
-             "settings": dict, "versions": dict, "calibration": dict}  # fmt: skip
-    for key, kind in kinds.items():
-        if not isinstance(value.get(key), kind):
-            raise PT2Error(f"{file}: {key!r} is missing or of the wrong type; quantise again")
+    check_manifest(value, file)
     return value
 
 
@@ -353,6 +367,8 @@ class ArtifactWriter:
                 raise PT2Error(
                     f"cannot resume {path}: {difference}; use the old settings, or --overwrite"
                 )
+        if manifest["matrices"]:
+            check_errors(manifest, path / MANIFEST)
         remove_leftovers(path)
         return cls(path, manifest)
 

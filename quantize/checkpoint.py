@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -56,6 +57,10 @@ class Checkpoint:
                 download = command("hf", "download", path, "--local-dir", path)
                 hint = f"; download it first: {download}"
             raise PT2Error(f"there is no model folder {path}{hint}")
+        if any("\ud800" <= c <= "\udfff" for c in str(path)):  # safetensors refuses it, but late
+            raise PT2Error(
+                f"{path}: a path of bytes that are not UTF-8 cannot be opened: rename it"
+            )
         if not (path / "config.json").is_file():
             raise PT2Error(f"{path} has no config.json: it is not a Hugging Face model")
         config = read_json(path / "config.json")
@@ -72,8 +77,8 @@ class Checkpoint:
     @property
     def architecture(self) -> str:
         """The first entry of ``architectures``; empty if there is none."""
-        names = self.raw_config.get("architectures") or [""]
-        return str(names[0])
+        names = self.raw_config.get("architectures")
+        return str(names[0]) if isinstance(names, list) and names else ""
 
     @property
     def bytes(self) -> int:
@@ -153,10 +158,11 @@ def _shards(path: Path) -> list[str]:
     if (path / INDEX).is_file():
         index = read_json(path / INDEX)
         weight_map = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(weight_map, dict) or not weight_map:
+        named = weight_map.values() if isinstance(weight_map, dict) else []
+        if not named or not all(isinstance(v, str) for v in named):
             raise PT2Error(f"{path / INDEX} has no weight_map; download the model again")
-        shards = sorted({str(v) for v in weight_map.values()})
-        missing = [s for s in shards if not (path / s).is_file()]
+        shards = sorted(set(named))
+        missing = [s for s in shards if not os.path.isfile(path / s)]
         if missing:
             raise PT2Error(f"{path} lacks {missing[0]}, which {INDEX} names; download it again")
         return shards

@@ -8,9 +8,13 @@ from __future__ import annotations
 import argparse
 import errno
 import hashlib
+import io
 import json
+import math
 import os
+import re
 import signal
+import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,10 +24,32 @@ from typing import Any, NoReturn
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
+MAX_MESSAGE = 4000
+# Limits of JSON files, far above any that is right: 1M tokens of a tokenizer take half of them.
+MAX_JSON_BYTES = 1 << 28
+MAX_JSON_VALUES = 1 << 23
+MAX_JSON_DEPTH = 100
 
 
 class PT2Error(Exception):
-    """Something the user can mend. The message is one line: what, where, what to do."""
+    """Something the user can mend. The message is one line: what, where, what to do.
+
+    Names out of files come into messages, so line breaks and control characters are made harmless
+    here, and a name of a megabyte is cut.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
+def one_line(text: str) -> str:
+    """``text`` on one line of printable characters, its middle left out if it is very long."""
+    line = re.sub(r"\s*[^\S ]\s*", " ", text).strip()  # blanks within a path stay as they are
+    if len(line) > MAX_MESSAGE:
+        line = f"{line[: MAX_MESSAGE // 2]} ... {line[-MAX_MESSAGE // 2 :]}"
+    if line.isprintable():
+        return line
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 @contextmanager
@@ -58,26 +84,104 @@ def atomic_path(final: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write ``value`` as sorted, indented JSON through :func:`atomic_path`."""
+    """Write ``value`` as sorted, indented JSON through :func:`atomic_path`.
+
+    A path with bytes that are not UTF-8 is written as JSON's own escapes, and read back as it was.
+    """
     text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
     with atomic_path(path) as tmp:
-        tmp.write_text(text + "\n", encoding="utf-8")
+        tmp.write_bytes((text + "\n").encode("utf-8", "backslashreplace"))
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
+def read_bytes(path: str | os.PathLike[str], most: int) -> bytes:
+    """The content of a regular file of at most ``most`` bytes.
+
+    Raises:
+        PT2Error: it is missing, unreadable, larger, or no regular file.
+    """
+    try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # a pipe would be waited for
+            raise PT2Error(f"cannot read {os.fspath(path)}: it is no regular file")
+        with open(path, "rb") as f:
+            raw = f.read(most + 1)
+    except OSError as e:
+        raise PT2Error(f"cannot read {os.fspath(path)}: {_reason(e)}") from e
+    if len(raw) > most:
+        raise PT2Error(f"{os.fspath(path)} is larger than {human_bytes(most)}: not such a file")
+    return raw
+
+
+def read_json(path: str | os.PathLike[str], *, unique: bool = False) -> Any:
     """Read a JSON file.
+
+    Args:
+        unique: refuse a name that an object holds twice (the last one counts otherwise).
 
     Raises:
         PT2Error: the file is missing, unreadable, or not JSON; the line and column are named.
     """
+    return parse_json(read_bytes(path, MAX_JSON_BYTES), os.fspath(path), unique=unique)
+
+
+def parse_json(raw: bytes | str, where: str, *, unique: bool = False) -> Any:
+    """As :func:`read_json`, of bytes or text that come from ``where``.
+
+    NaN and infinite numbers are refused: JSON has none, and no setting of ours may be one.
+    """
+    raw = raw.encode("utf-8", "surrogatepass") if isinstance(raw, str) else raw
+    if sum(raw.count(mark) for mark in (b",", b"[", b"{")) > MAX_JSON_VALUES:
+        raise PT2Error(f"{where} holds more than {MAX_JSON_VALUES} values: not such a file")
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(
+            raw.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite,
+            object_pairs_hook=_unique if unique else None,
+        )  # fmt: skip
     except json.JSONDecodeError as e:
-        raise PT2Error(f"{path} is not valid JSON (line {e.lineno}, column {e.colno})") from e
+        raise PT2Error(f"{where} is not valid JSON (line {e.lineno}, column {e.colno})") from e
     except UnicodeDecodeError as e:
-        raise PT2Error(f"{path} is not UTF-8 text (byte {e.start})") from e
-    except OSError as e:
-        raise PT2Error(f"cannot read {path}: {_reason(e)}") from e
+        raise PT2Error(f"{where} is not UTF-8 text (byte {e.start})") from e
+    except RecursionError as e:
+        raise PT2Error(f"{where} is nested too deeply to be one of ours") from e
+    except ValueError as e:  # an int of thousands of digits, or one of the functions below
+        raise PT2Error(f"{where} is not valid JSON: {e}") from e
+    if not _shallow(value):
+        raise PT2Error(f"{where} is nested more than {MAX_JSON_DEPTH} deep")
+    return value
+
+
+def _no_constant(word: str) -> NoReturn:
+    raise ValueError(f"{word} is no number of JSON")
+
+
+def _finite(word: str) -> float:
+    value = float(word)
+    if math.isinf(value):
+        raise ValueError(f"the number {word[:40]} is too large")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        double = next(n for n in value if names.count(n) > 1)
+        raise ValueError(f"{double[:80]!r} is given twice")
+    return value
+
+
+def _shallow(value: Any) -> bool:
+    """Whether a JSON value is nested at most MAX_JSON_DEPTH deep (level by level, no recursion)."""
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        inner: list[Any] = []
+        for v in level:
+            if isinstance(v, dict | list):
+                inner += v.values() if isinstance(v, dict) else v
+        if not inner:
+            return True
+        level = [v for v in inner if isinstance(v, dict | list)]
+    return not level
 
 
 def sha256_file(path: str | os.PathLike[str], chunk: int = 1 << 22) -> str:
@@ -134,6 +238,10 @@ def run_cli(
             is none.
     """
     signal.signal(signal.SIGPIPE, signal.SIG_DFL) if hasattr(signal, "SIGPIPE") else None
+    for stream in (sys.stdout, sys.stderr):
+        # A sign that the terminal's encoding lacks, or a file's name in another one, ends nothing.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return body() or 0
     except PT2Error as e:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pt2_core.texts import source_name
 from quantize.common import PT2Error
+from quantize.schema import LARGEST, shown
+from quantize.yaml_file import read_yaml
 
 ORDERS = ("none", "random", "hessian", "ssr", "foldable")
 BLOCK_SIZES = (64, 128, 256)
@@ -120,7 +120,7 @@ class Config:
         if self.skip is not None:
             try:
                 re.compile(self.skip)
-            except re.error as e:
+            except (re.error, OverflowError, RecursionError) as e:
                 raise PT2Error(f"setting skip is not a regular expression: {e}") from e
 
     def identity(self) -> dict[str, Any]:
@@ -169,15 +169,15 @@ def _recipe_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise PT2Error(f"no recipe {str(path)!r}: give {', '.join(RECIPES)} or a YAML file")
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        raise PT2Error(f"cannot read the recipe {path}: {e}") from e
+        raw = read_yaml(path)
+    except PT2Error as e:
+        raise PT2Error(f"cannot read the recipe: {e}") from e
     if not isinstance(raw, dict):
         raise PT2Error(f"the recipe {path} must hold lines such as 'order: ssr'")
     base = raw.pop("recipe", "fast")
     base = ALIASES.get(str(base), str(base))
     if base not in RECIPES:
-        raise PT2Error(f"{path}: recipe must be one of {', '.join(RECIPES)}, not {base!r}")
+        raise PT2Error(f"{path}: recipe must be one of {', '.join(RECIPES)}, not {shown(base)}")
     known = {f.name for f in dataclasses.fields(Config)}
     unknown = sorted(str(k) for k in raw if k not in known)
     if unknown:
@@ -189,14 +189,16 @@ def _typed(name: str, value: Any, kind: str) -> Any:
     if kind == "str | None" and value is None:
         return None
     wanted = {"int": int, "float": float, "bool": bool}.get(kind, str)
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if whole and abs(value) <= LARGEST and wanted is float:
         return float(value)
-    if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
-        raise PT2Error(f"setting {name} must be of type {wanted.__name__}, not {value!r}")
+    wrong = not isinstance(value, wanted) or (wanted is int and isinstance(value, bool))
+    if wrong or (whole and abs(value) > LARGEST):
+        raise PT2Error(f"setting {name} must be of type {wanted.__name__}, not {shown(value)}")
     return value
 
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     if value not in allowed:
         choices = ", ".join(str(a) for a in allowed)
-        raise PT2Error(f"setting {name} must be one of {choices}, not {value!r}")
+        raise PT2Error(f"setting {name} must be one of {choices}, not {shown(value)}")

@@ -275,7 +275,7 @@ def _load_config(checkpoint: Checkpoint) -> Any:
                  config.vocab_size, config.num_key_value_heads)  # fmt: skip
     except Exception as e:  # transformers raises whatever its fields' checks raise
         raise PT2Error(f"transformers cannot use {where}: {e}") from e
-    if not all(isinstance(s, int) and s > 0 for s in sizes):
+    if not all(type(s) is int and s > 0 for s in sizes):
         raise PT2Error(
             f"{where}: layers, widths, heads and vocabulary must be whole numbers above 0"
         )

@@ -394,7 +394,8 @@ class _Run:
         if index == self.model.n_blocks - 1:
             return
         self._propagate(hidden, index, weights)
-        if activation_digest(hidden) != self.writer.manifest["activations"][str(index)]:
+        known = self.writer.manifest.get("activations", {}).get(str(index))
+        if activation_digest(hidden) != known:
             raise PT2Error(
                 f"cannot resume {self.writer.path}: this machine computes other activations after "
                 f"block {index} than the first run did; start again with --overwrite"
@@ -486,6 +487,9 @@ def _run_record(out: Path, checkpoint: Checkpoint, resume: bool) -> dict[str, An
     run = run if isinstance(run, dict) else {}
     if not resume:
         run = {k: v for k, v in run.items() if k == "fingerprint"}
+    for key in ("fingerprint", "seconds"):
+        if not isinstance(run.get(key, {}), dict):
+            del run[key]
     run["model_dir"] = str(checkpoint.path.resolve())
     run["host"] = f"{platform.node()} ({platform.machine()}, {os.cpu_count()} cores)"
     return run

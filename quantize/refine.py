@@ -45,7 +45,7 @@ from quantize.hf_model import StreamedModel
 from quantize.machine import arithmetic, pick_device, versions
 from quantize.proof_run import renew_proof
 from quantize.refine_config import RefineConfig
-from quantize.refine_state import load_state, remove_state, save_state
+from quantize.refine_state import check_tensors, load_state, remove_state, save_state
 from quantize.refine_store import changed_codes, snapshot, write_refined
 from quantize.refine_text import text_tokens
 from quantize.student import (
@@ -324,6 +324,7 @@ class Run:
             PT2Error: there is none, or it is of another run.
         """
         tensors, record = load_state(out, identity)
+        check_tensors(out, tensors, self._state_tensors())
         for i, parameter in enumerate(self._parameters()):
             with torch.no_grad():
                 parameter.copy_(tensors[f"parameter.{i}"])
@@ -340,6 +341,24 @@ class Run:
         self.elapsed_before = record["elapsed"]
         self.looks_without_gain = record["looks_without_gain"]
         self.before, self.best = Held(**record["before"]), Held(**record["best"])
+
+    def _state_tensors(self) -> dict[str, Tensor]:
+        """Tensors of the names, shapes and dtypes that a state of this run has."""
+        wanted = {f"snapshot.{k}": v for k, v in self._snapshot().items()}
+        for i, parameter in enumerate(self._parameters()):
+            for key in ("parameter", "exp_avg", "exp_avg_sq"):
+                wanted[f"{key}.{i}"] = parameter
+        for i, latent in enumerate(self.latents):
+            wanted |= {f"latent.{i}.{k}": getattr(latent, k) for k in ("z", "mean", "square")}
+        return wanted
+
+    def _snapshot(self) -> dict[str, Tensor]:
+        """What would be stored of the student as it is now, trained tables included."""
+        result = snapshot(self.student)
+        for name, table in self._tables().items():
+            if table.d is not None:
+                result[name] = table(torch.float32).detach().cpu()
+        return result
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.adam.param_groups for p in group["params"]]
@@ -372,10 +391,7 @@ class Run:
         return bool(self.config.patience) and self.looks_without_gain >= self.config.patience
 
     def _keep(self, loss: float) -> None:
-        self.snapshot = snapshot(self.student)
-        for name, table in self._tables().items():
-            if table.d is not None:
-                self.snapshot[name] = table(torch.float32).detach().cpu()
+        self.snapshot = self._snapshot()
         self._note(self.best, loss)
 
     def _note(self, held: Held, loss: float) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pt2_core.progress import Reporter
 from quantize.artifact import MANIFEST, Artifact, read_manifest
+from quantize.common import PT2Error
 from quantize.config import Config
 from quantize.distill import Held
 from quantize.machine import pick_device
@@ -78,5 +79,7 @@ def _finished(out: Path) -> Refined:
     for index in range(artifact.n_blocks):
         artifact.block(index)
     artifact.replaced()
-    record = artifact.manifest["refinement"]
+    record = artifact.manifest.get("refinement")
+    if record is None:
+        raise PT2Error(f"{out} holds an artifact that was not refined: name another folder with -o")
     return Refined(out, Held(**record["before"]), Held(**record["after"]))

@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from quantize.artifact import read_manifest
+from quantize.artifact import MANIFEST, read_manifest
 from quantize.common import PT2Error, atomic_path
+from quantize.manifest import STAGES, block_of, check_errors
 
 TITLES = {"E_w": "weight error $E_w$ (share of $|W|^2$)",
           "E_x": "output error $E_x$ (share of $|Wx|^2$)"}  # fmt: skip
 SCALES = {"E_w": "norm_w", "E_x": "norm_x"}
-# As they follow in time; JSON sorts by name.
-ORDER = ("init", "itf", "aga", "reround", "blockwise", "final")
+ORDER = STAGES  # JSON sorts by name
 
 
 def write_report(artifact: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
@@ -33,6 +33,7 @@ def write_report(artifact: str | os.PathLike[str], out: str | os.PathLike[str]) 
     manifest = read_manifest(Path(artifact))
     if not manifest["matrices"]:
         raise PT2Error(f"{artifact} has no finished block to draw")
+    check_errors(manifest, Path(artifact) / MANIFEST)
     if out.suffix not in (".html", ".png"):
         raise PT2Error(f"{out}: the name must end in .html or .png")
     figure = _figure(manifest)
@@ -55,7 +56,7 @@ def stage_errors(manifest: dict[str, Any], key: str) -> dict[str, list[float]]:
         stage -> one value per decoder block that has ternary linears, in the blocks' order.
     """
     result: dict[str, list[float]] = {}
-    for _, members in sorted(_groups(manifest, lambda name: int(name.split(".")[2])).items()):
+    for _, members in sorted(_groups(manifest, block_of).items()):
         for stage, value in _shares(members, key):
             result.setdefault(stage, []).append(value)
     return result
@@ -77,7 +78,7 @@ def _shares(members: list[dict[str, Any]], key: str) -> Iterator[tuple[str, floa
 def _figure(manifest: dict[str, Any]) -> Any:
     from matplotlib.figure import Figure
 
-    blocks = sorted(_groups(manifest, lambda name: int(name.split(".")[2])))
+    blocks = sorted(_groups(manifest, block_of))
     kinds = _groups(manifest, lambda name: name.split(".")[-1])
     figure = Figure(figsize=(12, 7), layout="constrained")
     axes = figure.subplots(2, 2)

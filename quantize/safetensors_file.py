@@ -12,9 +12,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from quantize.common import PT2Error
 
@@ -25,6 +27,8 @@ ITEM_BYTES = {
     "I64": 8, "U64": 8, "F64": 8,
 }  # fmt: skip
 MAX_HEADER_BYTES = 100_000_000
+MAX_HEADER_VALUES = 1 << 22  # of 300 thousand tensors
+MAX_DIMS = 8  # of a tensor; the product of millions of sizes takes minutes
 
 
 @dataclass(frozen=True)
@@ -45,11 +49,15 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, TensorInfo]:
 
     Raises:
         PT2Error: the file is missing, truncated or too long, or its header is broken: no JSON,
-            an unknown dtype, a size that does not fit the shape, gaps or overlaps.
+            a name twice, an unknown dtype, a size that is no whole number or does not fit the
+            shape, more than MAX_DIMS dimensions, gaps or overlaps.
     """
     path = Path(path)
     try:
-        size = path.stat().st_size
+        state = path.stat()
+        if not stat.S_ISREG(state.st_mode) and not stat.S_ISDIR(state.st_mode):
+            raise _broken(path, "it is no regular file")
+        size = state.st_size
         with path.open("rb") as f:
             first = f.read(8)
             length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
@@ -58,21 +66,44 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, TensorInfo]:
             text = f.read(length)
     except OSError as e:
         raise PT2Error(f"cannot read {path}: {e.strerror}") from e
+    if sum(text.count(mark) for mark in (b",", b"[", b"{")) > MAX_HEADER_VALUES:
+        raise _broken(path, "its header lists more than a model can have")
     try:
-        raw = json.loads(text)
-        tensors = {k: _tensor(v) for k, v in raw.items() if k != "__metadata__"}
+        raw = json.loads(text, object_pairs_hook=_names_once)
+        _check_notes(raw.pop("__metadata__", {}))
+        tensors = {k: _tensor(v) for k, v in raw.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise _broken(path, "its header is not a valid list of tensors") from e
     _check_layout(path, tensors, size - 8 - length)
     return dict(sorted(tensors.items()))
 
 
-def _tensor(value: dict) -> TensorInfo:
-    begin, end = (int(x) for x in value["data_offsets"])
-    shape = tuple(int(n) for n in value["shape"])
-    if any(n < 0 for n in shape):
-        raise ValueError("negative size")
-    return TensorInfo(str(value["dtype"]), shape, begin, end)
+def _names_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(value := dict(pairs)) < len(pairs):
+        raise ValueError("a name twice")
+    return value
+
+
+def _check_notes(value: Any) -> None:
+    if not all(isinstance(v, str) for v in value.values()):
+        raise ValueError("metadata that are not texts")
+
+
+def _tensor(value: dict[str, Any]) -> TensorInfo:
+    begin, end = (_size(n) for n in value["data_offsets"])
+    shape = value["shape"]
+    if not isinstance(shape, list) or len(shape) > MAX_DIMS:
+        raise ValueError("a shape that no tensor has")
+    if not isinstance(value["dtype"], str):
+        raise ValueError("no dtype")
+    return TensorInfo(value["dtype"], tuple(_size(n) for n in shape), begin, end)
+
+
+def _size(value: Any) -> int:
+    """A size or an offset: a JSON integer, so no float and no bool, that 63 bits hold."""
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise ValueError("a size that is none")
+    return value
 
 
 def _check_layout(path: Path, tensors: dict[str, TensorInfo], data_bytes: int) -> None:
@@ -80,7 +111,7 @@ def _check_layout(path: Path, tensors: dict[str, TensorInfo], data_bytes: int) -
     at = 0
     for name, t in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if t.dtype not in ITEM_BYTES:
-            raise _broken(path, f"tensor {name} has the unknown dtype {t.dtype}")
+            raise _broken(path, f"tensor {name} has the unknown dtype {t.dtype[:40]}")
         if t.begin != at or t.end - t.begin != math.prod(t.shape) * ITEM_BYTES[t.dtype]:
             raise _broken(path, f"the bytes of tensor {name} do not fit its shape and place")
         at = t.end

@@ -2,8 +2,9 @@
 
 The file ``sensitivity.safetensors`` in an artifact's folder, written by :mod:`quantize.measure`.
 Per ternary linear M it holds ``M.energy``, float32 ``[cols]``: the mean square of each input,
-columns in the source model's order. Its metadata hold the figures (JSON), and the digest of the
-artifact that they were taken from: those of another one are refused. Plain NumPy.
+columns in the source model's order. Its metadata hold the figures (JSON), the digest of the
+artifact that they were taken from, since those of another one are refused, and a checksum of
+figures and energies. Plain NumPy.
 """
 
 from __future__ import annotations
@@ -21,10 +22,15 @@ from safetensors.numpy import save_file
 
 from pt2_core.commands import command
 from quantize.artifact import Artifact
-from quantize.common import PT2Error, atomic_path
+from quantize.common import PT2Error, atomic_path, parse_json
+from quantize.digest import sha256_content
+from quantize.manifest import SHA256
+from quantize.safetensors_file import read_header
+from quantize.schema import integer, mapping, number, text, validate
+from quantize.schema import record as record_of
 
 FILE = "sensitivity.safetensors"
-FORMAT = "pt2-sensitivity-1"
+FORMAT = "pt2-sensitivity-2"
 RECORD = "pt2"
 
 
@@ -71,8 +77,9 @@ def write(artifact: Artifact, value: Sensitivity) -> Path:
     }
     # One entry: safetensors writes several in a random order.
     record = {"format": FORMAT, "artifact": digest(artifact), "figures": figures}
-    metadata = {RECORD: json.dumps(record, sort_keys=True)}
     tensors = {f"{n}.energy": np.ascontiguousarray(v.energy) for n, v in value.linears.items()}
+    record["sha256"] = sha256_content(record, tensors)
+    metadata = {RECORD: json.dumps(record, sort_keys=True)}
     with atomic_path(path) as tmp:
         save_file(tensors, tmp, metadata=metadata)
     return path
@@ -82,29 +89,66 @@ def read(artifact: Artifact) -> Sensitivity:
     """Read an artifact's file.
 
     Raises:
-        PT2Error: there is none, it is damaged, or it was measured on another state of the artifact.
+        PT2Error: there is none, it is damaged, it was measured on another state of the artifact, or
+            a figure is not finite or negative where it cannot be.
     """
     path = artifact.path / FILE
     if not path.is_file():
         raise PT2Error(f"{artifact.path} has no {FILE}; {_how(artifact)}")
     try:
+        read_header(path)
         with safe_open(path, framework="numpy") as f:
-            record = json.loads((f.metadata() or {})[RECORD])
+            stored = (f.metadata() or {}).get(RECORD, "")
             energies = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-        figures = record["figures"]
-        linears = {
-            name: Linear(float(v["gain"]), float(v["error"]), energies[f"{name}.energy"])
-            for name, v in figures["linears"].items()
-        }
-        result = Sensitivity(
-            int(figures["tokens"]), float(figures["kl"]), linears,
-            {k: float(v) for k, v in figures["tables"].items()},
-        )  # fmt: skip
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError) as e:
-        raise PT2Error(f"{path} is damaged; {_how(artifact)}") from e
-    if record.get("format") != FORMAT or record.get("artifact") != digest(artifact):
+    except (PT2Error, SafetensorError, OSError, ValueError, TypeError) as e:
+        raise PT2Error(f"{path} is damaged ({e}); {_how(artifact)}") from e
+    record = parse_json(stored, f"{path}: its record {RECORD!r}", unique=True)
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise PT2Error(f"{path} is not of the format {FORMAT}; {_how(artifact)}")
+    validate(record, _RECORD, path, _how(artifact))
+    if record["artifact"] != digest(artifact):
         raise PT2Error(f"{path} is not of this state of the artifact; {_how(artifact)}")
-    return result
+    stated = record.pop("sha256")
+    if stated != sha256_content(record, energies):
+        raise PT2Error(f"{path} is damaged (not the checksum in its record); {_how(artifact)}")
+    figures = record["figures"]
+    _check_energies(path, artifact, set(figures["linears"]), energies)
+    linears = {
+        name: Linear(float(v["gain"]), float(v["error"]), energies[f"{name}.energy"])
+        for name, v in figures["linears"].items()
+    }
+    tables = {k: float(v) for k, v in figures["tables"].items()}
+    return Sensitivity(figures["tokens"], float(figures["kl"]), linears, tables)
+
+
+_FIGURES = {
+    "tokens": integer(1),
+    "kl": number(),
+    "linears": mapping(record_of({"gain": number(), "error": number(0)})),
+    "tables": record_of({"embedding": number()}, {"head": number()}),
+}
+_RECORD = record_of(
+    {"artifact": text(SHA256), "sha256": text(SHA256), "figures": record_of(_FIGURES)}
+)
+
+
+def _check_energies(
+    path: Path, artifact: Artifact, linears: set[str], energies: dict[str, npt.NDArray[Any]]
+) -> None:
+    """There is one for every linear of the artifact, finite and not negative, of its width."""
+    if set(artifact.matrices) != linears or {f"{n}.energy" for n in linears} != set(energies):
+        raise PT2Error(f"{path} is not of the linears of this artifact; {_how(artifact)}")
+    how = _how(artifact)
+    for name in linears:
+        value = energies[f"{name}.energy"]
+        if value.dtype != np.float32 or value.shape != (artifact.matrices[name]["cols"],):
+            raise PT2Error(
+                f"{path}: the energies of {name} are not one float32 a column; {how}"
+            )
+        if not (np.isfinite(value).all() and (value >= 0).all()):
+            raise PT2Error(
+                f"{path}: the energies of {name} have NaN, Inf or negatives; {how}"
+            )
 
 
 def _how(artifact: Artifact) -> str:

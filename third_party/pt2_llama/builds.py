@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from quantize.common import PT2Error, read_json, write_json
+from quantize.schema import of, validate
 from third_party.pt2_llama import pinned
 from third_party.pt2_llama.cache import Places, lock
 from third_party.pt2_llama.overlay import load_overlay
@@ -144,6 +145,7 @@ def read_build(folder: Path) -> Build | None:
         data = read_json(folder / STAMP)
         if data.get("version") != STAMP_VERSION:
             return None
+        validate(data, of(Stamp), folder / STAMP, "build again")
         for name in ("tools", "flags", "notes", "library_path"):
             data[name] = tuple(data[name])
         return Build(folder, Stamp(**data))
