@@ -51,6 +51,7 @@ _MANIFEST = record(
         "calibration": mapping(anything),
     },
     {"activations": mapping(text(), r"\d{1,6}"),
+     "proof": mapping(anything),
      "refinement": record({"before": HELD, "after": HELD})},
 )  # fmt: skip
 

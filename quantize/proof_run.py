@@ -76,7 +76,7 @@ def start_proof(checkpoint: Checkpoint, tokens: int, device: str) -> ProofRun | 
     if tokens == 0:
         return "--proof-tokens 0"
     if not has_tokenizer(checkpoint.path):
-        return f"{checkpoint.path.name} has no tokenizer"
+        return "the model has no tokenizer"
     return ProofRun(checkpoint, plan_proof(checkpoint, tokens), device)
 
 

@@ -176,7 +176,7 @@ def test_a_model_without_a_tokenizer_says_that_it_has_no_proof(tmp_path):
     config = Config(calibration=tokens, samples=4, seqlen=24, device="cpu", threads=1)
     result = ternarize(model, tmp_path / "artifact", config)
     manifest = read_manifest(tmp_path / "artifact")
-    assert manifest["proof"] == {"left_out": "model has no tokenizer"}
+    assert manifest["proof"] == {"left_out": "the model has no tokenizer"}
     assert PROOF not in manifest["files"] and any("no proof" in w for w in result.warnings)
     assert Proof.read(Artifact.open(tmp_path / "artifact")) is None
 

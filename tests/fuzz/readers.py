@@ -30,11 +30,12 @@ from llamacpp_bench.report import markdown
 from llamacpp_bench.results import load_results, to_json
 from llamacpp_bench.speedup import load_published
 from quantize import sensitivity
-from quantize.artifact import MANIFEST, RUN, Artifact, read_manifest, sha256_array
+from quantize.artifact import MANIFEST, PROOF, RUN, Artifact, read_manifest, sha256_array
 from quantize.common import read_json, sha256_file
 from quantize.config import Config, load_recipe
 from quantize.digest import sha256_content
 from quantize.manifest import check_errors
+from quantize.proof import Proof
 from quantize.report import stage_errors
 from quantize.safetensors_file import read_header
 from third_party.pt2_llama.builds import STAMP, read_build
@@ -173,6 +174,19 @@ def _judge_errors(folder: Path, value: Any) -> str | None:
 
 def _read_run(folder: Path) -> Any:
     return Artifact(folder, {}, np.empty(0)).source_model(None, "--model")
+
+
+def _judge_proof(folder: Path, proof: Any) -> str | None:
+    """What is compared with a file's predictions must be predictions."""
+    if proof is None:
+        return "no proof was read"
+    probability = np.exp(proof.logprob.astype(np.float64))
+    good = np.isfinite(probability).all() and proof.top.shape == proof.logprob.shape
+    if not good or (probability > 1.01).any() or (proof.top < 0).any():
+        return "predictions that cannot be"
+    if len(proof.ids) != len(proof.lines) or proof.top.shape[0] != proof.tokens.shape[0]:
+        return "lines or windows that do not fit"
+    return None
 
 
 # sensitivity, refinement --------------------------------------------------------------------------
@@ -339,6 +353,8 @@ READERS = (
     Reader("manifest", seeds.artifact, (MANIFEST,), _read_artifact, _judge_artifact),
     Reader("artifact", seeds.artifact, TENSORS, _read_artifact, _judge_artifact, TENSORS,
            _artifact_arrays, _sign_artifact),
+    Reader("proof", seeds.artifact, (PROOF,), lambda d: Proof.read(Artifact.open(d)),
+           _judge_proof, (PROOF,), repr, _sign_artifact),
     Reader("errors", seeds.artifact, (MANIFEST,), _read_errors, _judge_errors),
     Reader("run", seeds.artifact, (RUN,), _read_run),
     Reader("sensitivity", seeds.measured, (sensitivity.FILE,),

@@ -13,6 +13,7 @@ from llamacpp_bench.results import Model, Perplexity, Placement, Results, Sample
 from quantize import sensitivity
 from quantize.artifact import RUN, Artifact, ArtifactWriter, TernaryMatrix, pack_ternary
 from quantize.common import write_json
+from quantize.proof import Proof
 from third_party.pt2_llama.builds import STAMP, Stamp
 
 from . import gguf_file
@@ -98,8 +99,19 @@ def artifact(folder: Path) -> None:
         writer.record("activations", str(i), "b" * 64)
         writer.write_block(i, matrices, {m.name: _record(m.rows, m.cols) for m in matrices})
     writer.write_replaced({NORM: np.full(HIDDEN, 1.25)})
+    writer.write_proof(some_proof().arrays(), some_proof().record())
     writer.finish()
     write_json(folder / RUN, {"model_dir": str(folder), "seconds": {"0": {"itf": 1.0}}})
+
+
+def some_proof() -> Proof:
+    """Two windows of eight tokens with two predictions at a position, and two lines."""
+    rng = np.random.default_rng(5)
+    top = np.stack([rng.permutation(20)[:6].reshape(3, 2) for _ in range(2)]).astype(np.int32)
+    logprob = np.broadcast_to(np.log(np.array([0.5, 0.25], np.float32)), top.shape)
+    tokens = rng.integers(0, 20, (2, 8)).astype(np.int32)
+    ids = (np.array([1, 2], np.int32), np.array([3], np.int32))
+    return Proof("text", tokens, 1, top, logprob.copy(), (("a", "x y"), ("b", "z")), ids)
 
 
 def measured(folder: Path) -> None:
