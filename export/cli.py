@@ -105,6 +105,7 @@ def _run(args: argparse.Namespace) -> int:
     )
     artifact = args.artifact or newest_artifact(Path())
     from rich.console import Console
+    from rich.markup import escape
 
     from export.pipeline import export_gguf
 
@@ -113,6 +114,8 @@ def _run(args: argparse.Namespace) -> int:
         err.print(f"exporting {artifact}, the newest artifact here")
     with _progress(err) as progress:
         report = export_gguf(artifact, args.out, config, model_dir=args.model, progress=progress)
+    for note in report.notes:
+        err.print(f"warning: {escape(note)}")
     _show(out, report, config)
     return 0
 

@@ -45,6 +45,7 @@ from export.writer import Metadata, write_gguf
 from quantize import sensitivity
 from quantize.artifact import Artifact, TernaryMatrix
 from quantize.checkpoint import Checkpoint
+from quantize.common import PT2Error
 
 PT2_VERSION = 1
 HF_EMBEDDING, HF_HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -69,6 +70,7 @@ class ExportReport:
         verified: whether the file was read back and compared.
         tied: whether the embeddings serve as the head too.
         mixed: what was chosen to fit a target size, in words (None: no target).
+        notes: what of the model's folder was left out or decided, one line each.
     """
 
     files: list[Path]
@@ -84,6 +86,7 @@ class ExportReport:
     verified: bool = False
     tied: bool = False
     mixed: str | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def bpw(self) -> float:
@@ -130,28 +133,42 @@ def export_gguf(
     model = Checkpoint.open(Path(model_dir) if model_dir is not None else source_model(artifact))
     check_tokenizer(model.path)
     ggml = _library(config)
+    model.keep_only(artifact.manifest["model"].get("tensors", model.tensors))
     source = _Ternary.read(artifact, model, progress)
     if config.targeted:
         source.measured()  # before the long work
-    check_group_size(source.group_size(), config.type)
+    columns = {module: m["cols"] for module, m in artifact.matrices.items()}
+    check_group_size(source.group_size(), config.type, columns)
     if config.verify:
         check_model(artifact, model, progress)
     check_disk(out, model, source.shapes())
     with work_folder(out) as work:
         progress("converting metadata and tokenizer", 0, 1)
         carrier = run_converter(
-            _llama_source(), model.path, work, source.shapes(), source.plan, artifact.replaced()
+            _llama_source(), model, work, source.shapes(), source.plan, artifact.replaced()
         )
         progress("converting metadata and tokenizer", 1, 1)
+        _check_tied(carrier, model)
         mixed = None
         if config.targeted:
             mixed = _mixed(config, carrier, source, ggml, progress)
         items = plan_items(carrier, config, ggml, artifact.kept, mixed)
         report = _write(out, work, carrier, items, source, config, ggml, progress)
+    report.notes = model.notes
     if mixed is not None:
         _check_target(report, config)
         report.mixed = mixed.summary(source.measured().kl)
     return report
+
+
+def _check_tied(carrier: Carrier, model: Checkpoint) -> None:
+    """Raise PT2Error where the converter has the head tied and the model has not, or the like."""
+    if model.tied == any(t.name == HEAD for t in carrier.tensors):
+        asked = "tied to the embeddings" if model.tied else "a table of its own"
+        raise PT2Error(
+            f"the head of {model.path} is {asked}, and llama.cpp's converter makes it otherwise: "
+            "it cannot be exported"
+        )
 
 
 def _mixed(
@@ -159,8 +176,8 @@ def _mixed(
 ) -> Choice:
     """Choose the types that fit the target, with what metadata and small tensors leave of it."""
     shapes = {n.removesuffix(".weight"): s for n, s in source.shapes().items()}
-    ordinary = {t.name: t for t in carrier.tensors if t.source is None}
-    tables = {"embedding": HF_EMBEDDING, **({"head": HF_HEAD} if HEAD in ordinary else {})}
+    tied = source.model.tied
+    tables = {"embedding": HF_EMBEDDING, **({} if tied else {"head": HF_HEAD})}
     # Everything else has its size already: plan it, tables and linears left out.
     items = plan_items(carrier, config, ggml, source.artifact.kept)
     chosen = (HEAD, EMBEDDING)
@@ -206,7 +223,7 @@ class _Ternary:
                 orders[name], home[name] = matrix.perm, index
         progress("checking the artifact", artifact.n_blocks, artifact.n_blocks)
         check_shapes(artifact, model, list(home))
-        heads = Heads.from_config(model.raw_config)
+        heads = Heads.from_config(model.settings)
         plan = fold_plan(model.tensors, heads, artifact.residual_perm, orders)
         return cls(artifact, model, plan, home)
 
@@ -296,7 +313,7 @@ def _write(
             progress("verifying", next(checked), len(items))
 
         verify_files(files, items, digests, source.rows, ggml, step)
-    return _report(publish(files, out, config), items, errors, config)
+    return _report(publish(files, out, config), items, errors, config, source.model.tied)
 
 
 def _metadata(source: _Ternary, items: list[Item], config: ExportConfig) -> Metadata:
@@ -321,8 +338,9 @@ def _metadata(source: _Ternary, items: list[Item], config: ExportConfig) -> Meta
 
 
 def _report(
-    files: list[Path], items: list[Item], errors: dict[str, WeightError], config: ExportConfig
-) -> ExportReport:
+    files: list[Path], items: list[Item], errors: dict[str, WeightError], config: ExportConfig,
+    tied: bool,
+) -> ExportReport:  # fmt: skip
     ternary = [i for i in items if i.reason is None]
     others = [
         (i.tensor.name, i.tensor.shape, i.type.name, i.reason)
@@ -341,7 +359,7 @@ def _report(
         errors={name: e.rms for name, e in errors.items()},
         error=sum(errors.values(), WeightError()).rms if errors else None,
         verified=config.verify,
-        tied=all(i.tensor.name != HEAD for i in items),
+        tied=tied,
     )
 
 

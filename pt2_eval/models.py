@@ -58,7 +58,8 @@ class TorchModel:
         self.kind = "hf" if artifact is None else "artifact"
         folder = path if artifact is None else artifact.path
         self.name = folder.resolve().name
-        self.size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+        names = checkpoint.shards if artifact is None else list(artifact.manifest["files"])
+        self.size = sum((folder / name).stat().st_size for name in names)
         self.vocab = int(config.vocab_size)
         self.limit = int(config.max_position_embeddings)
         read: Callable[[str, tuple[int, ...]], Tensor] = checkpoint.read
@@ -68,7 +69,9 @@ class TorchModel:
                 raise PT2Error(f"{artifact.path} was not made from {path}: give --source DIR")
             read = _with_artifact(checkpoint, artifact)
         with torch.no_grad():
-            self._network = build_teacher(config, read, self.device, torch_dtype(dtype))
+            self._network = build_teacher(
+                config, read, self.device, torch_dtype(dtype), tied=checkpoint.tied
+            )
         self._tokenizer = load_tokenizer(path)
         bos = self._tokenizer.bos_token_id
         adds = bos is not None and self._tokenizer.encode("a")[0] == bos

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import random
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from torch import Tensor
 
 from quantize.artifact import sha256_array
 from quantize.common import PT2Error
+from quantize.model_view import write_tokenizer_view
 from quantize.safetensors_file import read_header
+from quantize.tokenizer_files import VOCABULARIES, tokenizer_files
 
 TEXT_SUFFIXES = (".txt", ".raw", ".md", ".text")
 # Data sets as GPTQ and the paper use them: (path, name, files, split, column, joined by)
@@ -94,11 +97,15 @@ def load_tokenizer(model_dir: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
-    if not any((model_dir / n).is_file() for n in names):
-        raise PT2Error(f"{model_dir} has no tokenizer ({', '.join(names)}); copy the model's here")
+    names, _ = tokenizer_files(model_dir)
+    if not set(VOCABULARIES) & set(names):
+        raise PT2Error(
+            f"{model_dir} has no tokenizer ({', '.join(VOCABULARIES)}); copy the model's here"
+        )
     try:
-        return AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+        with tempfile.TemporaryDirectory() as folder:
+            write_tokenizer_view(model_dir, Path(folder), names)
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as e:  # a broken file may raise nearly anything in there
         raise PT2Error(f"the tokenizer in {model_dir} cannot be read: {e}") from e
 

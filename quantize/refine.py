@@ -181,8 +181,9 @@ class Run:
         restored = restored_linears(source, config.restore)
         self.reporter.start("loading the models", 2)
         self.teacher = build_teacher(
-            model_config, checkpoint.read, self.device, torch_dtype(config.dtype)
-        )
+            model_config, checkpoint.read, self.device, torch_dtype(config.dtype),
+            tied=checkpoint.tied,
+        )  # fmt: skip
         self.reporter.step()
         self.attach(
             model_config,
