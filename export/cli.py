@@ -115,7 +115,7 @@ def _run(args: argparse.Namespace) -> int:
     with _progress(err) as progress:
         report = export_gguf(artifact, args.out, config, model_dir=args.model, progress=progress)
     for note in report.notes:
-        err.print(f"warning: {escape(note)}")
+        err.print(f"warning: {escape(note)}", soft_wrap=True)
     _show(out, report, config)
     return 0
 

@@ -142,12 +142,16 @@ def folder_key(folder: Path) -> str:
 
 def _convert(source: Path, final: Path, say: Say) -> None:
     """Convert what counts of a model's folder (:mod:`quantize.model_view`)."""
+    from quantize.architectures import ADAPTERS
     from quantize.checkpoint import Checkpoint
+    from quantize.expected import load_config, settle
     from quantize.model_view import view_folder, write_view
     from third_party.pt2_llama.api import source_dir
 
     script = source_dir() / "convert_hf_to_gguf.py"
     checkpoint = Checkpoint.open(source)
+    if checkpoint.architecture in ADAPTERS:
+        settle(checkpoint, load_config(checkpoint))
     with TemporaryDirectory(dir=final.parent) as work, atomic_path(final) as tmp:
         view = view_folder(checkpoint, Path(work))
         for note in checkpoint.notes + write_view(checkpoint, view, without_dropped=True):

@@ -62,7 +62,7 @@ def clean_settings(path: Path, raw: Mapping[str, Any]) -> tuple[dict[str, Any], 
             kept = _valid_ids(settings[key], vocab)
             if kept != settings[key]:
                 notes.append(
-                    f"dropped {key} {settings[key]} of {CONFIG}: no token of a vocabulary of {vocab}"
+                    f"dropped {key} {settings[key]} of {CONFIG}: no id in a vocabulary of {vocab}"
                 )
                 settings[key] = kept
     adapter = ADAPTERS.get(architecture_of(raw))

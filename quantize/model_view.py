@@ -8,6 +8,7 @@ Free of torch.
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -28,7 +29,7 @@ _PIECE = 1 << 24
 
 def view_folder(checkpoint: Checkpoint, parent: Path) -> Path:
     """Where to write a view: its name is the model's, which the converter puts into the file."""
-    return parent / "view" / (checkpoint.path.resolve().name or "model")
+    return parent / "view" / (Path(os.path.abspath(checkpoint.path)).name or "model")
 
 
 def write_view(checkpoint: Checkpoint, folder: Path, *, without_dropped: bool = False) -> list[str]:

@@ -95,7 +95,8 @@ def test_later_blocks_are_calibrated_on_the_quantised_ones(llama, tmp_path, cali
 
 @pytest.mark.parametrize("order", [o for o in ORDERS if o != "foldable"])
 def test_other_orders_run(order, llama, tmp_path, calib):
-    quantize.ternarize(llama, tmp_path / "a", config(calib, order=order, block_size=64))
+    size = 128 if order == "none" else 64  # what can be exported must fit a type
+    quantize.ternarize(llama, tmp_path / "a", config(calib, order=order, block_size=size))
     a = Artifact.open(tmp_path / "a")
     assert a.residual_perm.tolist() == list(range(128))
     perms = [a.block(1)[f"model.layers.1.self_attn.{p}_proj"].perm for p in "qk"]
