@@ -126,6 +126,8 @@ def refine(
         raise PT2Error(f"{source.path} was not made from the model in {model}; give --model")
     with arithmetic(config.threads), torch.enable_grad():
         streamed = StreamedModel(checkpoint, device, config.dtype)  # refuses what is not supported
+        for note in checkpoint.notes:
+            reporter.warn(note)
         tokens = text_tokens(config, checkpoint.path, streamed.config.vocab_size)
         identity = {
             "settings": {**config.identity(), "device": device},

@@ -50,9 +50,7 @@ def save(path: Path, tensors: dict[str, Any]) -> None:
 def config(folder: Path, **changes: Any) -> None:
     value = json.loads((folder / "config.json").read_text())
     value.update(changes)
-    (folder / "config.json").write_text(
-        json.dumps({k: v for k, v in value.items() if v != "gone"})
-    )
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in value.items() if v != "gone"}))
 
 
 def tensors(folder: Path, **changes: Any) -> None:
@@ -92,8 +90,9 @@ def copied(folder: Path, *names: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "others", [["model_old.safetensors"], ["consolidated.safetensors"], ["a.safetensors", "b.safetensors"],
-               ["model-00001-of-00002.safetensors"], ["pytorch_model.safetensors"]],
+    "others", [["model_old.safetensors"], ["consolidated.safetensors"],
+               ["a.safetensors", "b.safetensors"], ["model-00001-of-00002.safetensors"],
+               ["pytorch_model.safetensors"]],
 )  # fmt: skip
 def test_other_files_beside_the_model_are_ignored_and_named(folder, others):
     copied(folder, *others)

@@ -106,7 +106,8 @@ def head(text: str | None) -> dict:
 def test_every_scalar_of_a_card_stays_the_text_it_was():
     card = (
         "---\nlicense: mit\ntags:\n- 2024\n- 2024-05-01\n- true\n- 1.50\nlanguage: no\n"
-        "version: 1.10\nname: 7\nbase_model: a/b\ndatasets:\n- c/d\n- name: e\n  size: 3\n---\n# T\n"
+        "version: 1.10\nname: 7\nbase_model: a/b\ndatasets:\n- c/d\n- name: e\n  size: 3\n"
+        "---\n# T\n"
     )
     text, notes = clean_card(card.encode())
     assert notes == []
@@ -146,7 +147,7 @@ def test_empty_entries_of_a_card_are_no_news(card):
 
 
 def test_control_characters_cannot_break_out_of_the_head():
-    text, _ = clean_card('---\nname: "a\\n---\\nb\\u2028c\\x07"\nauthor: x\n---\n'.encode())
+    text, _ = clean_card(b'---\nname: "a\\n---\\nb\\u2028c\\x07"\nauthor: x\n---\n')
     assert head(text) == {"name": "a --- b c", "author": "x"}
 
 
