@@ -29,7 +29,7 @@ from quantize.model_settings import (
 from quantize.safetensors_file import TensorInfo
 from quantize.tied_tables import decide_tied
 from quantize.tokenizer_files import tokenizer_files
-from quantize.weight_files import weight_files, weight_tensors
+from quantize.weight_files import INDEX, weight_files, weight_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -85,6 +85,12 @@ class Checkpoint:
             raise PT2Error(f"there is no model folder {path}{hint}")
         raw = read_config(path)
         shards, index, notes = weight_files(path)
+        chosen = raw.get("transformers_weights")  # transformers then loads this file alone
+        if chosen is not None and chosen not in (INDEX, *shards):
+            raise PT2Error(
+                f"{path / CONFIG} names {chosen!r} as the weights (transformers_weights), the "
+                f"folder {shards[0]}: remove that entry, or the files that are not meant"
+            )
         tensors, home, more = weight_tensors(path, shards, index)
         notes += more
         dropped = check_leftovers(path, tensors)

@@ -119,7 +119,7 @@ def _entry(key: str, value: Any) -> tuple[Any, bool]:
         return kept, kept == given
     texts = [_clean(v) for v in given if isinstance(v, str)]
     whole = len(texts) == len(given)
-    if key in _LISTS or (key == "license" and len(texts) > 1):
+    if key in _LISTS or (key == "license" and isinstance(value, list)):
         return texts, whole
     if isinstance(value, list):
         return None, not given

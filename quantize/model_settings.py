@@ -56,6 +56,9 @@ def clean_settings(path: Path, raw: Mapping[str, Any]) -> tuple[dict[str, Any], 
         if settings.pop(key, None):
             notes.append(f"dropped {key} of {CONFIG}: the weights are not quantised")
     settings.pop("auto_map", None)
+    if not isinstance(settings.get("_name_or_path", ""), str):
+        notes.append(f"dropped _name_or_path of {CONFIG}: not text")
+        del settings["_name_or_path"]
     vocab = settings.get("vocab_size")
     for key in _TOKEN_IDS:
         if key in settings:

@@ -52,20 +52,30 @@ def write_view(checkpoint: Checkpoint, folder: Path, *, without_dropped: bool = 
         _write_json(folder / CONFIG, checkpoint.settings)
         _weights(checkpoint, folder, without_dropped)
         _tokenizer(checkpoint.path, folder, checkpoint.tokenizer_files)
-        card, generation = checkpoint.path / CARD, checkpoint.path / GENERATION
-        if card.is_file():
-            text, more = clean_card(card.read_bytes())
+        if (card := _optional(checkpoint.path / CARD, notes)) is not None:
+            text, more = clean_card(card)
             notes += more
             if text is not None:
                 (folder / CARD).write_text(text, encoding="utf-8")
-        if generation.is_file():
-            values, more = clean_generation(generation.read_bytes())
+        if (generation := _optional(checkpoint.path / GENERATION, notes)) is not None:
+            values, more = clean_generation(generation)
             notes += more
             if values is not None:
                 _write_json(folder / GENERATION, values)
     except OSError as e:
         raise PT2Error(f"cannot write {folder}: {e.strerror or e}") from e
     return notes
+
+
+def _optional(file: Path, notes: list[str]) -> bytes | None:
+    """The bytes of a file that is not needed; None where there is none, or none to be read."""
+    if not file.is_file():
+        return None
+    try:
+        return file.read_bytes()
+    except OSError as e:
+        notes.append(f"ignored {file.name}: {e.strerror}")
+        return None
 
 
 def write_tokenizer_view(model_dir: Path, folder: Path, names: Iterable[str]) -> None:

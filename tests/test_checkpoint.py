@@ -122,6 +122,14 @@ def test_several_files_without_an_index_are_refused(folder):
     refused(folder, "several sets of weights")
 
 
+def test_a_config_that_names_other_weights_is_refused(folder):
+    copied(folder, "other.safetensors")
+    config(folder, transformers_weights="other.safetensors")
+    refused(folder, "names 'other.safetensors' as the weights")
+    config(folder, transformers_weights=SINGLE)
+    assert Checkpoint.open(folder).shards == [SINGLE]
+
+
 def test_an_incomplete_set_names_the_missing_file(folder):
     shards(folder, count=3)
     (folder / "model-00002-of-00003.safetensors").unlink()

@@ -123,7 +123,7 @@ def test_every_scalar_of_a_card_stays_the_text_it_was():
     ("card", "named"),
     [
         (b"---\ntags:\n- a\n- {b: c}\n---\n", "a part of tags"),
-        (b"---\nname: [1, 2]\n---\n", "name"),
+        (b"---\nname: [1, 2]\nlicense: [mit]\n---\n", "name"),
         (b"---\nlanguage:\n  a: b\n---\n", "language"),
         (b"---\nbase_model: [[a]]\n---\n", "base_model"),
         (b"---\ntitle: My model: the second\n---\n", "not valid YAML"),
