@@ -53,7 +53,7 @@ def check_leftovers(path: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, 
                 f"{path} holds parts of an adapter ({name}): merge it into the model first "
                 "(peft: merge_and_unload, then save_pretrained)"
             )
-        if _BUFFER.search(name):
+        if is_buffer(name):
             dropped[name] = "a buffer that transformers computes"
         elif _OTHER_HEAD.match(name.removeprefix("model.").removeprefix("pretrained_model.")):
             dropped[name] = "a head of another task"
@@ -68,6 +68,11 @@ def check_leftovers(path: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, 
                 "the model in one of these first"
             )
     return dropped
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a name is that of a buffer, which transformers computes and does not load."""
+    return _BUFFER.search(name) is not None
 
 
 def check_layers(path: Path, tensors: Mapping[str, TensorInfo], layers: object) -> None:

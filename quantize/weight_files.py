@@ -11,7 +11,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from quantize.architectures import HEAD
 from quantize.common import PT2Error, read_json
+from quantize.leftovers import is_buffer
 from quantize.safetensors_file import TensorInfo, read_header
 
 INDEX = "model.safetensors.index.json"
@@ -81,9 +83,13 @@ def weight_tensors(
             tensors[name], home[name] = info, shard
     if not tensors:
         raise PT2Error(f"{path / shards[0]} holds no tensors: it is not a model")
-    notes = []
+    notes: list[str] = []
     absent = sorted(set(index) - set(home))
-    if absent:
+    # Buffers are computed, and whether a head must be there is for the tie to say.
+    spare = [n for n in absent if is_buffer(n) or n == HEAD]
+    if spare:
+        notes.append(f"ignored {_some(spare)} of {INDEX}: no file holds it, and none must")
+    if absent := [n for n in absent if n not in spare]:
         raise PT2Error(
             f"{path / INDEX} names {absent[0]} in {index[absent[0]]}, which does not hold it: the "
             "index and the files are of different models; download the model again"

@@ -156,6 +156,9 @@ def test_what_a_shard_holds_counts_and_what_none_holds_is_refused(folder):
     assert "model.norm.weight" in checkpoint.tensors and "model.norm" in checkpoint.notes[0]
     index(folder, {**home, "model.layers.9.extra.weight": home[HEAD]})
     refused(folder, "names model.layers.9.extra.weight")
+    buffer = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    index(folder, {**home, buffer: home[HEAD]})
+    assert buffer in Checkpoint.open(folder).notes[0]
     index(folder, {**home, "x": "../elsewhere.safetensors"})
     refused(folder, "no file of this folder")
 
