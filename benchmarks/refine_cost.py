@@ -85,7 +85,7 @@ def measure(shape: str, config: RefineConfig, steps: int) -> dict[str, Any]:
         count = (config.held_out + (steps + 3) * config.batch_size + 2) * config.seqlen
         run = Run(config, device, torch.randint(0, model.vocab_size, (count,)), Reporter())
         dtype = getattr(torch, config.dtype)
-        run.teacher = build_teacher(model, read, device, dtype)
+        run.teacher = build_teacher(model, read, device, dtype, tied=False)
         run.attach(model, random_matrices(model, device, config.codes != "frozen"))
         for _ in range(2):
             float(run.one_step())

@@ -94,7 +94,8 @@ def own_text(model: str, args: Any, stream: Tensor, clock: Clock) -> Tensor:
     config = StreamedModel(checkpoint, device, args.dtype).config
     rows, parts = args.own_rows, []
     with arithmetic(args.threads):
-        teacher = build_teacher(config, checkpoint.read, device, getattr(torch, args.dtype))
+        dtype = getattr(torch, args.dtype)
+        teacher = build_teacher(config, checkpoint.read, device, dtype, tied=checkpoint.tied)
         for number in range(-(-args.own_tokens // (rows * CONTEXT))):
             prompts = prompt_windows(stream, rows, 32, number)
             if number % 2 and isinstance(config.bos_token_id, int):

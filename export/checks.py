@@ -57,7 +57,7 @@ def check_output(out: Path, config: ExportConfig) -> None:
 
 def check_model(artifact: Artifact, model: Checkpoint, progress: Progress) -> None:
     """Raise PT2Error unless the model's files are those that the artifact was made from."""
-    total = sum((model.path / shard).stat().st_size for shard in model.shards)
+    total = model.bytes
     done = 0
 
     def step(count: int) -> None:
@@ -91,7 +91,7 @@ def check_shapes(artifact: Artifact, model: Checkpoint, modules: Sequence[str]) 
                 f"{model.path} is not the model of {artifact.path}: {module} should be "
                 f"{shape[0]} x {shape[1]}; give the right one with --model"
             )
-    hidden = model.raw_config.get("hidden_size")
+    hidden = model.settings.get("hidden_size")
     if hidden is not None and len(artifact.residual_perm) != hidden:
         raise PT2Error(f"{model.path} is not the model of {artifact.path}: another hidden size")
 

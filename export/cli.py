@@ -131,6 +131,8 @@ def _run(args: argparse.Namespace) -> int:
         report = export_gguf(
             artifact, args.out, config, model_dir=args.model, progress=reporter.stage
         )
+    for note in report.notes:
+        reporter.warn(note)
     _show(out, report, config)
     return 0
 

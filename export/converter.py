@@ -23,7 +23,9 @@ from numpy.typing import NDArray
 
 from export.converter_driver import MARK, STAND_IN
 from export.fold import FoldPlan
+from quantize.checkpoint import Checkpoint
 from quantize.common import PT2Error
+from quantize.model_view import view_folder, write_view
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
 _READ_ONLY_KEYS = ("GGUF.version", "GGUF.tensor_count", "GGUF.kv_count", "general.architecture")
@@ -67,7 +69,7 @@ class Carrier:
 
 def run_converter(
     source_dir: Path,
-    model_dir: Path,
+    model: Checkpoint,
     workdir: Path,
     ternary: dict[str, tuple[int, int]],
     plan: FoldPlan,
@@ -77,7 +79,7 @@ def run_converter(
 
     Args:
         source_dir: llama.cpp's source tree (with ``conversion`` and ``gguf-py``).
-        model_dir: the Hugging Face checkpoint.
+        model: the Hugging Face checkpoint; the converter sees a view of what counts of it.
         workdir: a folder for the carrier, which may be as large as the model's embeddings in
             float32; the caller removes it.
         ternary: tensor name -> (rows, cols).
@@ -88,14 +90,17 @@ def run_converter(
         PT2Error: no tokenizer, an architecture that llama.cpp does not know, or any other failure
             of the converter, in its own words.
     """
-    check_tokenizer(model_dir)
+    check_tokenizer(model.path)
+    view = view_folder(model, workdir)
+    model.notes += write_view(model, view)
     job = {
         "source": str(source_dir),
-        "model": str(model_dir.absolute()),
+        "model": str(view.absolute()),
         "carrier": str(workdir / "carrier.gguf"),
         "orders": str(workdir / "orders.npz"),
         "replaced": str(workdir / "replaced.npz"),
         "ternary": ternary,
+        "dropped": sorted(model.dropped),
     }
     orders = {f"rows/{k}": v for k, v in plan.rows.items()}
     orders |= {f"cols/{k}": v for k, v in plan.cols.items()}
@@ -108,7 +113,7 @@ def run_converter(
     if os.environ.get("PT2_DEBUG"):
         sys.stderr.write(done.stderr)
     if done.returncode:
-        raise PT2Error(_failure(done, model_dir))
+        raise PT2Error(_failure(done, model.path))
     return read_carrier(workdir / "carrier.gguf", ternary)
 
 

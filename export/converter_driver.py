@@ -10,8 +10,9 @@ off there.
 
 The job: ``source`` (llama.cpp), ``model`` (folder), ``carrier`` (output), ``ternary`` (tensor name
 -> [rows, cols]), ``orders`` (an .npz with ``rows/NAME`` and ``cols/NAME``), ``replaced`` (an .npz
-of tensors that take the place of the checkpoint's, by its names). On failure the last line of
-stderr starts with ``converter:`` and the exit code is 3.
+of tensors that take the place of the checkpoint's, by its names), ``dropped`` (names of tensors
+that the files hold and that do not count). On failure the last line of stderr starts with
+``converter:`` and the exit code is 3.
 """
 
 from __future__ import annotations
@@ -69,6 +70,8 @@ def replace_tensors(tensors: dict[str, Callable[[], Any]], job: dict[str, Any]) 
     """
     import numpy as np
 
+    for name in job["dropped"]:
+        tensors.pop(name, None)
     orders, replaced = np.load(job["orders"]), np.load(job["replaced"])
     for name in replaced.files:
         _require(tensors, name)

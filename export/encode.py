@@ -20,6 +20,7 @@ from export.mixed import Choice
 from export.types import BLOCK, F16, TERNARY_TYPES, U8, weights
 from quantize.artifact import TernaryMatrix
 from quantize.common import PT2Error
+from quantize.widths import width_problem
 
 F32_TYPE = gguf.GGMLQuantizationType.F32
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
@@ -165,12 +166,29 @@ class TernaryRows:
         return TernaryRows(self.codes, alpha, mu)
 
 
-def check_group_size(group: int, kind: str) -> None:
-    """Raise PT2Error when a type cannot hold blocks of ``group`` columns."""
-    if kind in TERNARY_TYPES and group % BLOCK:
+def check_group_size(group: int, kind: str, columns: Mapping[str, int]) -> None:
+    """Raise PT2Error when a type cannot hold blocks of ``group`` columns.
+
+    Args:
+        columns: Hugging Face module name -> number of columns, of the ternary linears.
+    """
+    if group % BLOCK == 0:
+        return
+    widths: dict[str, list[int]] = {}
+    for module, cols in columns.items():
+        widths.setdefault(module.rpartition(".")[2], []).append(cols)
+    if kind in TERNARY_TYPES and all(c % q2k.SUPER == 0 for c in columns.values()):
         raise PT2Error(
             f"the artifact has blocks of {group}, {kind} holds blocks of {BLOCK}: use --type q2_k, "
             f"or quantise again with --block-size {BLOCK}"
+        )
+    # No type holds such blocks: what is left is to quantise again, in blocks that one does.
+    again = width_problem(widths, BLOCK)
+    if kind in TERNARY_TYPES or width_problem(widths, group):
+        how = f"use --block-size {BLOCK}" if again is None else again.partition(": ")[2]
+        raise PT2Error(
+            f"the artifact has blocks of {group}, which {kind} cannot hold in "
+            f"{', '.join(widths)}: quantise again, {how}"
         )
 
 

@@ -70,6 +70,7 @@ class ExportReport:
         tied: whether the embeddings serve as the head too.
         mixed: what was chosen to fit a target size, in words (None: no target).
         chat: whether the file has a chat template.
+        notes: what of the model's folder was left out or decided, one line each.
     """
 
     files: list[Path]
@@ -87,6 +88,7 @@ class ExportReport:
     tied: bool = False
     mixed: str | None = None
     chat: bool = False
+    notes: list[str] = field(default_factory=list)
 
     @property
     def bpw(self) -> float:
@@ -133,28 +135,42 @@ def export_gguf(
     model = Checkpoint.open(Path(model_dir) if model_dir is not None else source_model(artifact))
     check_tokenizer(model.path)
     ggml = _library(config)
+    model.keep_only(artifact.manifest["model"].get("tensors", model.tensors))
     source = TernarySource.read(artifact, model, progress)
     if config.targeted:
         source.measured()  # before the long work
-    check_group_size(source.group_size(), config.type)
+    columns = {module: m["cols"] for module, m in artifact.matrices.items()}
+    check_group_size(source.group_size(), config.type, columns)
     if config.verify:
         check_model(artifact, model, progress)
     check_disk(out, model, source.shapes())
     with work_folder(out) as work:
         progress("converting metadata and tokenizer", 0, 1)
         carrier = run_converter(
-            _llama_source(), model.path, work, source.shapes(), source.plan, artifact.replaced()
+            _llama_source(), model, work, source.shapes(), source.plan, artifact.replaced()
         )
         progress("converting metadata and tokenizer", 1, 1)
+        _check_tied(carrier, model)
         mixed = None
         if config.targeted:
             mixed = _mixed(config, carrier, source, ggml, progress)
         items = plan_items(carrier, config, ggml, artifact.kept, mixed)
         report = _write(out, work, carrier, items, source, config, ggml, progress)
     report.chat = "tokenizer.chat_template" in carrier.fields
+    report.notes = model.notes
     if mixed is not None:
         report.mixed = mixed.summary(source.measured().kl)
     return report
+
+
+def _check_tied(carrier: Carrier, model: Checkpoint) -> None:
+    """Raise PT2Error where the converter has the head tied and the model has not, or the like."""
+    if model.tied == any(t.name == HEAD for t in carrier.tensors):
+        asked = "tied to the embeddings" if model.tied else "a table of its own"
+        raise PT2Error(
+            f"the head of {model.path} is {asked}, and llama.cpp's converter makes it otherwise: "
+            "it cannot be exported"
+        )
 
 
 def _mixed(
@@ -162,8 +178,8 @@ def _mixed(
 ) -> Choice:
     """Choose the types that fit the target, with what metadata and small tensors leave of it."""
     shapes = {n.removesuffix(".weight"): s for n, s in source.shapes().items()}
-    ordinary = {t.name: t for t in carrier.tensors if t.source is None}
-    tables = {"embedding": HF_EMBEDDING, **({"head": HF_HEAD} if HEAD in ordinary else {})}
+    tied = source.model.tied
+    tables = {"embedding": HF_EMBEDDING, **({} if tied else {"head": HF_HEAD})}
     # Everything else has its size already: plan it, tables and linears left out.
     items = plan_items(carrier, config, ggml, source.artifact.kept)
     chosen = (HEAD, EMBEDDING)
@@ -243,7 +259,7 @@ def _write(
         if verdict.problem is not None:
             raise PT2Error(verdict.problem + _kept(files, out, config))
         write_figures(files[0], verdict)
-    report = _report(files, items, errors, config)
+    report = _report(files, items, errors, config, source.model.tied)
     report.proof = verdict
     if config.targeted:
         _check_target(report, config)
@@ -285,8 +301,9 @@ def _metadata(source: TernarySource, items: list[Item], config: ExportConfig) ->
 
 
 def _report(
-    files: list[Path], items: list[Item], errors: dict[str, WeightError], config: ExportConfig
-) -> ExportReport:
+    files: list[Path], items: list[Item], errors: dict[str, WeightError], config: ExportConfig,
+    tied: bool,
+) -> ExportReport:  # fmt: skip
     ternary = [i for i in items if i.reason is None]
     others = [
         (i.tensor.name, i.tensor.shape, i.type.name, i.reason)
@@ -305,7 +322,7 @@ def _report(
         errors={name: e.rms for name, e in errors.items()},
         error=sum(errors.values(), WeightError()).rms if errors else None,
         verified=config.verify,
-        tied=all(i.tensor.name != HEAD for i in items),
+        tied=tied,
     )
 
 

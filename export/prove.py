@@ -75,7 +75,7 @@ class Prover:
         model = self.source.model
         result = check_file(
             self.files[0], proof, self.programs, gaps=known_gaps(model.path, self.files[0]),
-            renew=lambda: self._renew(proof), hint=unusual(model.raw_config),
+            renew=lambda: self._renew(proof), hint=unusual(model.settings),
         )  # fmt: skip
         self.progress(STAGE, 1, 1)
         return result

@@ -36,7 +36,7 @@ class TernarySource:
                 orders[name], home[name] = matrix.perm, index
         progress("checking the artifact", artifact.n_blocks, artifact.n_blocks)
         check_shapes(artifact, model, list(home))
-        heads = Heads.from_config(model.raw_config)
+        heads = Heads.from_config(model.settings)
         plan = fold_plan(model.tensors, heads, artifact.residual_perm, orders)
         return cls(artifact, model, plan, home)
 

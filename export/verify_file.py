@@ -88,6 +88,7 @@ def verify_file(
     artifact = Artifact.open(artifact_dir)
     model = Checkpoint.open(Path(model_dir) if model_dir is not None else source_model(artifact))
     check_model(artifact, model, progress)
+    model.keep_only(artifact.manifest["model"].get("tensors", model.tensors))
     programs: Programs = Folder(Path(llama)) if llama is not None else api.require_build(variant)
     ggml = Ggml(api.require_build().lib_dir)
     source = TernarySource.read(artifact, model, progress)
@@ -95,7 +96,7 @@ def verify_file(
     with tempfile.TemporaryDirectory(prefix="pt2-verify-") as name:
         progress("converting metadata and tokenizer", 0, 1)
         carrier = run_converter(
-            api.source_dir(), model.path, Path(name), source.shapes(), source.plan,
+            api.source_dir(), model, Path(name), source.shapes(), source.plan,
             artifact.replaced(),
         )  # fmt: skip
         fields, tensors = _read(files)

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from llamacpp_bench.gguf_info import GGUFInfo, read_gguf
 from llamacpp_bench.process import run_tool
@@ -32,6 +33,7 @@ FLOAT_TYPES = ("F32", "F16", "BF16")
 IMATRIX_CHUNKS = 200
 IMATRIX_WINDOW = 512  # tokens; llama-imatrix's own default
 IMATRIX_ENOUGH = IMATRIX_CHUNKS * IMATRIX_WINDOW * CHARACTERS_PER_TOKEN
+CONVERTS = "view 1"  # part of the cache's keys: what is converted of a model's folder
 Say = Callable[[str], None]
 
 
@@ -126,13 +128,13 @@ def source_gguf(source: Path, say: Say) -> GGUFInfo:
     final = cache_dir() / f"{source.resolve().name}-{folder_key(source)}-bf16.gguf"
     if not final.is_file():
         say(f"converting {source.name} to BF16")
-        _convert(source, final)
+        _convert(source, final, say)
     return read_gguf(final)
 
 
 def folder_key(folder: Path) -> str:
     """A key of a model folder: names, sizes and times of the files that the converter reads."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(CONVERTS.encode())
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.suffix in (".json", ".safetensors", ".model", ".bin", ".txt"):
             stat = path.stat()
@@ -140,15 +142,26 @@ def folder_key(folder: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def _convert(source: Path, final: Path) -> None:
+def _convert(source: Path, final: Path, say: Say) -> None:
+    """Convert what counts of a model's folder (:mod:`quantize.model_view`)."""
+    from quantize.architectures import ADAPTERS
+    from quantize.checkpoint import Checkpoint
+    from quantize.expected import load_config, settle
+    from quantize.model_view import view_folder, write_view
     from third_party.pt2_llama.api import source_dir
 
     script = source_dir() / "convert_hf_to_gguf.py"
-    with atomic_path(final) as tmp:
+    checkpoint = Checkpoint.open(source)
+    if checkpoint.architecture in ADAPTERS:
+        settle(checkpoint, load_config(checkpoint))
+    with TemporaryDirectory(dir=final.parent) as work, atomic_path(final) as tmp:
+        view = view_folder(checkpoint, Path(work))
+        for note in checkpoint.notes + write_view(checkpoint, view, without_dropped=True):
+            say(f"warning: {note}")
         argv = [
             sys.executable,
             str(script),
-            str(source),
+            str(view),
             "--outtype",
             "bf16",
             "--outfile",

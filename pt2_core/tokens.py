@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 # ``llama.cpp``  the tokenizer's BOS in the first place of every window; its second half is scored.
 PROTOCOLS = ("papers", "llama.cpp")
 OLD_NAMES = {"gptq": "papers", "windows": "papers"}  # in results of earlier versions
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 TOKEN_DTYPES = ("I16", "U16", "I32", "I64", "U32")
 
 # What of token ids is judged, and what is refused; see :func:`refuse_degenerate_tokens`.
@@ -51,7 +51,9 @@ class Stream:
 
 def has_tokenizer(model_dir: Path) -> bool:
     """Whether a model's folder has a tokenizer's files."""
-    return any((model_dir / n).is_file() for n in TOKENIZER_FILES)
+    from quantize.tokenizer_files import VOCABULARIES, tokenizer_files
+
+    return bool(set(VOCABULARIES) & set(tokenizer_files(model_dir)[0]))
 
 
 def load_tokenizer(model_dir: Path) -> Any:
@@ -62,13 +64,20 @@ def load_tokenizer(model_dir: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
+    from quantize.model_view import write_tokenizer_view
+    from quantize.tokenizer_files import VOCABULARIES, tokenizer_files
+
+    names, _ = tokenizer_files(model_dir)
     if not has_tokenizer(model_dir):
-        names = ", ".join(TOKENIZER_FILES)
-        raise PT2Error(f"{model_dir} has no tokenizer ({names}); copy the model's here")
-    try:
-        return AutoTokenizer.from_pretrained(
-            model_dir, local_files_only=True, trust_remote_code=False
+        raise PT2Error(
+            f"{model_dir} has no tokenizer ({', '.join(VOCABULARIES)}); copy the model's here"
         )
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            write_tokenizer_view(model_dir, Path(folder), names)
+            return AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
     except Exception as e:  # a broken file may raise nearly anything in there
         raise PT2Error(f"the tokenizer in {model_dir} cannot be read: {e}") from e
 

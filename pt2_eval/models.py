@@ -61,7 +61,8 @@ class TorchModel:
         self.kind = "hf" if artifact is None else "artifact"
         folder = path if artifact is None else artifact.path
         self.name = folder.resolve().name
-        self.size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+        names = checkpoint.shards if artifact is None else list(artifact.manifest["files"])
+        self.size = sum((folder / name).stat().st_size for name in names)
         self.vocab = int(config.vocab_size)
         self.limit = self.context = context_limit(checkpoint.raw_config)
         read: Callable[[str, tuple[int, ...]], Tensor] = checkpoint.read
@@ -71,7 +72,9 @@ class TorchModel:
                 raise PT2Error(f"{artifact.path} was not made from {path}: give --source DIR")
             read = _with_artifact(checkpoint, artifact)
         with torch.no_grad():
-            self._network = build_teacher(config, read, self.device, torch_dtype(dtype))
+            self._network = build_teacher(
+                config, read, self.device, torch_dtype(dtype), tied=checkpoint.tied
+            )
         tokenizer = load_tokenizer(path)
         self.bos, self._encode = bos_token(tokenizer), encoder(tokenizer)
 

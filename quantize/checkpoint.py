@@ -1,26 +1,42 @@
-"""A Hugging Face checkpoint on the disk: config, tensors read one by one, fingerprint."""
+"""The one reading of a Hugging Face model's folder.
+
+:meth:`Checkpoint.open` decides which files, tensors, tied tables and settings count, from the
+headers alone; every command works on what it says, and llama.cpp's converter is given a folder that
+holds exactly that (:mod:`quantize.model_view`). What was left out or decided is in ``notes``.
+Free of torch until a tensor is read.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from pt2_core.commands import command
-from quantize.common import PT2Error, read_json
-from quantize.safetensors_file import TensorInfo, read_header
+from quantize.architectures import ADAPTERS, HEAD
+from quantize.common import PT2Error
+from quantize.leftovers import FLOATS, check_layers, check_leftovers, in_words
+from quantize.model_settings import (
+    CONFIG,
+    TIE,
+    architecture_of,
+    clean_settings,
+    read_config,
+    tie_flag,
+)
+from quantize.safetensors_file import TensorInfo
+from quantize.tied_tables import decide_tied
+from quantize.tokenizer_files import tokenizer_files
+from quantize.weight_files import INDEX, weight_files, weight_tensors
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-FLOATS = ("F32", "F16", "BF16")
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+SAME_TABLE = "it is the embeddings' table (tied)"
 
 
 @dataclass
@@ -30,25 +46,37 @@ class Checkpoint:
     Attributes:
         path: the folder.
         raw_config: ``config.json`` as it stands.
-        shards: file names, sorted.
-        tensors: tensor name -> what its header says.
+        settings: ``config.json`` made true to the files: this is what counts.
+        shards: names of the files with the weights, sorted.
+        tensors: tensor name -> what its header says, of the tensors that count.
+        tied: whether the embeddings' table is the head's too.
+        dropped: tensors of the shards that do not count -> why.
+        tokenizer_files: the tokenizer's files, relative to the folder.
+        notes: one line for each thing that was left out or decided.
         replaced: tensors that are used instead of the checkpoint's (an artifact's refined norms).
     """
 
     path: Path
     raw_config: dict[str, Any]
+    settings: dict[str, Any]
     shards: list[str]
     tensors: dict[str, TensorInfo]
-    _home: dict[str, str]
+    home: dict[str, str]
+    tied: bool
+    dropped: dict[str, str]
+    tokenizer_files: list[str]
+    notes: list[str]
     replaced: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def open(cls, model_dir: str | Path) -> Checkpoint:
-        """Open a checkpoint folder and check every shard's header.
+        """Open a checkpoint folder and decide what of it counts.
 
         Raises:
             PT2Error: no folder, no or broken ``config.json``, no safetensors, a shard that is
-                missing, truncated or damaged.
+                missing, truncated or damaged, weights that are quantised already or of an adapter,
+                no head, another number of decoder blocks than ``config.json`` says, or a folder
+                that asks for Python code of its own.
         """
         path = Path(model_dir)
         if not path.is_dir():
@@ -61,29 +89,74 @@ class Checkpoint:
             raise PT2Error(
                 f"{path}: a path of bytes that are not UTF-8 cannot be opened: rename it"
             )
-        if not (path / "config.json").is_file():
-            raise PT2Error(f"{path} has no config.json: it is not a Hugging Face model")
-        config = read_json(path / "config.json")
-        if not isinstance(config, dict):
-            raise PT2Error(f"{path / 'config.json'} does not hold a model's settings")
-        shards = _shards(path)
-        tensors: dict[str, TensorInfo] = {}
-        home: dict[str, str] = {}
-        for shard in shards:
-            for name, info in read_header(path / shard).items():
-                tensors[name], home[name] = info, shard
-        return cls(path, config, shards, tensors, home)
+        raw = read_config(path)
+        shards, index, notes = weight_files(path)
+        chosen = raw.get("transformers_weights")  # transformers then loads this file alone
+        if chosen is not None and chosen not in (INDEX, *shards):
+            raise PT2Error(
+                f"{path / CONFIG} names {chosen!r} as the weights (transformers_weights), the "
+                f"folder {shards[0]}: remove that entry, or the files that are not meant"
+            )
+        tensors, home, more = weight_tensors(path, shards, index)
+        notes += more
+        dropped = check_leftovers(path, tensors)
+        counted = {n: t for n, t in tensors.items() if n not in dropped}
+        notes += in_words(dropped)
+        settings, more = clean_settings(path, raw)
+        notes += more
+        tied = HEAD not in counted
+        if architecture_of(raw) in ADAPTERS:
+            check_layers(path, counted, settings.get("num_hidden_layers"))
+            tied, more = decide_tied(path, tie_flag(path, raw), counted, home)
+            settings[TIE] = tied
+            notes += more
+        if tied and counted.pop(HEAD, None) is not None:
+            dropped[HEAD] = SAME_TABLE
+        files, more = tokenizer_files(path)
+        notes += more
+        return cls(path, raw, settings, shards, counted, home, tied, dropped, files, notes)
 
     @property
     def architecture(self) -> str:
         """The first entry of ``architectures``; empty if there is none."""
-        names = self.raw_config.get("architectures")
-        return str(names[0]) if isinstance(names, list) and names else ""
+        return architecture_of(self.raw_config)
+
+    @property
+    def files(self) -> list[str]:
+        """All files that count, relative to the folder."""
+        return [CONFIG, *self.shards, *self.tokenizer_files]
 
     @property
     def bytes(self) -> int:
-        """Size of the config and all shards."""
-        return sum((self.path / n).stat().st_size for n in ("config.json", *self.shards))
+        """Size of all files that count."""
+        return sum((self.path / n).stat().st_size for n in self.files)
+
+    def check_architecture(self) -> None:
+        """Raise PT2Error unless the architecture is supported; the supported ones are named."""
+        if self.architecture not in ADAPTERS:
+            raise PT2Error(
+                f"{self.path / CONFIG} names the architecture {self.architecture or '(none)'}; "
+                f"supported: {', '.join(sorted(ADAPTERS))}"
+            )
+
+    def drop(self, why: Mapping[str, str]) -> None:
+        """Let tensors not count (name -> reason) and say so."""
+        new = {n: w for n, w in why.items() if n in self.tensors}
+        for name in new:
+            del self.tensors[name]
+        self.dropped.update(new)
+        self.notes += in_words(new)
+
+    def keep_only(self, names: Iterable[str]) -> None:
+        """Let only these tensors count: those that did when an artifact was made.
+
+        Raises:
+            PT2Error: one of them is not there.
+        """
+        wanted = set(names)
+        for name in sorted(wanted - set(self.tensors)):
+            self.info(name)
+        self.drop({n: "the artifact was made without it" for n in set(self.tensors) - wanted})
 
     def info(self, name: str) -> TensorInfo:
         """The header's entry of a tensor that must be there."""
@@ -97,8 +170,10 @@ class Checkpoint:
         Raises:
             PT2Error: it is missing, of another shape, not of a floating type, or has NaN or Inf.
         """
+        from safetensors import SafetensorError, safe_open
+
         info = self.info(name)
-        where = f"tensor {name} in {self.path / self._home[name]}"
+        where = f"tensor {name} in {self.path / self.home[name]}"
         if info.dtype not in FLOATS:
             raise PT2Error(f"{where} is {info.dtype}; only {', '.join(FLOATS)} can be ternarised")
         if shape is not None and info.shape != tuple(shape):
@@ -108,8 +183,8 @@ class Checkpoint:
         if name in self.replaced:
             return self.replaced[name]
         try:
-            with safe_open(self.path / self._home[name], framework="pt") as f:
-                value = f.get_tensor(name)
+            with safe_open(self.path / self.home[name], framework="pt") as f:
+                value: Tensor = f.get_tensor(name)
         except (SafetensorError, OSError) as e:
             raise PT2Error(f"{where} cannot be read: {e}") from e
         if not bool(value.isfinite().all()):
@@ -121,7 +196,7 @@ class Checkpoint:
         known: dict[str, Any] | None = None,
         progress: Callable[[int], None] = lambda count: None,
     ) -> tuple[str, dict[str, Any]]:
-        """SHA-256 over ``config.json`` and the contents of all shards in the order of their names.
+        """SHA-256 over the contents of all files that count: config, shards and tokenizer.
 
         Args:
             known: what an earlier call returned; used when names, sizes and times are unchanged.
@@ -130,52 +205,34 @@ class Checkpoint:
         Returns:
             (hex digest, a record to hand in as ``known`` next time)
         """
-        files = [self.path / name for name in ("config.json", *self.shards)]
-        stats = [f.stat() for f in files]
-        state = [[f.name, s.st_size, s.st_mtime_ns] for f, s in zip(files, stats, strict=True)]
+        stats = [(self.path / name).stat() for name in self.files]
+        state = [
+            [name, s.st_size, s.st_mtime_ns] for name, s in zip(self.files, stats, strict=True)
+        ]
         if known and known.get("state") == state and isinstance(known.get("sha256"), str):
             return known["sha256"], known
         digest = hashlib.sha256()
-        for file in files:
-            digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
-            with file.open("rb") as f:
+        for name in self.files:
+            digest.update(f"{name}\0{(self.path / name).stat().st_size}\0".encode())
+            with (self.path / name).open("rb") as f:
                 while piece := f.read(1 << 24):
                     digest.update(piece)
                     progress(len(piece))
         return digest.hexdigest(), {"state": state, "sha256": digest.hexdigest()}
 
     def identity(self, fingerprint: str) -> dict[str, Any]:
-        """What the manifest says of the model."""
+        """What the manifest says of the model: its tensors are those that count."""
         return {
             "fingerprint": fingerprint,
             "architecture": self.architecture,
-            "model_type": self.raw_config.get("model_type"),
+            "model_type": self.settings.get("model_type"),
+            "tied": self.tied,
             "tensors": {name: list(info.shape) for name, info in self.tensors.items()},
         }
 
 
-def _shards(path: Path) -> list[str]:
-    if (path / INDEX).is_file():
-        index = read_json(path / INDEX)
-        weight_map = index.get("weight_map") if isinstance(index, dict) else None
-        named = weight_map.values() if isinstance(weight_map, dict) else []
-        if not named or not all(isinstance(v, str) for v in named):
-            raise PT2Error(f"{path / INDEX} has no weight_map; download the model again")
-        shards = sorted(set(named))
-        missing = [s for s in shards if not os.path.isfile(path / s)]
-        if missing:
-            raise PT2Error(f"{path} lacks {missing[0]}, which {INDEX} names; download it again")
-        return shards
-    if (path / SINGLE).is_file():
-        return [SINGLE]
-    shards = sorted(p.name for p in path.glob("*.safetensors"))
-    if not shards:
-        others = any(path.glob("*.bin")) or any(path.glob("*.gguf"))
-        hint = "; only safetensors are read, convert it with save_pretrained" if others else ""
-        raise PT2Error(f"{path} has no {SINGLE}{hint}")
-    return shards
-
-
 def torch_dtype(name: str) -> torch.dtype:
     """``"bfloat16"`` -> ``torch.bfloat16``."""
+    import torch
+
     return getattr(torch, name)

@@ -16,6 +16,7 @@ from pt2_core.progress import open_reporter
 from quantize.common import ArgumentParser, PT2Error, human_seconds, run_cli
 from quantize.config import (
     BLOCK_SIZES,
+    CLOSED_FORM,
     DEVICES,
     DTYPES,
     ORDERS,
@@ -156,6 +157,16 @@ def _run(args: argparse.Namespace, resume: str) -> int:
         raise PT2Error("--refine-text and --refine-steps belong to --recipe refined")
     out = Path(args.out) if args.out else Path(f"{Path(args.model).resolve().name}-pt2")
 
+    from quantize.first_checks import check_first, check_text_source, refuse_overwriting
+
+    refuse_overwriting(out, args.resume, args.overwrite)
+    first = out / CLOSED_FORM if args.recipe == "refined" else out
+    checkpoint = check_first(
+        args.model, first, config, resume=args.resume, overwrite=args.overwrite
+    )
+    if args.refine_text:
+        for source in args.refine_text.split(","):
+            check_text_source(source, "text", checkpoint)
     from quantize.pipeline import ternarize  # torch: only once the options are known to be right
 
     refined = None

@@ -1,67 +1,22 @@
 """A Hugging Face causal LM run one decoder block at a time, with its weights read when needed.
 
 The decoder layers and the rotary embedding are transformers' own classes, so attention, QK-norm,
-biases and rope scaling are theirs. The table below says, per architecture, where those classes are
-and which linears a block has, which of them share an input, and what their orders fold into.
+biases and rope scaling are theirs. :mod:`quantize.architectures` says where those classes are and
+which linears a block has, which of them share an input, and what their orders fold into.
 """
 
 from __future__ import annotations
 
 import importlib
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from quantize.architectures import ADAPTERS, EMBEDDING, HEAD, NORM
 from quantize.checkpoint import Checkpoint, torch_dtype
-from quantize.common import PT2Error
-
-
-@dataclass(frozen=True)
-class Site:
-    """One input within a decoder block and the linears that read it.
-
-    Attributes:
-        role: ``residual`` (reads the residual stream: its column order must be the model-wide one),
-            ``heads`` (reads the attention heads' outputs: an order within each head folds into
-            v_proj's rows), or ``free`` (an order folds into the rows of the linears before it).
-        linears: names below the block, e.g. ``self_attn.q_proj``.
-        stream: the norm whose input is the residual stream that the linears' output is added to;
-            None where it is added to none.
-    """
-
-    role: str
-    linears: tuple[str, ...]
-    stream: str | None = None
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """Where an architecture's classes live in transformers, and its sites in the order they run."""
-
-    module: str
-    prefix: str
-    sites: tuple[Site, ...]
-
-
-LLAMA_SITES = (
-    Site("residual", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-    Site("heads", ("self_attn.o_proj",), "input_layernorm"),
-    Site("residual", ("mlp.gate_proj", "mlp.up_proj")),
-    Site("free", ("mlp.down_proj",), "post_attention_layernorm"),
-)
-ADAPTERS = {
-    "LlamaForCausalLM": Adapter("llama.modeling_llama", "Llama", LLAMA_SITES),
-    "MistralForCausalLM": Adapter("mistral.modeling_mistral", "Mistral", LLAMA_SITES),
-    "Qwen2ForCausalLM": Adapter("qwen2.modeling_qwen2", "Qwen2", LLAMA_SITES),
-    "Qwen3ForCausalLM": Adapter("qwen3.modeling_qwen3", "Qwen3", LLAMA_SITES),
-}
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
-NORM = "model.norm.weight"
+from quantize.expected import load_config, settle
 
 
 class _LastSite(Exception):
@@ -77,21 +32,19 @@ class StreamedModel:
     """
 
     def __init__(self, checkpoint: Checkpoint, device: str = "cpu", dtype: str = "float32") -> None:
-        """Read the config and check that the architecture is known.
+        """Read the config, and check architecture and tensors against transformers' class.
 
         Raises:
-            PT2Error: an unknown architecture (the known ones are named) or a broken config.
+            PT2Error: an unknown architecture (the known ones are named), a broken config, or
+                tensors that are not those of the class.
         """
         self.checkpoint = checkpoint
         self.device = torch.device(device)
         self.dtype = torch_dtype(dtype)
-        if checkpoint.architecture not in ADAPTERS:
-            raise PT2Error(
-                f"{checkpoint.path / 'config.json'} names the architecture "
-                f"{checkpoint.architecture or '(none)'}; supported: {', '.join(sorted(ADAPTERS))}"
-            )
+        checkpoint.check_architecture()
         self.adapter = ADAPTERS[checkpoint.architecture]
-        self.config = _load_config(checkpoint)
+        self.config = load_config(checkpoint)
+        settle(checkpoint, self.config)
         heads = self.config.num_attention_heads
         self.n_blocks: int = self.config.num_hidden_layers
         self.hidden_size: int = self.config.hidden_size
@@ -208,9 +161,8 @@ class StreamedModel:
             norm = self._class("RMSNorm")(self.hidden_size, eps=self.config.rms_norm_eps)
         scale = self.checkpoint.read(NORM, (self.hidden_size,))
         _set_parameter(norm, "weight", scale.to(self.device, self.dtype))
-        tied = getattr(self.config, "tie_word_embeddings", False)
         shape = (self.config.vocab_size, self.hidden_size)
-        table = self.checkpoint.read(EMBEDDING if tied else HEAD, shape)
+        table = self.checkpoint.read(EMBEDDING if self.checkpoint.tied else HEAD, shape)
         table = table.to(self.device, self.dtype)
         return lambda hidden: (norm(hidden) @ table.T).float()
 
@@ -228,58 +180,6 @@ class StreamedModel:
         at = torch.arange(length, device=self.device)
         distance = at[:, None] - at[None, :]
         return ((distance >= 0) & (distance < window))[None, None]
-
-
-def check_linears(
-    model: StreamedModel, block_size: int, skip: str | None
-) -> tuple[list[str], dict[str, str]]:
-    """Which linears become ternary and which are kept, from the headers alone.
-
-    Returns:
-        (names of the ternary linears, kept linear -> reason)
-
-    Raises:
-        PT2Error: a tensor is missing or no matrix, its width is not a multiple of the block size,
-            or ``skip`` leaves nothing to do.
-    """
-    ternary: list[str] = []
-    kept: dict[str, str] = {}
-    for block in range(model.n_blocks):
-        for linear in (name for site in model.adapter.sites for name in site.linears):
-            name = model.linear_name(block, linear)
-            info = model.checkpoint.info(f"{name}.weight")
-            if skip is not None and re.search(skip, name):
-                kept[name] = f"matches --skip {skip}"
-                continue
-            if len(info.shape) != 2:
-                raise PT2Error(f"tensor {name}.weight is no matrix but {list(info.shape)}")
-            if info.shape[1] % block_size:
-                raise PT2Error(
-                    f"{name}.weight has {info.shape[1]} columns, no multiple of the block size "
-                    f"{block_size}: use another --block-size, or --skip {linear.split('.')[-1]}"
-                )
-            ternary.append(name)
-    if not ternary:
-        raise PT2Error(f"--skip {skip} matches every linear: nothing is left to ternarise")
-    return ternary, kept
-
-
-def _load_config(checkpoint: Checkpoint) -> Any:
-    from transformers import AutoConfig
-
-    where = checkpoint.path / "config.json"
-    try:
-        config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
-        config._attn_implementation = "sdpa"
-        sizes = (config.num_hidden_layers, config.hidden_size, config.num_attention_heads,
-                 config.vocab_size, config.num_key_value_heads)  # fmt: skip
-    except Exception as e:  # transformers raises whatever its fields' checks raise
-        raise PT2Error(f"transformers cannot use {where}: {e}") from e
-    if not all(type(s) is int and s > 0 for s in sizes):
-        raise PT2Error(
-            f"{where}: layers, widths, heads and vocabulary must be whole numbers above 0"
-        )
-    return config
 
 
 def _set_parameter(module: nn.Module, name: str, value: Tensor) -> None:

@@ -83,7 +83,7 @@ def measure(
     replaced = {k: torch.from_numpy(v) for k, v in artifact.replaced().items()}
     full = StreamedModel(checkpoint, device, dtype)
     model = StreamedModel(dataclasses.replace(checkpoint, replaced=replaced), device, dtype)
-    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    tied = checkpoint.tied
     variants = _Variants(model, batch_size)
     streams = variants.streams
     streams["full"] = full.embed(tokens).cpu()

@@ -28,6 +28,7 @@ from torch import Tensor
 from pt2_core.progress import Reporter
 from pt2_core.tokens import check_context, context_limit
 from quantize import reorder
+from quantize.architectures import Site
 from quantize.artifact import (
     MANIFEST,
     RUN,
@@ -35,16 +36,16 @@ from quantize.artifact import (
     ArtifactWriter,
     TernaryMatrix,
     pack_ternary,
-    read_manifest,
     sha256_array,
 )
 from quantize.calibration import load_calibration
 from quantize.checkpoint import Checkpoint
 from quantize.common import PT2Error, read_json, write_json
 from quantize.config import Config
+from quantize.first_checks import check_first, check_widths
 from quantize.gptq import Method, Ternary, damp, quantize_matrix
 from quantize.hessian import SiteMoments, mean_square
-from quantize.hf_model import Site, StreamedModel, check_linears
+from quantize.hf_model import StreamedModel
 from quantize.machine import arithmetic, pick_device, versions
 from quantize.proof_run import ProofRun, start_proof
 
@@ -103,8 +104,7 @@ def ternarize(
     config = config or Config()
     reporter = reporter or Reporter()
     out = Path(out_dir)
-    _refuse_overwriting(out, resume, overwrite)
-    checkpoint = Checkpoint.open(Path(model_dir))
+    checkpoint = check_first(Path(model_dir), out, config, resume=resume, overwrite=overwrite)
     device = pick_device(config.device)
     check_context(
         config.seqlen, context_limit(checkpoint.raw_config), checkpoint.path.name, "--seqlen",
@@ -112,7 +112,9 @@ def ternarize(
     )  # fmt: skip
     with arithmetic(config.threads) as threads:
         model = StreamedModel(checkpoint, device, config.dtype)
-        _, kept = check_linears(model, config.block_size, config.skip)
+        _, kept = check_widths(checkpoint, config)
+        for note in checkpoint.notes:
+            reporter.warn(note)
         run = {**_run_record(out, checkpoint, resume), "resume": command}
         reporter.start("reading the model", checkpoint.bytes, "bytes", every=5)
         digest, run["fingerprint"] = checkpoint.fingerprint(
@@ -462,17 +464,6 @@ def activation_digest(hidden: Tensor) -> str:
     return sha256_array(torch.cat(sums).numpy())
 
 
-def _refuse_overwriting(out: Path, resume: bool, overwrite: bool) -> None:
-    if resume and overwrite:
-        raise PT2Error("--resume and --overwrite exclude each other")
-    if out.exists() and not out.is_dir():
-        raise PT2Error(f"{out} is a file; name a folder for the artifact")
-    if resume or overwrite or not (out / MANIFEST).exists():
-        return
-    state = "a complete" if read_manifest(out)["complete"] else "an unfinished"
-    raise PT2Error(f"{out} holds {state} artifact: use --resume or --overwrite")
-
-
 def _run_record(out: Path, checkpoint: Checkpoint, resume: bool) -> dict[str, Any]:
     """``run.json`` of an earlier run, if there is a usable one, made to fit this one.
 
@@ -491,6 +482,7 @@ def _run_record(out: Path, checkpoint: Checkpoint, resume: bool) -> dict[str, An
         if not isinstance(run.get(key, {}), dict):
             del run[key]
     run["model_dir"] = str(checkpoint.path.resolve())
+    run["notes"] = checkpoint.notes
     run["host"] = f"{platform.node()} ({platform.machine()}, {os.cpu_count()} cores)"
     return run
 

@@ -90,7 +90,7 @@ def plan_proof(checkpoint: Checkpoint, tokens: int, max_context: int = 0) -> Pro
         PT2Error: the model's tokenizer cannot be read.
     """
     tokenizer = load_tokenizer(checkpoint.path)
-    windows, length = shape(checkpoint.raw_config, tokens, max_context)
+    windows, length = shape(checkpoint.settings, tokens, max_context)
     bos = bos_token(tokenizer)
     # llama-perplexity wants a text of at least two windows.
     wanted = max(windows, 2) * length + 1

@@ -132,6 +132,8 @@ def refine(
             config.seqlen, context_limit(checkpoint.raw_config), checkpoint.path.name, "--seqlen",
             allow=config.allow_long, warn=reporter.warn,
         )  # fmt: skip
+        for note in checkpoint.notes:
+            reporter.warn(note)
         vocab = streamed.config.vocab_size
         tokens = text_tokens(config, checkpoint.path, vocab, reporter.note)
         identity = {
@@ -191,8 +193,9 @@ class Run:
         restored = restored_linears(source, config.restore)
         self.reporter.start("loading the models", 2, "models")
         self.teacher = build_teacher(
-            model_config, checkpoint.read, self.device, torch_dtype(config.dtype)
-        )
+            model_config, checkpoint.read, self.device, torch_dtype(config.dtype),
+            tied=checkpoint.tied,
+        )  # fmt: skip
         self.reporter.step()
         self.attach(
             model_config,

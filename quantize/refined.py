@@ -8,7 +8,7 @@ from pathlib import Path
 from pt2_core.progress import Reporter
 from quantize.artifact import MANIFEST, Artifact, read_manifest
 from quantize.common import PT2Error
-from quantize.config import Config
+from quantize.config import CLOSED_FORM, Config
 from quantize.distill import Held
 from quantize.machine import pick_device
 from quantize.pipeline import Result, ternarize
@@ -16,7 +16,6 @@ from quantize.refine import Refined, refine
 from quantize.refine_config import RefineConfig
 from quantize.refine_state import STATE
 
-CLOSED_FORM = "closed-form"  # the first stage's artifact, a folder inside the result's
 TOKENS = 16384  # of a step
 PASS = 4096  # of these, at a time
 

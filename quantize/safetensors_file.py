@@ -20,11 +20,14 @@ from typing import Any
 
 from quantize.common import PT2Error
 
-ITEM_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+# Less than 1: two values in a byte, or four in three.
+ITEM_BYTES: dict[str, float] = {
+    "F4": 0.5, "F6_E2M3": 0.75, "F6_E3M2": 0.75,
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+    "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
     "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4,
-    "I64": 8, "U64": 8, "F64": 8,
+    "I64": 8, "U64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
 MAX_HEADER_BYTES = 100_000_000
 MAX_HEADER_VALUES = 1 << 22  # of 300 thousand tensors
@@ -78,6 +81,12 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, TensorInfo]:
     return dict(sorted(tensors.items()))
 
 
+def header_bytes(path: str | os.PathLike[str]) -> int:
+    """Where the tensors' bytes begin in a file that :func:`read_header` has read."""
+    with Path(path).open("rb") as f:
+        return 8 + int(struct.unpack("<Q", f.read(8))[0])
+
+
 def _names_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value := dict(pairs)) < len(pairs):
         raise ValueError("a name twice")
@@ -111,7 +120,10 @@ def _check_layout(path: Path, tensors: dict[str, TensorInfo], data_bytes: int) -
     at = 0
     for name, t in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if t.dtype not in ITEM_BYTES:
-            raise _broken(path, f"tensor {name} has the unknown dtype {t.dtype[:40]}")
+            raise PT2Error(
+                f"{path}: tensor {name} has the unknown dtype {t.dtype[:40]}; if the model is "
+                "quantised, give the 16-bit model that it was made from"
+            )
         if t.begin != at or t.end - t.begin != math.prod(t.shape) * ITEM_BYTES[t.dtype]:
             raise _broken(path, f"the bytes of tensor {name} do not fit its shape and place")
         at = t.end

@@ -141,7 +141,9 @@ def _generate(args: object, reporter: Reporter) -> Tensor:
         raise PT2Error(f"{checkpoint.path} has no BOS token to begin with: give --prompts TEXT")
     parts = []
     with arithmetic(0):
-        model = build_teacher(config, checkpoint.read, device, torch_dtype(dtype))
+        model = build_teacher(
+            config, checkpoint.read, device, torch_dtype(dtype), tied=checkpoint.tied
+        )
         batches = prompts.split(a["batch"])
         reporter.start("writing", len(batches) * (a["length"] - prompts.shape[1]), "steps", every=5)
         for number, batch in enumerate(batches):

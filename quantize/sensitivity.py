@@ -142,13 +142,9 @@ def _check_energies(
     for name in linears:
         value = energies[f"{name}.energy"]
         if value.dtype != np.float32 or value.shape != (artifact.matrices[name]["cols"],):
-            raise PT2Error(
-                f"{path}: the energies of {name} are not one float32 a column; {how}"
-            )
+            raise PT2Error(f"{path}: the energies of {name} are not one float32 a column; {how}")
         if not (np.isfinite(value).all() and (value >= 0).all()):
-            raise PT2Error(
-                f"{path}: the energies of {name} have NaN, Inf or negatives; {how}"
-            )
+            raise PT2Error(f"{path}: the energies of {name} have NaN, Inf or negatives; {how}")
 
 
 def _how(artifact: Artifact) -> str:

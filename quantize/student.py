@@ -168,8 +168,15 @@ class Network:
                 yield f"model.{name}", module
 
 
-def build_teacher(config: Any, read: Read, device: str, dtype: torch.dtype) -> Network:
-    """The full-precision model; ``read`` gives a tensor of the checkpoint by name and shape."""
+def build_teacher(
+    config: Any, read: Read, device: str, dtype: torch.dtype, *, tied: bool
+) -> Network:
+    """The full-precision model.
+
+    Args:
+        read: gives a tensor of the checkpoint by name and shape.
+        tied: whether the embeddings' table is the head's too (``Checkpoint.tied``).
+    """
     shell = _shell(config)
 
     def fill(name: str, like: Tensor) -> Tensor:
@@ -182,7 +189,6 @@ def build_teacher(config: Any, read: Read, device: str, dtype: torch.dtype) -> N
     table = Table(fill("model.embed_tokens.weight", body.embed_tokens.weight), False)
     body.embed_tokens = None
     _rotary(body, config, device)
-    tied = bool(config.tie_word_embeddings)
     head = table if tied else Table(fill("lm_head.weight", shell.lm_head.weight), False)
     return Network(body.eval(), table, head, dtype)
 

@@ -103,7 +103,7 @@ def linears(config: dict[str, Any]) -> list[str]:
 def foldable_orders(model_dir: Path, seed: int = 0) -> tuple[NDArray[np.int32], Orders]:
     """Random orders of every foldable kind: the residual stream's, and one per linear."""
     rng = np.random.default_rng(seed)
-    config = Checkpoint.open(model_dir).raw_config
+    config = Checkpoint.open(model_dir).settings
     n_head, n_kv = config["num_attention_heads"], config["num_key_value_heads"]
     dim = config.get("head_dim") or config["hidden_size"] // n_head
     residual = rng.permutation(config["hidden_size"]).astype(np.int32)
@@ -158,9 +158,9 @@ def make_artifact(
         },
     )  # fmt: skip
     writer.write_global(residual)
-    for block in range(model.raw_config["num_hidden_layers"]):
+    for block in range(model.settings["num_hidden_layers"]):
         matrices, records = [], {}
-        for module in linears(model.raw_config):
+        for module in linears(model.settings):
             if f"layers.{block}." not in module or module in kept:
                 continue
             weight = model.read(f"{module}.weight").float().numpy()

@@ -38,7 +38,7 @@ def test_folded_model_gives_the_same_logits(family, tied, tmp_path):
     with torch.no_grad():
         before = model(tokens).logits
         residual, orders = foldable_orders(folder)
-        heads = Heads.from_config(Checkpoint.open(folder).raw_config)
+        heads = Heads.from_config(Checkpoint.open(folder).settings)
         plan = dense_plan(fold_plan(model.state_dict(), heads, residual, orders), orders)
         folded = {k: plan.apply(k, v.clone()) for k, v in model.state_dict().items()}
         moved = [k for k, v in model.state_dict().items() if not torch.equal(v, folded[k])]

@@ -253,7 +253,7 @@ def test_restored_linears_are_the_folded_originals(measured, tmp_path):
 
     orders = {n: m.perm for i in range(2) for n, m in artifact.block(i).items()}
     plan = dense_plan(
-        fold_plan(checkpoint.tensors, Heads.from_config(checkpoint.raw_config),
+        fold_plan(checkpoint.tensors, Heads.from_config(checkpoint.settings),
                   artifact.residual_perm, orders), orders)  # fmt: skip
     for name, module in {"attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
                          "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}.items():  # fmt: skip

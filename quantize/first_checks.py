@@ -1,0 +1,69 @@
+"""What pt2-quantize refuses before it loads torch: whatever needs no more than a look at files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from quantize.artifact import MANIFEST, read_manifest
+from quantize.checkpoint import Checkpoint
+from quantize.common import PT2Error
+from quantize.config import DATA_SETS, Config
+from quantize.tokenizer_files import VOCABULARIES
+from quantize.widths import check_linears
+
+EXPORTED_ORDERS = ("none", "foldable")  # pt2-export cannot fold the others
+
+
+def check_first(
+    model_dir: str | Path, out: Path, config: Config, *, resume: bool = False,
+    overwrite: bool = False,
+) -> Checkpoint:  # fmt: skip
+    """Look at output, model and calibration source.
+
+    Raises:
+        PT2Error: the output exists, the model cannot be used, a width fits no block, or there is no
+            such calibration text.
+    """
+    refuse_overwriting(out, resume, overwrite)
+    checkpoint = Checkpoint.open(model_dir)
+    checkpoint.check_architecture()
+    check_widths(checkpoint, config)
+    check_text_source(config.calibration, "calibration text", checkpoint)
+    return checkpoint
+
+
+def check_widths(checkpoint: Checkpoint, config: Config) -> tuple[list[str], dict[str, str]]:
+    """:func:`quantize.widths.check_linears` with a run's settings."""
+    exported = config.order in EXPORTED_ORDERS
+    return check_linears(checkpoint, config.block_size, config.skip, exported=exported)
+
+
+def check_text_source(source: str, what: str, checkpoint: Checkpoint) -> None:
+    """Raise PT2Error unless a text is there, or token ids, and a tokenizer for the text."""
+    stem, mark, tensor = source.partition(".safetensors")
+    if mark and (not tensor or tensor.startswith(":")):
+        if not Path(stem + mark).is_file():
+            raise PT2Error(f"no {what} {source!r}: there is no file {stem + mark}")
+        return
+    if not Path(source).exists() and source not in DATA_SETS:
+        raise PT2Error(
+            f"no {what} {source!r}: give a text file, a folder, FILE.safetensors:TENSOR, or one of "
+            f"{', '.join(DATA_SETS)}"
+        )
+    if not set(VOCABULARIES) & set(checkpoint.tokenizer_files):
+        raise PT2Error(
+            f"{checkpoint.path} has no tokenizer ({', '.join(VOCABULARIES)}): copy the tokenizer's "
+            "files there from where the model came from"
+        )
+
+
+def refuse_overwriting(out: Path, resume: bool, overwrite: bool) -> None:
+    """Raise PT2Error where ``out`` is a file, or holds an artifact that is not to be touched."""
+    if resume and overwrite:
+        raise PT2Error("--resume and --overwrite exclude each other")
+    if out.exists() and not out.is_dir():
+        raise PT2Error(f"{out} is a file; name a folder for the artifact")
+    if resume or overwrite or not (out / MANIFEST).exists():
+        return
+    state = "a complete" if read_manifest(out)["complete"] else "an unfinished"
+    raise PT2Error(f"{out} holds {state} artifact: use --resume or --overwrite")
