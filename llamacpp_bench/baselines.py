@@ -1,6 +1,6 @@
 """Baselines: other quantisations of the same model, made by llama.cpp's own tools, and cached.
 
-HF folder --convert_hf_to_gguf.py--> BF16 GGUF --llama-quantize--> Q2_K, IQ1_M, ...
+HF folder --llama.cpp's converter--> BF16 GGUF --llama-quantize--> Q2_K, IQ1_M, ...
                                      calibration text --llama-imatrix--> importance matrix
 """
 
@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,21 +137,12 @@ def folder_key(folder: Path) -> str:
 
 
 def _convert(source: Path, final: Path) -> None:
+    """Convert a folder with the exporter's converter: same repairs, and none of its code is run."""
+    from export.converter import convert_whole
     from third_party.pt2_llama.api import source_dir
 
-    script = source_dir() / "convert_hf_to_gguf.py"
     with atomic_path(final) as tmp:
-        argv = [
-            sys.executable,
-            str(script),
-            str(source),
-            "--outtype",
-            "bf16",
-            "--outfile",
-            str(tmp),
-        ]
-        env = {**os.environ, "PYTHONPATH": str(script.parent / "gguf-py")}
-        run_tool(argv, env, final.with_suffix(".log"))
+        convert_whole(source_dir(), source, tmp, final.with_suffix(".log"))
 
 
 def same_model(a: GGUFInfo, b: GGUFInfo) -> None:
