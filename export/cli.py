@@ -79,6 +79,10 @@ def _parser() -> argparse.ArgumentParser:
     option("--target-size", "SIZE", what)
     what = "the same, in bits of the file per parameter"
     option("--target-bpw", "BITS", what, type=float, default=0.0)
+    what = "tokens that the file is meant for, where the model has a sliding window or the like"
+    option("--max-context", "N", what, type=int, default=0)
+    what = "llama.cpp's name for the tokenizer's regular expressions, if it does not know them"
+    option("--pre-tokenizer", "NAME", what)
     option("--split-max-size", "SIZE", "files of at most SIZE of tensors, such as 500M or 2G")
     for name, dest, what in (
         ("--strict", "strict", "fail if a linear of a decoder block would not be ternary"),
@@ -102,6 +106,8 @@ def _run(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
         target_size=parse_size(args.target_size, "--target-size") if args.target_size else 0,
         target_bpw=args.target_bpw,
+        max_context=args.max_context,
+        pre_tokenizer=args.pre_tokenizer,
     )
     artifact = args.artifact or newest_artifact(Path())
     from rich.console import Console
@@ -160,6 +166,7 @@ def _progress(console: Any) -> Iterator[Progress]:
 
 
 def _show(console: Any, report: ExportReport, config: ExportConfig) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     ratio = report.f16_bytes / report.file_bytes
@@ -193,6 +200,8 @@ def _show(console: Any, report: ExportReport, config: ExportConfig) -> None:
     summary = Table.grid(padding=(0, 2))
     for key, value in lines.items():
         summary.add_row(key, value)
+    for note in report.notes:
+        summary.add_row("converter", escape(note))
     console.print(summary)
     console.print(_others(report))
 

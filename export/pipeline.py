@@ -24,7 +24,7 @@ from export.checks import (
     work_folder,
 )
 from export.config import ExportConfig
-from export.converter import Carrier, check_tokenizer, run_converter
+from export.converter import Carrier, Options, check_tokenizer, run_converter
 from export.encode import (
     EMBEDDING,
     HEAD,
@@ -69,6 +69,7 @@ class ExportReport:
         verified: whether the file was read back and compared.
         tied: whether the embeddings serve as the head too.
         mixed: what was chosen to fit a target size, in words (None: no target).
+        notes: what the converter mended or ignored, in words.
     """
 
     files: list[Path]
@@ -84,6 +85,7 @@ class ExportReport:
     verified: bool = False
     tied: bool = False
     mixed: str | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def bpw(self) -> float:
@@ -140,8 +142,9 @@ def export_gguf(
     with work_folder(out) as work:
         progress("converting metadata and tokenizer", 0, 1)
         carrier = run_converter(
-            _llama_source(), model.path, work, source.shapes(), source.plan, artifact.replaced()
-        )
+            _llama_source(), model.path, work, source.shapes(), source.plan, artifact.replaced(),
+            _options(config, artifact),
+        )  # fmt: skip
         progress("converting metadata and tokenizer", 1, 1)
         mixed = None
         if config.targeted:
@@ -151,7 +154,17 @@ def export_gguf(
     if mixed is not None:
         _check_target(report, config)
         report.mixed = mixed.summary(source.measured().kl)
+    report.notes = carrier.notes
     return report
+
+
+def _options(config: ExportConfig, artifact: Artifact) -> Options:
+    """What was given to this export, else to the quantisation."""
+    given = artifact.manifest["settings"]
+    return Options(
+        config.max_context or int(given.get("max_context") or 0),
+        config.pre_tokenizer or given.get("pre_tokenizer"),
+    )
 
 
 def _mixed(
@@ -315,6 +328,11 @@ def _metadata(source: _Ternary, items: list[Item], config: ExportConfig) -> Meta
         "pt2.settings": (json.dumps(settings, sort_keys=True), kind.STRING, None),
         "pt2.bpw": (bits, kind.FLOAT32, None),
     }
+    options = _options(config, source.artifact)
+    if options.max_context:
+        metadata["pt2.max_context"] = (options.max_context, kind.UINT32, None)
+    if options.pre_tokenizer:
+        metadata["pt2.pre_tokenizer"] = (options.pre_tokenizer, kind.STRING, None)
     if config.type in types.TERNARY_TYPES:
         metadata[f"pt2.{config.type}.layout"] = (types.LAYOUT_VERSION, kind.UINT32, None)
     return metadata

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llamacpp_bench.gguf_info import GGUFInfo, read_gguf
 from llamacpp_bench.process import run_tool
@@ -28,6 +29,7 @@ QUANTIZE_TYPES = (
 NEEDS_IMATRIX = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "Q2_K_S")
 FLOAT_TYPES = ("F32", "F16", "BF16")
 IMATRIX_CHUNKS = 200
+CONVERSION = b"2"  # another value where folders are converted otherwise, so that none is reused
 Say = Callable[[str], None]
 
 
@@ -103,8 +105,11 @@ def source_by_fingerprint(info: GGUFInfo) -> Path | None:
     return None
 
 
-def source_gguf(source: Path, say: Say) -> GGUFInfo:
+def source_gguf(source: Path, say: Say, models: Sequence[GGUFInfo] = ()) -> GGUFInfo:
     """The source as a GGUF file: itself, or converted once by llama.cpp's converter and cached.
+
+    Args:
+        models: the files that it is the source of.
 
     Raises:
         PT2Error: neither a float GGUF nor a model folder, or the conversion failed.
@@ -119,16 +124,18 @@ def source_gguf(source: Path, say: Say) -> GGUFInfo:
         return info
     if not (source / "config.json").is_file():
         raise PT2Error(f"{source} has no config.json; give a Hugging Face model folder or a GGUF")
-    final = cache_dir() / f"{source.resolve().name}-{folder_key(source)}-bf16.gguf"
+    given = _given(models)
+    key = "-".join([folder_key(source), *map(str, given.values())])
+    final = cache_dir() / f"{source.resolve().name}-{key}-bf16.gguf"
     if not final.is_file():
         say(f"converting {source.name} to BF16")
-        _convert(source, final)
+        _convert(source, final, **given)
     return read_gguf(final)
 
 
 def folder_key(folder: Path) -> str:
     """A key of a model folder: names, sizes and times of the files that the converter reads."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(CONVERSION)
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.suffix in (".json", ".safetensors", ".model", ".bin", ".txt"):
             stat = path.stat()
@@ -136,13 +143,27 @@ def folder_key(folder: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def _convert(source: Path, final: Path) -> None:
-    """Convert a folder with the exporter's converter: same repairs, and none of its code is run."""
-    from export.converter import convert_whole
+def _convert(source: Path, final: Path, **given: Any) -> None:
+    """Convert a folder with the exporter's converter: same repairs, and none of its code is run.
+
+    Args:
+        given: what the files to compare with were given for the tokenizer and the context.
+    """
+    from export.converter import Options, convert_whole
     from third_party.pt2_llama.api import source_dir
 
     with atomic_path(final) as tmp:
-        convert_whole(source_dir(), source, tmp, final.with_suffix(".log"))
+        convert_whole(source_dir(), source, tmp, Options(**given), final.with_suffix(".log"))
+
+
+def _given(models: Sequence[GGUFInfo]) -> dict[str, Any]:
+    """``max_context`` and ``pre_tokenizer`` of the first file that has them."""
+    given: dict[str, Any] = {}
+    for name in ("max_context", "pre_tokenizer"):
+        for model in models:
+            if f"pt2.{name}" in model.metadata:
+                given.setdefault(name, model.metadata[f"pt2.{name}"])
+    return given
 
 
 def same_model(a: GGUFInfo, b: GGUFInfo) -> None:

@@ -305,7 +305,7 @@ def open_maker(session: Session, given: list[GGUFInfo]) -> BaselineMaker:
     text = check_text(config.imatrix_text) if config.imatrix_text else None
     if text and config.text and sha256_file(text) == sha256_file(config.text):
         raise PT2Error("--imatrix-text is the text that is scored; give calibration text instead")
-    source = source_gguf(find_source(given, config.source), session.show.say)
+    source = source_gguf(find_source(given, config.source), session.show.say, given)
     for info in given:
         same_model(info, source)
     threads = config.load().threads or 1

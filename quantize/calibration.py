@@ -20,6 +20,7 @@ from torch import Tensor
 
 from quantize.artifact import sha256_array
 from quantize.common import PT2Error
+from quantize.foreign_code import check_folder
 from quantize.safetensors_file import read_header
 
 TEXT_SUFFIXES = (".txt", ".raw", ".md", ".text")
@@ -97,8 +98,11 @@ def load_tokenizer(model_dir: Path) -> Any:
     names = ("tokenizer.json", "tokenizer.model", "vocab.json")
     if not any((model_dir / n).is_file() for n in names):
         raise PT2Error(f"{model_dir} has no tokenizer ({', '.join(names)}); copy the model's here")
+    check_folder(model_dir)
     try:
-        return AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            model_dir, local_files_only=True, trust_remote_code=False
+        )
     except Exception as e:  # a broken file may raise nearly anything in there
         raise PT2Error(f"the tokenizer in {model_dir} cannot be read: {e}") from e
 

@@ -23,7 +23,10 @@ from quantize.config import (
 )
 
 if TYPE_CHECKING:
-    from quantize.pipeline import Result
+    from collections.abc import Mapping
+
+    from quantize.checkpoint import Checkpoint
+    from quantize.pipeline import Preflight, Result
 
 EPILOG = """\
 examples:
@@ -106,6 +109,14 @@ def build_parser() -> argparse.ArgumentParser:
     method.add_argument("--damping", type=float, help="share of the mean Hessian diagonal (0.01)")
     method.add_argument("--skip", metavar="REGEX", help="leave matching linears as they are")
 
+    export = parser.add_argument_group("the file that pt2-export will write")
+    export.add_argument("--max-context", type=int, metavar="N", help="tokens that it is meant for, "
+                        "where the model has a sliding window or the like (all)")  # fmt: skip
+    export.add_argument("--pre-tokenizer", metavar="NAME", help="of llama.cpp, where it does not "
+                        "know the tokenizer by itself")  # fmt: skip
+    export.add_argument("--no-preflight", dest="preflight", action="store_false",
+                        help="do not try the export before the first weight is read")  # fmt: skip
+
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", choices=DEVICES, help="(auto)")
     machine.add_argument("--dtype", choices=DTYPES, help="of the forward pass (float32)")
@@ -132,7 +143,8 @@ def _run(args: argparse.Namespace) -> int:
     from quantize.progress import Reporter, RichReporter
 
     reporter = Reporter() if args.quiet else RichReporter()
-    more = {"resume": args.resume, "overwrite": args.overwrite, "reporter": reporter}
+    more: dict[str, Any] = {"resume": args.resume, "overwrite": args.overwrite}
+    more |= {"reporter": reporter, "preflight": export_preflight(config, args.preflight)}
     refined = None
     if args.recipe == "refined":
         from quantize.refined import refine_settings, ternarize_and_refine
@@ -152,6 +164,29 @@ def _run(args: argparse.Namespace) -> int:
         if args.report is not None:
             print(f"report   {args.report}")
     return 0
+
+
+def export_preflight(config: Config, wanted: bool) -> Preflight:
+    """What tries an export before the run.
+
+    Args:
+        wanted: False makes one that only says that it was left out.
+    """
+
+    def check(checkpoint: Checkpoint, ternary: Mapping[str, tuple[int, int]]) -> list[str]:
+        if not wanted:
+            return ["the preflight was left out (--no-preflight)"]
+        from export.preflight import NoSource, preflight
+
+        try:
+            return preflight(
+                checkpoint, ternary, max_context=config.max_context,
+                pre_tokenizer=config.pre_tokenizer, fold=config.order != "none",
+            )  # fmt: skip
+        except NoSource as e:
+            return [f"the preflight was left out, as llama.cpp's source cannot be had: {e}"]
+
+    return check
 
 
 def print_summary(result: Result) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from quantize.checkpoint import Checkpoint, torch_dtype
 from quantize.common import PT2Error
+from quantize.foreign_code import check_folder
 
 
 @dataclass(frozen=True)
@@ -268,8 +269,11 @@ def _load_config(checkpoint: Checkpoint) -> Any:
     from transformers import AutoConfig
 
     where = checkpoint.path / "config.json"
+    check_folder(checkpoint.path, tokenizer=False)
     try:
-        config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+        config = AutoConfig.from_pretrained(
+            checkpoint.path, local_files_only=True, trust_remote_code=False
+        )
         config._attn_implementation = "sdpa"
         sizes = (config.num_hidden_layers, config.hidden_size, config.num_attention_heads,
                  config.vocab_size, config.num_key_value_heads)  # fmt: skip

@@ -9,7 +9,7 @@ from quantize.artifact import MANIFEST, Artifact, read_manifest
 from quantize.config import Config
 from quantize.distill import Held
 from quantize.machine import pick_device
-from quantize.pipeline import Result, ternarize
+from quantize.pipeline import Preflight, Result, ternarize
 from quantize.progress import Reporter
 from quantize.refine import Refined, refine
 from quantize.refine_config import RefineConfig
@@ -47,6 +47,7 @@ def ternarize_and_refine(
     resume: bool = False,
     overwrite: bool = False,
     reporter: Reporter | None = None,
+    preflight: Preflight | None = None,
 ) -> tuple[Result, Refined]:
     """Both stages; the closed form stays in ``OUT/closed-form``.
 
@@ -59,8 +60,9 @@ def ternarize_and_refine(
         result = ternarize(model_dir, closed, config, resume=True, reporter=reporter)
         return result, _finished(out)
     result = ternarize(
-        model_dir, closed, config, resume=resume, overwrite=overwrite, reporter=reporter
-    )
+        model_dir, closed, config, resume=resume, overwrite=overwrite, reporter=reporter,
+        preflight=preflight,
+    )  # fmt: skip
     refined = refine(
         closed, out, settings, model_dir=model_dir, overwrite=overwrite, reporter=reporter,
         resume=resume and (out / STATE).is_file(),
