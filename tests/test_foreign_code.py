@@ -17,7 +17,9 @@ from third_party.pt2_llama import api
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKER = "CODE_WAS_RUN"
-HOSTILE = "import pathlib, sys\npathlib.Path({marker!r}).open('a').write(' '.join(sys.argv) + '\\n')\n"
+HOSTILE = (
+    "import pathlib, sys\npathlib.Path({marker!r}).open('a').write(' '.join(sys.argv) + '\\n')\n"
+)
 NAMES = ("export", "quantize", "yaml", "gguf", "torch", "transformers", "numpy", "conversion", "json",
          "sentencepiece", "sitecustomize", "usercustomize")  # fmt: skip
 needs_llama = pytest.mark.skipif(api.find_build() is None, reason="needs pt2-llama build")
