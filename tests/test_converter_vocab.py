@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +113,8 @@ def test_scores_from_merges_make_llama_cpp_merge_as_the_tokenizer_does():
     for text in (WORDS, "quick brown été", "unseen Ж text\tand\nlines", "a  b   c"):
         wanted = made.encode(text, add_special_tokens=False).ids
         assert spm_tokens(" " + text, ids, by_id, bytes_) == wanted
-    # The upstream converter's way: all scores equal. It must not pass for right.
-    assert spm_tokens(" " + WORDS, ids, [-1000.0] * len(ids), bytes_) != made.encode(WORDS).ids[1:]
+    wrong = spm_tokens(" " + WORDS, ids, [-s for s in by_id], bytes_)
+    assert wrong != made.encode(WORDS, add_special_tokens=False).ids
 
 
 def test_pre_tokenizers_are_recognised_by_their_regular_expressions():
@@ -186,15 +185,15 @@ def test_the_written_file_holds_types_scores_and_bos_as_transformers_has_them(tm
     made.add_tokens([AddedToken("jade▁soup", special=False)])
     folder = with_tokenizer(tmp_path / "m", made, extra_special_tokens=["<s>", "</s>"],
                             tokenizer_class=None, add_bos_token=False)  # fmt: skip
-    shutil.copy(folder / "config.json", folder / "other.json")
     convert_whole(api.source_dir(), folder, tmp_path / "m.gguf", Options())
     f = {k: v.contents() for k, v in gguf.GGUFReader(tmp_path / "m.gguf").fields.items()}
     tokens, types = f["tokenizer.ggml.tokens"], f["tokenizer.ggml.token_type"]
     assert f["tokenizer.ggml.model"] == "llama" and len(tokens) == made.get_vocab_size()
     assert types[1] == CONTROL and types[tokens.index("<0x41>")] == BYTE
-    assert types[tokens.index(SPACE + "th")] == NORMAL and tokens[-1] == "jade soup"
-    scores = f["tokenizer.ggml.scores"]
-    assert scores[tokens.index(SPACE + "th")] > scores[tokens.index(SPACE + "the")] > -1000
+    merged = ["".join(m) for m in json.loads(made.to_str())["model"]["merges"]]
+    scores = [f["tokenizer.ggml.scores"][tokens.index(text)] for text in merged]
+    assert scores == sorted(scores, reverse=True) and scores[-1] == 1 - len(merged)
+    assert types[tokens.index(merged[0])] == NORMAL and tokens[-1] == "jade soup"
     # What is written is what the tokenizer does, whatever tokenizer_config.json says of it.
     assert f["tokenizer.ggml.add_bos_token"] is True and f["tokenizer.ggml.bos_token_id"] == 1
     assert f["tokenizer.ggml.add_eos_token"] is False and f["tokenizer.ggml.add_space_prefix"]

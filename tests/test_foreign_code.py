@@ -20,8 +20,8 @@ MARKER = "CODE_WAS_RUN"
 HOSTILE = (
     "import pathlib, sys\npathlib.Path({marker!r}).open('a').write(' '.join(sys.argv) + '\\n')\n"
 )
-NAMES = ("export", "quantize", "yaml", "gguf", "torch", "transformers", "numpy", "conversion", "json",
-         "sentencepiece", "sitecustomize", "usercustomize")  # fmt: skip
+NAMES = ("export", "quantize", "yaml", "gguf", "torch", "transformers", "numpy", "conversion",
+         "json", "sentencepiece", "sitecustomize", "usercustomize")  # fmt: skip
 needs_llama = pytest.mark.skipif(api.find_build() is None, reason="needs pt2-llama build")
 
 
