@@ -128,7 +128,7 @@ def _vocabulary(
     model: Any, tokenizer: Any, rows: int, job: Mapping[str, Any], notes: list[str]
 ) -> None:
     folder = Path(model.dir_model)
-    value = _json(folder / "tokenizer.json")
+    value = _as_loaded(tokenizer, _json(folder / "tokenizer.json"))
     kind = family(value) if value else _without_json(folder)
     if kind == "byte-level":
         model.get_vocab_base_pre = _pre(type(model).get_vocab_base_pre, model, value, job, notes)
@@ -146,6 +146,14 @@ def _json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict) or not isinstance(value.get("model"), dict):
         raise Unsupported(f"{file} does not hold a tokenizer: copy the model's here again")
     return value
+
+
+def _as_loaded(tokenizer: Any, value: dict[str, Any]) -> dict[str, Any]:
+    """tokenizer.json as transformers uses it: some of its classes put their own parts in place."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not value or backend is None:
+        return value
+    return dict(json.loads(backend.to_str()))
 
 
 def _without_json(folder: Path) -> str:
@@ -202,7 +210,7 @@ def _pre(
                 f"llama.cpp does not know the pre-tokenizer of {job['shown']}/tokenizer.json: "
                 "if you know which it equals, give --pre-tokenizer NAME, one of " + ", ".join(names)
             )
-        notes.append(f"pre-tokenizer {name}: tokenizer.json has its regular expressions")
+        notes.append(f"pre-tokenizer {name}: the tokenizer has its regular expressions")
         return name
 
     return choose
