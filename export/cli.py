@@ -92,6 +92,10 @@ def _parser() -> argparse.ArgumentParser:
     what = "tokens that are run in llama.cpp before the file gets its name; 0: none"
     option("--proof-tokens", "N", f"{what} ({d.proof_tokens})", type=int, default=d.proof_tokens)
     option("--keep-refused", "FILE", "where to keep a file that the proof refuses")
+    what = "tokens that the file is meant for, where the model has a sliding window or the like"
+    option("--max-context", "N", what, type=int, default=0)
+    what = "llama.cpp's name for the tokenizer's regular expressions, if it does not know them"
+    option("--pre-tokenizer", "NAME", what)
     option("--split-max-size", "SIZE", "files of at most SIZE of tensors, such as 500M or 2G")
     for name, dest, what in (
         ("--strict", "strict", "fail if a linear of a decoder block would not be ternary"),
@@ -117,6 +121,8 @@ def _run(args: argparse.Namespace) -> int:
         keep_refused=args.keep_refused,
         target_size=parse_size(args.target_size, "--target-size") if args.target_size else 0,
         target_bpw=args.target_bpw,
+        max_context=args.max_context,
+        pre_tokenizer=args.pre_tokenizer,
     )
     artifact = args.artifact or newest_artifact(Path())
     from rich.console import Console
@@ -163,6 +169,7 @@ def newest_artifact(folder: Path) -> Path:
 
 
 def _show(console: Any, report: ExportReport, config: ExportConfig) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     ratio = report.f16_bytes / report.file_bytes
@@ -199,6 +206,8 @@ def _show(console: Any, report: ExportReport, config: ExportConfig) -> None:
     summary = Table.grid(padding=(0, 2))
     for key, value in lines.items():
         summary.add_row(key, value)
+    for note in report.notes:
+        summary.add_row("converter", escape(note))
     console.print(summary)
     console.print(_others(report))
     print(f"next: {next_command(report)}")

@@ -55,6 +55,10 @@ class ExportConfig:
             (:mod:`export.mixed`), embeddings and head included unless their type is given. 0: no
             target.
         target_bpw: the same in bits of the file per parameter.
+        max_context: tokens that the file is meant for, where the model has a setting that only
+            matters beyond; 0 takes what the quantisation was given.
+        pre_tokenizer: llama.cpp's name for the tokenizer's regular expressions; None takes what the
+            quantisation was given, or finds out.
         fallback_type: of linears that the quantiser kept or whose width the type cannot hold.
         strict: make such a fallback an error.
         verify: compare the model with the artifact's fingerprint, and the written file with what
@@ -78,6 +82,8 @@ class ExportConfig:
     overwrite: bool = False
     target_size: int = 0
     target_bpw: float = 0.0
+    max_context: int = 0
+    pre_tokenizer: str | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in {
@@ -100,6 +106,8 @@ class ExportConfig:
         if self.strict and self.proof_tokens == 0:
             raise PT2Error("--strict: a file without a proof is not written; leave out "
                            "--proof-tokens 0")  # fmt: skip
+        if self.max_context < 0:
+            raise PT2Error(f"--max-context must not be negative: {self.max_context}")
         if self.target_size and self.target_bpw:
             raise PT2Error("--target-size and --target-bpw exclude each other")
         if self.target_size < 0 or not 0 <= self.target_bpw <= 32:
@@ -124,6 +132,7 @@ class ExportConfig:
         """The settings that shape the file's content, for its metadata."""
         keys = ["type", "embedding_type", "output_type", "fallback_type"]
         keys += ["target_size", "target_bpw"] if self.targeted else []
+        keys += [k for k in ("max_context", "pre_tokenizer") if getattr(self, k)]
         values = {k: v for k, v in asdict(self).items() if k in keys}
         return {**values, "output_type": self.head()}
 

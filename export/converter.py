@@ -12,8 +12,9 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from export.converter_driver import MARK, STAND_IN
+from export import converter_driver
+from export.converter_driver import MARK, REFUSED, check_arrived, check_rows, stand_in_number
 from export.fold import FoldPlan
 from quantize.checkpoint import Checkpoint
-from quantize.common import PT2Error
+from quantize.common import PT2Error, read_json
+from quantize.isolated import child_env, isolated, search_path
 from quantize.model_view import view_folder, write_view
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
@@ -58,13 +61,29 @@ class CarrierTensor:
 class Carrier:
     """What the converter made: architecture, metadata and tensors, in file order.
 
-    ``header_bytes`` is the size of its metadata and list of tensors in a GGUF file.
+    ``header_bytes`` is the size of its metadata and list of tensors in a GGUF file; ``notes`` say
+    what was mended or ignored.
     """
 
     arch: str
     fields: dict[str, tuple[Any, gguf.GGUFValueType, gguf.GGUFValueType | None]]
     tensors: list[CarrierTensor]
     header_bytes: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may settle for the converter.
+
+    Attributes:
+        max_context: tokens that the file is meant for, where the model has a setting that only
+            matters beyond (a sliding window); 0 for all that the model has.
+        pre_tokenizer: llama.cpp's name of the tokenizer's regular expressions; None to find out.
+    """
+
+    max_context: int = 0
+    pre_tokenizer: str | None = None
 
 
 def run_converter(
@@ -74,6 +93,7 @@ def run_converter(
     ternary: dict[str, tuple[int, int]],
     plan: FoldPlan,
     replaced: Mapping[str, NDArray[np.float32]],
+    options: Options = Options(),
 ) -> Carrier:
     """Convert all but the ternary weights.
 
@@ -87,34 +107,105 @@ def run_converter(
         replaced: tensor name -> what takes the place of the checkpoint's values, not reordered.
 
     Raises:
-        PT2Error: no tokenizer, an architecture that llama.cpp does not know, or any other failure
-            of the converter, in its own words.
+        PT2Error: no tokenizer, an architecture that llama.cpp does not know, a setting that it does
+            not have, or any other failure of the converter, in its own words.
     """
     check_tokenizer(model.path)
-    view = view_folder(model, workdir)
-    model.notes += write_view(model, view)
-    job = {
-        "source": str(source_dir),
-        "model": str(view.absolute()),
-        "carrier": str(workdir / "carrier.gguf"),
-        "orders": str(workdir / "orders.npz"),
-        "replaced": str(workdir / "replaced.npz"),
-        "ternary": ternary,
-        "dropped": sorted(model.dropped),
-    }
     orders = {f"rows/{k}": v for k, v in plan.rows.items()}
     orders |= {f"cols/{k}": v for k, v in plan.cols.items()}
-    np.savez(job["orders"], **orders)  # type: ignore[arg-type]
-    np.savez(job["replaced"], **replaced)  # type: ignore[arg-type]
-    job_file = workdir / "job.json"
+    np.savez(workdir / "orders.npz", **orders)  # type: ignore[arg-type]
+    np.savez(workdir / "replaced.npz", **replaced)  # type: ignore[arg-type]
+    notes = _drive(source_dir, model, workdir, options, ternary=ternary)
+    carrier = read_carrier(workdir / "carrier.gguf", ternary)
+    carrier.notes = notes
+    return carrier
+
+
+def try_converter(
+    source_dir: Path,
+    model: Checkpoint,
+    ternary: dict[str, tuple[int, int]],
+    options: Options = Options(),
+    *,
+    vocab: bool = True,
+) -> list[str]:
+    """Run the converter without reading a weight or writing a file; what it would say.
+
+    Args:
+        ternary: tensor name -> (rows, cols) of the linears that are to become ternary.
+        vocab: whether to try the tokenizer too.
+
+    Returns:
+        Notes: what would be mended or ignored.
+
+    Raises:
+        PT2Error: whatever :func:`run_converter` would refuse.
+    """
+    with tempfile.TemporaryDirectory(prefix="pt2-preflight-") as work:
+        more: dict[str, Any] = {"ternary": ternary, "preflight": True, "vocab": vocab}
+        return _drive(source_dir, model, Path(work), options, **more)
+
+
+def convert_whole(
+    source_dir: Path, model: Checkpoint, out: Path, options: Options, log: Path | None = None
+) -> list[str]:
+    """Convert a checkpoint to a BF16 file as it is, with the same repairs as an export.
+
+    Args:
+        out: the file to write.
+        log: where the converter's own log goes.
+
+    Returns:
+        Notes: what was mended or ignored.
+
+    Raises:
+        PT2Error: as :func:`run_converter`.
+    """
+    check_tokenizer(model.path)
+    with tempfile.TemporaryDirectory(prefix="pt2-convert-") as work:
+        more = {"outtype": "bf16", "carrier": str(out.absolute())}
+        return _drive(source_dir, model, Path(work), options, log, **more)
+
+
+def _drive(
+    source_dir: Path, model: Checkpoint, workdir: Path, options: Options, log: Path | None = None,
+    **more: Any,
+) -> list[str]:  # fmt: skip
+    """Run the driver's process on a view of the model; returns its notes and the view's."""
+    view = view_folder(model, workdir)
+    notes = write_view(model, view)
+    job = {
+        "path": search_path(),
+        "source": str(source_dir.resolve()),
+        "model": str(view.resolve()),
+        "shown": str(model.path),
+        "dropped": sorted(model.dropped),
+        "carrier": str(workdir.resolve() / "carrier.gguf"),
+        "notes": str(workdir.resolve() / "notes.json"),
+        "orders": str(workdir.resolve() / "orders.npz"),
+        "replaced": str(workdir.resolve() / "replaced.npz"),
+        "ternary": {},
+        "outtype": "f32",
+        "max_context": options.max_context,
+        "pre_tokenizer": options.pre_tokenizer,
+        "vocab": True,
+        "preflight": False,
+        **more,
+    }
+    job_file = workdir.resolve() / "job.json"
     job_file.write_text(json.dumps(job), encoding="utf-8")
-    command = [sys.executable, "-m", "export.converter_driver", str(job_file)]
-    done = subprocess.run(command, capture_output=True, text=True, env=_child_env())
+    command = isolated(Path(converter_driver.__file__).resolve(), [str(job_file)])
+    done = subprocess.run(
+        command, capture_output=True, text=True, errors="replace", env=child_env(),
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
     if os.environ.get("PT2_DEBUG"):
         sys.stderr.write(done.stderr)
+    if log is not None:
+        log.write_text(done.stderr, encoding="utf-8")
     if done.returncode:
-        raise PT2Error(_failure(done, model.path))
-    return read_carrier(workdir / "carrier.gguf", ternary)
+        raise PT2Error(_failure(done, job["shown"]))
+    return [*notes, *read_json(job["notes"])]
 
 
 def check_tokenizer(model_dir: Path) -> None:
@@ -133,44 +224,34 @@ def read_carrier(path: Path, ternary: dict[str, tuple[int, int]]) -> Carrier:
         PT2Error: a weight was changed in another way than by naming it and ordering its rows.
     """
     reader = gguf.GGUFReader(path)
-    names = list(ternary)
-    tensors = []
-    for t in reader.tensors:
-        shape = tuple(int(n) for n in reversed(t.shape))
-        data = np.asarray(t.data).reshape(shape)
-        if t.tensor_type == gguf.GGMLQuantizationType.F32 and shape[-1:] == (3,):
-            number = _stand_in_number(t.name, data)
-            if number is not None:
-                tensors.append(_ternary_tensor(t.name, names[number], ternary, data[:, 0]))
-                continue
-        tensors.append(CarrierTensor(t.name, shape, data))
-    found = {t.source for t in tensors}
-    lost = [n for n in names if n not in found]
-    if lost:
-        raise PT2Error(f"llama.cpp's converter drops {lost[0]}: this architecture is unsupported")
+    try:
+        tensors = _tensors(reader, ternary)
+        check_arrived(list(ternary), {t.source for t in tensors})
+    except ValueError as e:
+        raise PT2Error(str(e)) from e
     arch = reader.fields["general.architecture"].contents()
     return Carrier(arch, dict(_fields(reader)), tensors, int(reader.data_offset))
 
 
-def _stand_in_number(name: str, data: NDArray[np.float32]) -> int | None:
-    """The ternary weight's number when ``data`` is a stand-in, else None."""
-    if data.ndim != 2 or not (data[:, 2] == STAND_IN).all():
-        return None
-    numbers = np.unique(data[:, 1])
-    if len(numbers) != 1:
-        raise PT2Error(f"llama.cpp's converter joins several weights into {name}: unsupported")
-    return int(numbers[0])
+def _tensors(reader: gguf.GGUFReader, ternary: dict[str, tuple[int, int]]) -> list[CarrierTensor]:
+    names, tensors = list(ternary), []
+    for t in reader.tensors:
+        shape = tuple(int(n) for n in reversed(t.shape))
+        data = np.asarray(t.data).reshape(shape)
+        if t.tensor_type == gguf.GGMLQuantizationType.F32 and shape[-1:] == (3,):
+            number = stand_in_number(t.name, data)
+            if number is not None:
+                tensors.append(_ternary_tensor(t.name, names[number], ternary, data[:, 0]))
+                continue
+        tensors.append(CarrierTensor(t.name, shape, data))
+    return tensors
 
 
 def _ternary_tensor(
     name: str, source: str, ternary: dict[str, tuple[int, int]], column: NDArray[np.float32]
 ) -> CarrierTensor:
     rows, cols = ternary[source]
-    if not np.array_equal(np.sort(column), np.arange(rows, dtype=np.float32)):
-        raise PT2Error(
-            f"llama.cpp's converter does more to {source} than to order its rows, so it cannot be "
-            "exported as ternary; leave it out with pt2-quantize --skip"
-        )
+    check_rows(source, rows, column)
     return CarrierTensor(name, (rows, cols), source=source, rows=column.astype(np.int64))
 
 
@@ -178,32 +259,22 @@ def _fields(
     reader: gguf.GGUFReader,
 ) -> Iterator[tuple[str, tuple[Any, gguf.GGUFValueType, gguf.GGUFValueType | None]]]:
     """Metadata as ``GGUFWriter.add_key_value`` takes it."""
-    for key, field in reader.fields.items():
+    for key, entry in reader.fields.items():
         if key in _READ_ONLY_KEYS:
             continue
-        kind = field.types[0]
-        inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-        yield key, (field.contents(), kind, inner)
+        kind = entry.types[0]
+        inner = entry.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+        yield key, (entry.contents(), kind, inner)
 
 
-def _failure(done: subprocess.CompletedProcess[str], model_dir: Path) -> str:
+def _failure(done: subprocess.CompletedProcess[str], model_dir: str) -> str:
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     for line in reversed(lines):
         if line.startswith(MARK) and _SHORT_WRITE.search(line):
             return "cannot write the converted tensors beside the output: the disk is full"
+        if line.startswith(REFUSED):
+            return line[len(REFUSED) :].strip()
         if line.startswith(MARK):
             return f"llama.cpp's converter refuses {model_dir}: {line[len(MARK) :].strip()}"
     last = lines[-1].strip() if lines else f"exit code {done.returncode}"
     return f"llama.cpp's converter failed on {model_dir}: {last} (PT2_DEBUG=1 shows its log)"
-
-
-def _child_env() -> dict[str, str]:
-    """The child must find this package wherever it was started from, and need no network."""
-    root = str(Path(__file__).resolve().parent.parent)
-    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(paths),
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }

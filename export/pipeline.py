@@ -22,7 +22,7 @@ from export.checks import (
     work_folder,
 )
 from export.config import ExportConfig
-from export.converter import Carrier, check_tokenizer, run_converter
+from export.converter import Carrier, Options, check_tokenizer, run_converter
 from export.encode import (
     EMBEDDING,
     HEAD,
@@ -70,7 +70,8 @@ class ExportReport:
         tied: whether the embeddings serve as the head too.
         mixed: what was chosen to fit a target size, in words (None: no target).
         chat: whether the file has a chat template.
-        notes: what of the model's folder was left out or decided, one line each.
+        notes: what of the model's folder was left out or decided, and what the converter mended or
+            ignored, one line each.
     """
 
     files: list[Path]
@@ -147,8 +148,9 @@ def export_gguf(
     with work_folder(out) as work:
         progress("converting metadata and tokenizer", 0, 1)
         carrier = run_converter(
-            _llama_source(), model, work, source.shapes(), source.plan, artifact.replaced()
-        )
+            _llama_source(), model, work, source.shapes(), source.plan, artifact.replaced(),
+            _options(config, artifact),
+        )  # fmt: skip
         progress("converting metadata and tokenizer", 1, 1)
         _check_tied(carrier, model)
         mixed = None
@@ -157,9 +159,9 @@ def export_gguf(
         items = plan_items(carrier, config, ggml, artifact.kept, mixed)
         report = _write(out, work, carrier, items, source, config, ggml, progress)
     report.chat = "tokenizer.chat_template" in carrier.fields
-    report.notes = model.notes
     if mixed is not None:
         report.mixed = mixed.summary(source.measured().kl)
+    report.notes = [*model.notes, *carrier.notes]
     return report
 
 
@@ -171,6 +173,15 @@ def _check_tied(carrier: Carrier, model: Checkpoint) -> None:
             f"the head of {model.path} is {asked}, and llama.cpp's converter makes it otherwise: "
             "it cannot be exported"
         )
+
+
+def _options(config: ExportConfig, artifact: Artifact) -> Options:
+    """What was given to this export, else to the quantisation."""
+    given = artifact.manifest["settings"]
+    return Options(
+        config.max_context or int(given.get("max_context") or 0),
+        config.pre_tokenizer or given.get("pre_tokenizer"),
+    )
 
 
 def _mixed(
@@ -295,6 +306,11 @@ def _metadata(source: TernarySource, items: list[Item], config: ExportConfig) ->
         "pt2.bpw": (bits, kind.FLOAT32, None),
     }
     metadata |= placeholders()
+    options = _options(config, source.artifact)
+    if options.max_context:
+        metadata["pt2.max_context"] = (options.max_context, kind.UINT32, None)
+    if options.pre_tokenizer:
+        metadata["pt2.pre_tokenizer"] = (options.pre_tokenizer, kind.STRING, None)
     if config.type in types.TERNARY_TYPES:
         metadata[f"pt2.{config.type}.layout"] = (types.LAYOUT_VERSION, kind.UINT32, None)
     return metadata

@@ -1,6 +1,6 @@
 """Baselines: other quantisations of the same model, made by llama.cpp's own tools, and cached.
 
-HF folder --convert_hf_to_gguf.py--> BF16 GGUF --llama-quantize--> Q2_K, IQ1_M, ...
+HF folder --llama.cpp's converter--> BF16 GGUF --llama-quantize--> Q2_K, IQ1_M, ...
                                      calibration text --llama-imatrix--> importance matrix
 """
 
@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import Any
 
 from llamacpp_bench.gguf_info import GGUFInfo, read_gguf
 from llamacpp_bench.process import run_tool
@@ -33,7 +32,7 @@ FLOAT_TYPES = ("F32", "F16", "BF16")
 IMATRIX_CHUNKS = 200
 IMATRIX_WINDOW = 512  # tokens; llama-imatrix's own default
 IMATRIX_ENOUGH = IMATRIX_CHUNKS * IMATRIX_WINDOW * CHARACTERS_PER_TOKEN
-CONVERTS = "view 1"  # part of the cache's keys: what is converted of a model's folder
+CONVERSION = b"view 2"  # part of the cache's keys: another value where folders convert otherwise
 Say = Callable[[str], None]
 
 
@@ -109,8 +108,11 @@ def source_by_fingerprint(info: GGUFInfo) -> Path | None:
     return None
 
 
-def source_gguf(source: Path, say: Say) -> GGUFInfo:
+def source_gguf(source: Path, say: Say, models: Sequence[GGUFInfo] = ()) -> GGUFInfo:
     """The source as a GGUF file: itself, or converted once by llama.cpp's converter and cached.
+
+    Args:
+        models: the files that it is the source of.
 
     Raises:
         PT2Error: neither a float GGUF nor a model folder, or the conversion failed.
@@ -125,16 +127,18 @@ def source_gguf(source: Path, say: Say) -> GGUFInfo:
         return info
     if not (source / "config.json").is_file():
         raise PT2Error(f"{source} has no config.json; give a Hugging Face model folder or a GGUF")
-    final = cache_dir() / f"{source.resolve().name}-{folder_key(source)}-bf16.gguf"
+    given = _given(models)
+    key = "-".join([folder_key(source), *map(str, given.values())])
+    final = cache_dir() / f"{source.resolve().name}-{key}-bf16.gguf"
     if not final.is_file():
         say(f"converting {source.name} to BF16")
-        _convert(source, final, say)
+        _convert(source, final, say, **given)
     return read_gguf(final)
 
 
 def folder_key(folder: Path) -> str:
     """A key of a model folder: names, sizes and times of the files that the converter reads."""
-    digest = hashlib.sha256(CONVERTS.encode())
+    digest = hashlib.sha256(CONVERSION)
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.suffix in (".json", ".safetensors", ".model", ".bin", ".txt"):
             stat = path.stat()
@@ -142,33 +146,37 @@ def folder_key(folder: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def _convert(source: Path, final: Path, say: Say) -> None:
-    """Convert what counts of a model's folder (:mod:`quantize.model_view`)."""
+def _convert(source: Path, final: Path, say: Say, **given: Any) -> None:
+    """Convert what counts of a folder as the exporter does: same repairs, none of its code run.
+
+    Args:
+        given: what the files to compare with were given for the tokenizer and the context.
+    """
+    from export.converter import Options, convert_whole
     from quantize.architectures import ADAPTERS
     from quantize.checkpoint import Checkpoint
     from quantize.expected import load_config, settle
-    from quantize.model_view import view_folder, write_view
     from third_party.pt2_llama.api import source_dir
 
-    script = source_dir() / "convert_hf_to_gguf.py"
     checkpoint = Checkpoint.open(source)
     if checkpoint.architecture in ADAPTERS:
         settle(checkpoint, load_config(checkpoint))
-    with TemporaryDirectory(dir=final.parent) as work, atomic_path(final) as tmp:
-        view = view_folder(checkpoint, Path(work))
-        for note in checkpoint.notes + write_view(checkpoint, view, without_dropped=True):
-            say(f"warning: {note}")
-        argv = [
-            sys.executable,
-            str(script),
-            str(view),
-            "--outtype",
-            "bf16",
-            "--outfile",
-            str(tmp),
-        ]
-        env = {**os.environ, "PYTHONPATH": str(script.parent / "gguf-py")}
-        run_tool(argv, env, final.with_suffix(".log"))
+    with atomic_path(final) as tmp:
+        notes = convert_whole(
+            source_dir(), checkpoint, tmp, Options(**given), final.with_suffix(".log")
+        )
+    for note in [*checkpoint.notes, *notes]:
+        say(f"warning: {note}")
+
+
+def _given(models: Sequence[GGUFInfo]) -> dict[str, Any]:
+    """``max_context`` and ``pre_tokenizer`` of the first file that has them."""
+    given: dict[str, Any] = {}
+    for name in ("max_context", "pre_tokenizer"):
+        for model in models:
+            if f"pt2.{name}" in model.metadata:
+                given.setdefault(name, model.metadata[f"pt2.{name}"])
+    return given
 
 
 def same_model(a: GGUFInfo, b: GGUFInfo) -> None:

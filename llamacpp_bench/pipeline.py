@@ -327,7 +327,7 @@ def open_maker(session: Session, given: list[GGUFInfo]) -> BaselineMaker:
         say_notes(session, text)
         if session.text is not None and text.sha256 == session.text.sha256:
             raise PT2Error("--imatrix-text is the text that is scored; give other text instead")
-    source = source_gguf(find_source(given, config.source), session.show.note)
+    source = source_gguf(find_source(given, config.source), session.show.note, given)
     for info in given:
         same_model(info, source)
     threads = config.load().threads or 1

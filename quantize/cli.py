@@ -26,7 +26,10 @@ from quantize.config import (
 from quantize.refine_config import RefineConfig
 
 if TYPE_CHECKING:
-    from quantize.pipeline import Result
+    from collections.abc import Mapping
+
+    from quantize.checkpoint import Checkpoint
+    from quantize.pipeline import Preflight, Result
 
 DEFAULTS = Config()
 EPILOG = """\
@@ -121,6 +124,14 @@ def build_parser() -> argparse.ArgumentParser:
     _option(method, "damping", "share of the mean Hessian diagonal")
     method.add_argument("--skip", metavar="REGEX", help="leave matching linears as they are")
 
+    export = parser.add_argument_group("the file that pt2-export will write")
+    export.add_argument("--max-context", type=int, metavar="N", help="tokens that it is meant for, "
+                        "where the model has a sliding window or the like (all)")  # fmt: skip
+    export.add_argument("--pre-tokenizer", metavar="NAME", help="of llama.cpp, where it does not "
+                        "know the tokenizer by itself")  # fmt: skip
+    export.add_argument("--no-preflight", dest="preflight", action="store_false",
+                        help="do not try the export before the first weight is read")  # fmt: skip
+
     machine = parser.add_argument_group("machine")
     _option(machine, "device", "", choices=DEVICES)
     _option(machine, "dtype", "of the forward pass", choices=DTYPES)
@@ -172,7 +183,8 @@ def _run(args: argparse.Namespace, resume: str) -> int:
     refined = None
     with open_reporter(args.quiet) as reporter:
         more = {"resume": args.resume, "overwrite": args.overwrite, "reporter": reporter,
-                "command": resume}  # fmt: skip
+                "command": resume,
+                "preflight": export_preflight(config, args.preflight)}  # fmt: skip
         if args.recipe == "refined":
             from quantize.refined import refine_settings, ternarize_and_refine
 
@@ -191,6 +203,29 @@ def _run(args: argparse.Namespace, resume: str) -> int:
         if args.report is not None:
             print(f"report   {args.report}")
     return 0
+
+
+def export_preflight(config: Config, wanted: bool) -> Preflight:
+    """What tries an export before the run.
+
+    Args:
+        wanted: False makes one that only says that it was left out.
+    """
+
+    def check(checkpoint: Checkpoint, ternary: Mapping[str, tuple[int, int]]) -> list[str]:
+        if not wanted:
+            return ["the preflight was left out (--no-preflight)"]
+        from export.preflight import NoSource, preflight
+
+        try:
+            return preflight(
+                checkpoint, ternary, max_context=config.max_context,
+                pre_tokenizer=config.pre_tokenizer, fold=config.order != "none",
+            )  # fmt: skip
+        except NoSource as e:
+            return [f"the preflight was left out, as llama.cpp's source cannot be had: {e}"]
+
+    return check
 
 
 def print_summary(result: Result) -> None:

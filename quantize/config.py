@@ -69,6 +69,11 @@ class Config:
         threads: CPU threads (0: as torch chooses).
         seed: of the calibration windows and the random order.
         batch_size: windows per forward pass.
+        max_context: tokens that the model is to be used with at most, where a setting of it that
+            llama.cpp does not have (a sliding window, dynamic NTK) only matters beyond (0: all that
+            it has). pt2-export keeps to it.
+        pre_tokenizer: llama.cpp's name for the regular expressions of the model's tokenizer, where
+            it does not know it by itself.
     """
 
     order: str = "foldable"
@@ -100,6 +105,8 @@ class Config:
     threads: int = 0
     seed: int = 0
     batch_size: int = 4
+    max_context: int = 0
+    pre_tokenizer: str | None = None
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -110,7 +117,7 @@ class Config:
         _one_of("device", self.device, DEVICES)
         least = {"itf_steps": 1, "reround": 0, "rounds": 0, "sweeps": 0, "samples": 1, "seqlen": 2,
                  "order_samples": 1, "sensitivity": 0, "proof_tokens": 0, "threads": 0, "seed": 0,
-                 "batch_size": 1}  # fmt: skip
+                 "batch_size": 1, "max_context": 0}  # fmt: skip
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise PT2Error(f"setting {name} must be at least {low}, not {getattr(self, name)}")
@@ -126,8 +133,14 @@ class Config:
                 raise PT2Error(f"setting skip is not a regular expression: {e}") from e
 
     def identity(self) -> dict[str, Any]:
-        """The settings as the manifest holds them: no folders of this machine."""
+        """The settings as the manifest holds them: no folders of this machine.
+
+        The last two are there only where they were given.
+        """
         values = dataclasses.asdict(self)
+        for name in ("max_context", "pre_tokenizer"):
+            if not values[name]:
+                del values[name]
         values["calibration"] = source_name(self.calibration)
         # The text is known by its tokens' checksum, and what is allowed changes nothing.
         for name in ("text_field", "allow_long"):

@@ -15,7 +15,7 @@ import quantize.waiting  # noqa: F401  before torch is loaded
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -48,6 +48,9 @@ from quantize.hessian import SiteMoments, mean_square
 from quantize.hf_model import StreamedModel
 from quantize.machine import arithmetic, pick_device, versions
 from quantize.proof_run import ProofRun, start_proof
+
+# Tries what comes after a run: (model, shapes of the ternary tensors by name) -> notes.
+Preflight = Callable[[Checkpoint, Mapping[str, tuple[int, int]]], list[str]]
 
 
 @dataclass
@@ -85,6 +88,7 @@ def ternarize(
     overwrite: bool = False,
     reporter: Reporter | None = None,
     command: str | None = None,
+    preflight: Preflight | None = None,
 ) -> Result:
     """Ternarise a Hugging Face causal LM into an artifact folder.
 
@@ -96,6 +100,8 @@ def ternarize(
         overwrite: replace an artifact that is already there.
         reporter: told of progress.
         command: the command line that resumes this run; kept in run.json, for messages.
+        preflight: called once the headers are known and before a weight is read; its notes are
+            kept in ``run.json``.
 
     Raises:
         PT2Error: anything the user can mend; one line that names what and where.
@@ -112,10 +118,12 @@ def ternarize(
     )  # fmt: skip
     with arithmetic(config.threads) as threads:
         model = StreamedModel(checkpoint, device, config.dtype)
-        _, kept = check_widths(checkpoint, config)
+        names, kept = check_widths(checkpoint, config)
         for note in checkpoint.notes:
             reporter.warn(note)
         run = {**_run_record(out, checkpoint, resume), "resume": command}
+        if preflight is not None and "preflight" not in run:
+            run["preflight"] = _try_export(preflight, checkpoint, names, reporter)
         reporter.start("reading the model", checkpoint.bytes, "bytes", every=5)
         digest, run["fingerprint"] = checkpoint.fingerprint(
             run.get("fingerprint"), lambda count: reporter.step("checksum", count)
@@ -151,6 +159,22 @@ def ternarize(
     return Result(
         out, manifest["matrices"], manifest["kept"], config.block_size, seconds, reporter.warnings
     )
+
+
+def _try_export(
+    preflight: Preflight, checkpoint: Checkpoint, names: list[str], reporter: Reporter
+) -> list[str]:
+    """Run the preflight on the tensors of ternary linears; its notes, which are said as well."""
+    shapes = {}
+    for name in names:
+        rows, cols = checkpoint.info(f"{name}.weight").shape
+        shapes[f"{name}.weight"] = (rows, cols)
+    reporter.start("trying the export", 1)
+    notes = preflight(checkpoint, shapes)
+    reporter.done()
+    for note in notes:
+        reporter.note(note)
+    return notes
 
 
 def _measure(

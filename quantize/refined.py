@@ -11,7 +11,7 @@ from quantize.common import PT2Error
 from quantize.config import CLOSED_FORM, Config
 from quantize.distill import Held
 from quantize.machine import pick_device
-from quantize.pipeline import Result, ternarize
+from quantize.pipeline import Preflight, Result, ternarize
 from quantize.refine import Refined, refine
 from quantize.refine_config import RefineConfig
 from quantize.refine_state import STATE
@@ -49,8 +49,11 @@ def ternarize_and_refine(
     overwrite: bool = False,
     reporter: Reporter | None = None,
     command: str | None = None,
+    preflight: Preflight | None = None,
 ) -> tuple[Result, Refined]:
-    """Both stages; the closed form stays in ``OUT/closed-form``. ``command`` as in ternarize.
+    """Both stages; the closed form stays in ``OUT/closed-form``.
+
+    ``command`` and ``preflight`` are as in :func:`quantize.pipeline.ternarize`.
 
     Raises:
         PT2Error: of either stage.
@@ -62,7 +65,7 @@ def ternarize_and_refine(
         return result, _finished(out)
     result = ternarize(
         model_dir, closed, config, resume=resume, overwrite=overwrite, reporter=reporter,
-        command=command,
+        command=command, preflight=preflight,
     )  # fmt: skip
     refined = refine(
         closed, out, settings, model_dir=model_dir, overwrite=overwrite, reporter=reporter,

@@ -270,7 +270,7 @@ def _shell(config: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def _rotary(body: Any, config: Any, device: Any) -> None:

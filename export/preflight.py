@@ -1,0 +1,66 @@
+"""Try an export before the quantisation: :func:`preflight`.
+
+The exporter's own process (:mod:`export.converter_driver`) runs on the model's headers with
+stand-ins for the linears: settings, metadata, tokenizer and the names of all tensors. No weight is
+read and no file of any size is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from export.converter import TOKENIZERS, Options, try_converter
+from export.fold import Heads, fold_plan
+from quantize.checkpoint import Checkpoint
+from quantize.common import PT2Error
+
+
+class NoSource(PT2Error):
+    """llama.cpp's source cannot be had, so nothing was tried."""
+
+
+def preflight(
+    checkpoint: Checkpoint,
+    ternary: Mapping[str, tuple[int, int]],
+    *,
+    max_context: int = 0,
+    pre_tokenizer: str | None = None,
+    fold: bool = True,
+) -> list[str]:
+    """What pt2-export would say of a model, in a few seconds.
+
+    Args:
+        ternary: tensor name -> (rows, cols) of the linears that are to become ternary; all others
+            are exported as they are.
+        max_context: tokens that the file is meant for; 0 for all that the model has.
+        pre_tokenizer: llama.cpp's name of the tokenizer's regular expressions; None to find out.
+        fold: whether orders of columns are to be folded, for which every tensor must be known.
+
+    Returns:
+        Notes: what the exporter would mend or ignore.
+
+    Raises:
+        NoSource: llama.cpp's source is not there and cannot be fetched.
+        PT2Error: what the exporter would refuse, with the file at fault and what to do.
+    """
+    from third_party.pt2_llama import api
+
+    try:
+        source = api.source_dir()
+    except PT2Error as e:
+        raise NoSource(str(e)) from e
+    if fold:
+        config = checkpoint.settings
+        turned = np.arange(int(config.get("hidden_size") or 2), dtype=np.int32)[::-1]
+        fold_plan(checkpoint.tensors, Heads.from_config(config), turned, {})
+    notes = []
+    vocab = any((checkpoint.path / name).is_file() for name in TOKENIZERS)
+    if not vocab:
+        notes.append(
+            f"{checkpoint.path} has no tokenizer, and pt2-export refuses a model without one: copy "
+            "its files there before you go on"
+        )
+    options = Options(max_context, pre_tokenizer)
+    return notes + try_converter(source, checkpoint, dict(ternary), options, vocab=vocab)
