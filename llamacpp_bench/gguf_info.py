@@ -13,14 +13,13 @@ from __future__ import annotations
 import os
 import re
 import struct
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from llamacpp_bench.ggml_types import BY_NAME, PT2_LAYOUT_KEYS, PT2_LAYOUTS, TYPES, GGMLType
-from quantize.common import PT2Error
+from quantize.common import PT2Error, first_double
 
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
@@ -275,18 +274,16 @@ def _check_kinds(r: _Reader, metadata: Mapping[str, Any], kinds: Mapping[str, in
             raise r.fail(f"key {key!r} is {metadata[key]!r}, not a uint32")
 
 
-def _check_extent(r: _Reader, metadata: Mapping[str, Any], tensors: Iterable[Tensor]) -> None:
+def _check_extent(r: _Reader, metadata: Mapping[str, Any], tensors: Sequence[Tensor]) -> None:
     """Every tensor's bytes must lie inside the file, each tensor's behind those of the last."""
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     if alignment <= 0 or alignment & (alignment - 1):
         raise r.fail(f"general.alignment is {alignment!r}, not a power of two")
     start = -(-r.at // alignment) * alignment
-    names: set[str] = set()
+    if (twice := first_double(t.name for t in tensors)) is not None:
+        raise r.fail(f"tensor {twice!r} is there twice")
     expected = 0
     for t in tensors:
-        if t.name in names:
-            raise r.fail(f"tensor {t.name!r} is there twice")
-        names.add(t.name)
         end = start + t.offset + t.nbytes
         if end > r.size:
             raise PT2Error(
@@ -331,8 +328,7 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFInfo:
                 raise PT2Error(f"{shard} is missing; the model has {count} shards")
             m, t, s = _read_one(shard)
             metadata, tensors, size = {**m, **metadata}, tensors + t, size + s
-        names = Counter(t.name for t in tensors)
-        if twice := next((n for n, times in names.items() if times > 1), None):
+        if (twice := first_double(t.name for t in tensors)) is not None:
             raise PT2Error(f"{path}: tensor {twice!r} is in two shards; split the model again")
     if not tensors:
         raise PT2Error(f"{path} holds no tensors; give a model, not a vocabulary or an adapter")

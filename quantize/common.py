@@ -17,7 +17,7 @@ import signal
 import stat
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -44,9 +44,9 @@ class PT2Error(Exception):
 
 def one_line(text: str) -> str:
     """``text`` on one line of printable characters, its middle left out if it is very long."""
+    if len(text) > MAX_MESSAGE:
+        text = f"{text[: MAX_MESSAGE // 2]} ... {text[-MAX_MESSAGE // 2 :]}"
     line = re.sub(r"\s*[^\S ]\s*", " ", text).strip()  # blanks within a path stay as they are
-    if len(line) > MAX_MESSAGE:
-        line = f"{line[: MAX_MESSAGE // 2]} ... {line[-MAX_MESSAGE // 2 :]}"
     if line.isprintable():
         return line
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
@@ -162,12 +162,19 @@ def _finite(word: str) -> float:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        double = next(n for n in value if names.count(n) > 1)
+    if (double := first_double(name for name, _ in pairs)) is not None:
         raise ValueError(f"{double[:80]!r} is given twice")
-    return value
+    return dict(pairs)
+
+
+def first_double(names: Iterable[str]) -> str | None:
+    """The first name that has been there before, or None."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 def _shallow(value: Any) -> bool:

@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from quantize.common import PT2Error, read_bytes
+from quantize.common import PT2Error, first_double, read_bytes
 
-MAX_BYTES = 1 << 20  # written by hand: far more than anybody needs
+MAX_BYTES = 1 << 17  # written by hand: far more than anybody needs; parsed in a second or two
 MAX_DEPTH = 20
 
 
@@ -30,8 +30,8 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if double := next((n for n in names if names.count(n) > 1), None):
+        names = (key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if (double := first_double(names)) is not None:
             raise yaml.YAMLError(f"{double!r} is given twice")
         return super().construct_mapping(node, deep)
 
@@ -40,7 +40,7 @@ def read_yaml(path: str | os.PathLike[str]) -> Any:
     """Read a YAML file.
 
     Raises:
-        PT2Error: missing, not UTF-8, not YAML, larger than a megabyte, nested too deeply, with
+        PT2Error: missing, not UTF-8, not YAML, larger than MAX_BYTES, nested too deeply, with
             aliases, with a key given twice, or with a value that its tag does not allow.
     """
     raw = read_bytes(path, MAX_BYTES)

@@ -32,6 +32,7 @@ from quantize.common import PT2Error, read_json, write_json
 from quantize.config import load_recipe
 from quantize.report import write_report
 from quantize.safetensors_file import read_header
+from quantize.yaml_file import read_yaml
 from third_party.pt2_llama.builds import STAMP, read_build
 
 LINEAR = "model.layers.0.self_attn.q_proj"
@@ -113,6 +114,20 @@ def test_a_name_given_twice_is_refused_where_it_matters(tmp_path: Path):
     assert read_json(file)["b"] == {"c": 2}  # as every program reads a config.json
     with refused("'c' is given twice"):
         read_json(file, unique=True)
+
+
+def test_what_is_long_takes_no_longer_than_it_is(tmp_path: Path):
+    file = tmp_path / "x.json"
+    names = [f'"{i}": 1' for i in range(100_000)]
+    file.write_text("{" + ", ".join([*names, names[-1]]) + "}")
+    with time_limit(20), refused("'99999' is given twice"):
+        read_json(file, unique=True)
+    file = tmp_path / "x.yaml"
+    file.write_text("".join(f"a{i}:\n" for i in range(15_000)) + "a14999:\n")
+    with time_limit(60), refused("'a14999' is given twice"):
+        read_yaml(file)
+    with time_limit(20):
+        assert len(str(PT2Error(f"tensor {' ' * 10**6}{chr(10)}{' ' * 10**6}x"))) < 5000
 
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path):
