@@ -143,6 +143,31 @@ def token_source(source: str) -> tuple[Path, str] | None:
     return Path(match[1]), match[2] or ""
 
 
+def check_sources(sources: str, what: str) -> bool:
+    """Look whether sources are there, without reading them.
+
+    Args:
+        what: they are for, in words.
+
+    Returns:
+        whether one of them is text, which needs a tokenizer.
+
+    Raises:
+        PT2Error: there is no such source.
+    """
+    needs = False
+    for source in split_sources(sources):
+        tokens = token_source(source)
+        if tokens is not None:
+            if not tokens[0].is_file():
+                raise PT2Error(f"no {what} {source!r}: there is no file {tokens[0]}")
+            continue
+        needs = True
+        if not Path(source).exists() and source not in DATA_SETS:
+            raise PT2Error(f"no {what} {source!r}: {_choices()}")
+    return needs
+
+
 def source_name(sources: str) -> str:
     """The sources as records hold them: no folders of this machine."""
     names = []

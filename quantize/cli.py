@@ -176,8 +176,7 @@ def _run(args: argparse.Namespace, resume: str) -> int:
         args.model, first, config, resume=args.resume, overwrite=args.overwrite
     )
     if args.refine_text:
-        for source in args.refine_text.split(","):
-            check_text_source(source, "text", checkpoint)
+        check_text_source(args.refine_text, "text", checkpoint)
     from quantize.pipeline import ternarize  # torch: only once the options are known to be right
 
     refined = None

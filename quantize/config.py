@@ -18,7 +18,6 @@ BLOCK_SIZES = (64, 128, 256)
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 CLOSED_FORM = "closed-form"  # of --recipe refined: the first stage's folder inside the result's
-DATA_SETS = ("wikitext2", "c4", "ptb")  # calibration.DATASETS has what they are
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pt2_core.texts import check_sources
 from quantize.artifact import MANIFEST, read_manifest
 from quantize.checkpoint import Checkpoint
 from quantize.common import PT2Error
-from quantize.config import DATA_SETS, Config
+from quantize.config import Config
 from quantize.tokenizer_files import VOCABULARIES
 from quantize.widths import check_linears
 
@@ -40,17 +41,7 @@ def check_widths(checkpoint: Checkpoint, config: Config) -> tuple[list[str], dic
 
 def check_text_source(source: str, what: str, checkpoint: Checkpoint) -> None:
     """Raise PT2Error unless a text is there, or token ids, and a tokenizer for the text."""
-    stem, mark, tensor = source.partition(".safetensors")
-    if mark and (not tensor or tensor.startswith(":")):
-        if not Path(stem + mark).is_file():
-            raise PT2Error(f"no {what} {source!r}: there is no file {stem + mark}")
-        return
-    if not Path(source).exists() and source not in DATA_SETS:
-        raise PT2Error(
-            f"no {what} {source!r}: give a text file, a folder, FILE.safetensors:TENSOR, or one of "
-            f"{', '.join(DATA_SETS)}"
-        )
-    if not set(VOCABULARIES) & set(checkpoint.tokenizer_files):
+    if check_sources(source, what) and not set(VOCABULARIES) & set(checkpoint.tokenizer_files):
         raise PT2Error(
             f"{checkpoint.path} has no tokenizer ({', '.join(VOCABULARIES)}): copy the tokenizer's "
             "files there from where the model came from"

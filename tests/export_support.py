@@ -45,7 +45,7 @@ def make_model(
     Grouped-query attention of 4 heads over 2; the Qwen3 has a head_dim other than hidden / heads.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    vocab = make_tokenizer(folder)
+    vocab = make_byte_tokenizer(folder) if family.startswith("qwen") else make_tokenizer(folder)
     settings: dict[str, Any] = {
         "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": ffn,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -79,6 +79,8 @@ def make_tokenizer(folder: Path) -> int:
     spm.SentencePieceTrainer.train(
         input=str(source), model_prefix=str(folder / "tokenizer"), vocab_size=size,
         model_type="bpe", byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
+        # As Llama's: a text is taken as it stands.
+        normalization_rule_name="identity", remove_extra_whitespaces=False,
     )  # fmt: skip
     source.unlink()
     (folder / "tokenizer.vocab").unlink()
@@ -88,6 +90,25 @@ def make_tokenizer(folder: Path) -> int:
               "chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}"}  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return int(tokenizer.vocab_size())
+
+
+def make_byte_tokenizer(folder: Path) -> int:
+    """Train a small byte-level BPE on :data:`TEXT`, as Qwen's; returns its vocabulary's size."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator([TEXT], trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>",
+              "chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}"}  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return int(tokenizer.get_vocab_size())
 
 
 def linears(config: dict[str, Any]) -> list[str]:

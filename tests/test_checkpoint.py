@@ -16,10 +16,8 @@ from quantize_support import tiny_config, tiny_model, token_file
 from safetensors.torch import load_file, save_file
 
 from quantize.architectures import ADAPTERS, EMBEDDING, HEAD
-from quantize.calibration import DATASETS
 from quantize.checkpoint import Checkpoint
 from quantize.common import PT2Error
-from quantize.config import DATA_SETS
 from quantize.evaluate import perplexity
 from quantize.hf_model import StreamedModel
 from quantize.widths import width_problem
@@ -338,7 +336,6 @@ def test_our_defaults_are_those_of_transformers():
         assert default.tie_word_embeddings is False
         for key, value in adapter.defaults.items():
             assert getattr(default, key) == value
-    assert set(DATA_SETS) == set(DATASETS)
 
 
 def test_a_missing_head_dim_is_transformers_default_where_the_files_fit_it(tmp_path):

@@ -34,6 +34,7 @@ from export.converter_vocab import (
     spm_tokens,
 )
 from export.settings import Unsupported
+from quantize.checkpoint import Checkpoint
 from quantize.common import PT2Error
 from third_party.pt2_llama import api
 
@@ -98,7 +99,9 @@ def with_tokenizer(folder: Path, tokenizer: Tokenizer, rows: int = 0, **settings
 
 def notes(folder: Path, **options: Any) -> str:
     """What the preflight's process says; whatever it refuses is raised."""
-    return "; ".join(try_converter(api.source_dir(), folder, {}, Options(**options)))
+    return "; ".join(
+        try_converter(api.source_dir(), Checkpoint.open(folder), {}, Options(**options))
+    )
 
 
 def test_scores_from_merges_make_llama_cpp_merge_as_the_tokenizer_does():
@@ -185,7 +188,7 @@ def test_the_written_file_holds_types_scores_and_bos_as_transformers_has_them(tm
     made.add_tokens([AddedToken("jade▁soup", special=False)])
     folder = with_tokenizer(tmp_path / "m", made, extra_special_tokens=["<s>", "</s>"],
                             tokenizer_class=None, add_bos_token=False)  # fmt: skip
-    convert_whole(api.source_dir(), folder, tmp_path / "m.gguf", Options())
+    convert_whole(api.source_dir(), Checkpoint.open(folder), tmp_path / "m.gguf", Options())
     f = {k: v.contents() for k, v in gguf.GGUFReader(tmp_path / "m.gguf").fields.items()}
     tokens, types = f["tokenizer.ggml.tokens"], f["tokenizer.ggml.token_type"]
     assert f["tokenizer.ggml.model"] == "llama" and len(tokens) == made.get_vocab_size()

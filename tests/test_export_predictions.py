@@ -48,16 +48,16 @@ def test_rope_factors_of_llama_3_pass_through(tmp_path):
 
 def test_the_comparison_notices_a_missing_fold(made, tmp_path, monkeypatch):
     """A control: without the order of one block's v rows the predictions are visibly others."""
-    from export import pipeline
+    from export import source
 
-    plan = pipeline.fold_plan
+    plan = source.fold_plan
 
     def forgetful(*args):
         result = plan(*args)
         del result.rows["model.layers.1.self_attn.v_proj.weight"]
         return result
 
-    monkeypatch.setattr(pipeline, "fold_plan", forgetful)
+    monkeypatch.setattr(source, "fold_plan", forgetful)
     assert divergence(*made(), tmp_path, "tq2_1", BUILD) > 0.1
 
 
@@ -87,7 +87,8 @@ def divergence(model, artifact, folder, kind, build):
 
     Activations in eight bits cost 0.0002 to 0.0004 here, Q2_K's scales 0.001.
     """
-    config = ExportConfig(type=kind, embedding_type="f32", output_type="f32")
+    # The comparison here is one of its own.
+    config = ExportConfig(type=kind, embedding_type="f32", output_type="f32", proof_tokens=0)
     export_gguf(artifact, folder / "m.gguf", config)
     text = folder / "text.txt"
     words = np.random.default_rng(0).choice(TEXT.split(), 900)
@@ -104,7 +105,7 @@ def llama_predictions(file, text, build=BUILD, chunks=4, context=128):
     """What llama-perplexity saves for its --kl-divergence.
 
     Returns:
-        tokens int64 ``[chunks, context]``, each chunk beginning with BOS, and log-probabilities
+        tokens int64 ``[chunks, context]``, BOS first where there is one, and log-probabilities
         float32 ``[chunks, context - 1 - context / 2, vocab]`` of the second halves.
     """
     saved = file.with_suffix(".logits")
@@ -118,7 +119,8 @@ def llama_predictions(file, text, build=BUILD, chunks=4, context=128):
     assert n == chunks
     tokens = np.frombuffer(data, "<i4", chunks * context, offset=20).reshape(chunks, context)
     tokens = tokens.astype(np.int64)
-    tokens[:, 0] = 1
+    if read(file)[1].get("tokenizer.ggml.add_bos_token"):
+        tokens[:, 0] = 1
     rows = chunks * (context - 1 - context // 2)
     row_size = 2 * ((vocab + 1) // 2) + 4
     values = np.frombuffer(data, "<u2", offset=20 + 4 * tokens.size).reshape(rows, row_size)

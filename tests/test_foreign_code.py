@@ -30,9 +30,8 @@ def edit(file: Path, **changes) -> None:
     file.write_text(json.dumps({**value, **changes}))
 
 
-def hostile_model(folder: Path, marker: Path, tokenizer_class: str) -> Path:
-    """A small model whose settings name classes in files that leave a mark when they are run."""
-    model = make_model(folder)
+def hostile_model(model: Path, marker: Path, tokenizer_class: str) -> Path:
+    """Makes a model's settings name classes in files that leave a mark when they are run."""
     code = HOSTILE.format(marker=str(marker))
     for name, base in (("evil_config", "LlamaConfig"), ("evil_tokenizer", "LlamaTokenizer"),
                        ("evil_model", "LlamaForCausalLM")):  # fmt: skip
@@ -64,7 +63,7 @@ from pathlib import Path
 from llamacpp_bench import baselines
 from quantize.common import run_cli
 def body():
-    baselines._convert(Path(sys.argv[1]), Path(sys.argv[2]))
+    baselines._convert(Path(sys.argv[1]), Path(sys.argv[2]), print)
 sys.exit(run_cli("pt2-bench", body))
 """
 
@@ -73,8 +72,8 @@ sys.exit(run_cli("pt2-bench", body))
 def test_a_tokenizer_that_only_the_folder_defines_is_refused_and_not_run(tmp_path):
     # For a class of this name llama.cpp's converter asks transformers to run the folder's code.
     name, marker = "HybridDNATokenizer", tmp_path / MARKER
+    artifact = make_artifact(tmp_path / "a", make_model(tmp_path / "m"))
     model = hostile_model(tmp_path / "m", marker, name)
-    artifact = make_artifact(tmp_path / "a", model)
     (tmp_path / "t.txt").write_text("a few words " * 400)
     small = ["--samples", "2", "--seqlen", "16", "--threads", "1", "--device", "cpu", "-q"]
     runs = [
@@ -84,22 +83,27 @@ def test_a_tokenizer_that_only_the_folder_defines_is_refused_and_not_run(tmp_pat
     ]
     for done in runs:
         assert done.returncode == 2, done.stderr
-        assert f"tokenizer_class '{name}'" in " ".join(done.stderr.split())
+        assert "asks for Python code of the model's folder (auto_map)" in done.stderr
         assert "Traceback" not in done.stderr and "[y/N]" not in done.stderr + done.stdout
     assert not marker.exists()
 
 
 @needs_llama
-def test_auto_map_beside_classes_of_transformers_is_ignored_and_said(tmp_path):
+def test_auto_map_beside_classes_of_transformers_is_refused_too(tmp_path):
+    """What the folder's code does may be something else, and the entry can be removed."""
     marker = tmp_path / MARKER
-    model = hostile_model(tmp_path / "m", marker, "LlamaTokenizer")
-    artifact = make_artifact(tmp_path / "a", model)
+    artifact = make_artifact(tmp_path / "a", make_model(tmp_path / "m"))
+    hostile_model(tmp_path / "m", marker, "LlamaTokenizer")
     done = python(EXPORT, tmp_path, "m.gguf", "--from", str(artifact))
-    assert done.returncode == 0, done.stderr
-    said = " ".join(done.stdout.split())
+    assert done.returncode == 2 and "remove that entry" in done.stderr, done.stderr
+    assert not (tmp_path / "m.gguf").exists() and not marker.exists()
+
+
+def test_the_converter_s_process_ignores_auto_map_beside_classes_of_transformers(tmp_path):
+    hostile_model(make_model(tmp_path / "m"), tmp_path / MARKER, "LlamaTokenizer")
+    said = " ".join(check_folder(tmp_path / "m"))
     assert "auto_map in config.json is ignored" in said
     assert "auto_map in tokenizer_config.json is ignored" in said
-    assert (tmp_path / "m.gguf").is_file() and not marker.exists()
 
 
 @needs_llama
@@ -117,7 +121,7 @@ def test_modules_of_the_working_folder_are_not_imported(made, tmp_path):
 
 def test_trust_is_forced_off_whatever_a_caller_passes(tmp_path):
     marker = tmp_path / MARKER
-    model = hostile_model(tmp_path / "m", marker, "XTok")
+    model = hostile_model(make_model(tmp_path / "m"), marker, "XTok")
     edit(model / "config.json", model_type="xmodel")
     code = """
 from quantize import foreign_code

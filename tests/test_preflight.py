@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import gguf
@@ -13,6 +14,7 @@ from export.cli import main as export_main
 from quantize.artifact import read_manifest
 from quantize.checkpoint import Checkpoint
 from quantize.cli import main
+from quantize.proof_text import PROSE
 from third_party.pt2_llama import api
 
 needs_llama = pytest.mark.skipif(api.find_build() is None, reason="needs pt2-llama build")
@@ -20,7 +22,7 @@ needs_llama = pytest.mark.skipif(api.find_build() is None, reason="needs pt2-lla
 
 def options(model: Path, out: Path, *more: str) -> list[str]:
     text = out.parent / "text.txt"
-    text.write_text("the quick brown fox jumps over the lazy dog " * 100)
+    text.write_text(" ".join(random.Random(0).choices(PROSE.split(), k=600)))
     return [str(model), "-o", str(out), "--calibration", str(text), "--samples", "2", "--seqlen",
             "16", "--threads", "1", "--device", "cpu", "-q", *more]  # fmt: skip
 
@@ -90,7 +92,7 @@ def test_a_yarn_factor_is_written_where_llama_cpp_reads_it(tmp_path):
     rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128,
             "rope_theta": 10000.0, "attention_factor": 1.5}  # fmt: skip
     model = make_model(tmp_path / "m", "qwen3", rope_parameters=rope)
-    convert_whole(api.source_dir(), model, tmp_path / "m.gguf", Options())
+    convert_whole(api.source_dir(), Checkpoint.open(model), tmp_path / "m.gguf", Options())
     fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
     # 1 + 0.1 ln 4 is what llama.cpp multiplies with by itself.
     assert fields["qwen3.rope.scaling.attn_factor"].contents() == pytest.approx(1.5 / 1.1386294)
