@@ -263,8 +263,9 @@ def _write(
         verify_files(files, items, digests, source.rows, ggml, step)
     verdict = None
     if config.proof_tokens:
+        longest = _options(config, source.artifact).max_context
         prover = Prover(
-            source, items, files, ggml, api.require_build(), config.proof_tokens, progress
+            source, items, files, ggml, api.require_build(), config.proof_tokens, longest, progress
         )
         verdict = prover.verdict()
         if verdict.problem is not None:

@@ -53,6 +53,7 @@ class Prover:
         ggml: llama.cpp's library.
         programs: its programs.
         tokens: to be run at most, in whole windows.
+        max_context: the longest context that the file is meant for (0: any).
         progress: told of the work.
     """
 
@@ -62,6 +63,7 @@ class Prover:
     ggml: Ggml
     programs: Programs
     tokens: int
+    max_context: int
     progress: Progress
 
     def verdict(self) -> Verdict:
@@ -83,10 +85,11 @@ class Prover:
     def _proof(self) -> Proof:
         """The artifact's proof, as many windows as are wanted; made here where it has none."""
         proof = Proof.read(self.source.artifact)
-        if proof is None:
+        longest = self.max_context
+        if proof is None or (longest and proof.length > longest):
             from quantize.proof_run import plan_proof
 
-            proof = self._made(plan_proof(self.source.model, self.tokens), {})
+            proof = self._made(plan_proof(self.source.model, self.tokens, longest), {})
         return proof.first(max(1, self.tokens // proof.length))
 
     def _renew(self, proof: Proof) -> tuple[Proof, str] | None:

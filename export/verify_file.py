@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from export import types
 from export.checks import Progress, check_model, source_model
-from export.converter import Carrier, CarrierTensor, run_converter
+from export.converter import Carrier, CarrierTensor, Options, run_converter
 from export.encode import F32_TYPE, Item
 from export.ggml import Ggml
 from export.proof import Folder, Programs, Verdict
@@ -95,15 +95,18 @@ def verify_file(
     findings = Findings()
     with tempfile.TemporaryDirectory(prefix="pt2-verify-") as name:
         progress("converting metadata and tokenizer", 0, 1)
+        fields, tensors = _read(files)
+        options = Options(int(fields.get("pt2.max_context") or 0), fields.get("pt2.pre_tokenizer"))
         carrier = run_converter(
             api.source_dir(), model, Path(name), source.shapes(), source.plan,
-            artifact.replaced(),
+            artifact.replaced(), options,
         )  # fmt: skip
-        fields, tensors = _read(files)
         _compare_metadata(carrier, fields, findings)
         items = _compare_tensors(carrier, tensors, source, ggml, findings, progress)
         if proof_tokens:
-            prover = Prover(source, items, files, ggml, programs, proof_tokens, progress)
+            prover = Prover(
+                source, items, files, ggml, programs, proof_tokens, options.max_context, progress
+            )
             findings.proof = prover.verdict()
             if findings.proof.problem is not None:
                 findings.problems.append(findings.proof.problem)

@@ -147,7 +147,7 @@ def ternarize(
         writer = (ArtifactWriter.resume if resume and exists else ArtifactWriter.create)(
             out, identity
         )
-        proof = start_proof(checkpoint, config.proof_tokens, device)
+        proof = start_proof(checkpoint, config.proof_tokens, device, config.max_context)
         worker = _Run(model, config, writer, reporter, run, proof)
         worker.blocks(calibration.tokens[: config.samples])
         if config.sensitivity:

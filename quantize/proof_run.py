@@ -67,8 +67,13 @@ class ProofRun:
         return dataclasses.replace(self.plan, top=np.stack(tops), logprob=logprob)
 
 
-def start_proof(checkpoint: Checkpoint, tokens: int, device: str) -> ProofRun | str:
+def start_proof(
+    checkpoint: Checkpoint, tokens: int, device: str, max_context: int = 0
+) -> ProofRun | str:
     """A run at its first block, or why there is none.
+
+    Args:
+        tokens, max_context: see :func:`quantize.proof.shape`.
 
     Raises:
         PT2Error: the tokenizer cannot be read, or does not fit the model.
@@ -77,7 +82,7 @@ def start_proof(checkpoint: Checkpoint, tokens: int, device: str) -> ProofRun | 
         return "--proof-tokens 0"
     if not has_tokenizer(checkpoint.path):
         return "the model has no tokenizer"
-    return ProofRun(checkpoint, plan_proof(checkpoint, tokens), device)
+    return ProofRun(checkpoint, plan_proof(checkpoint, tokens, max_context), device)
 
 
 def plan_proof(checkpoint: Checkpoint, tokens: int, max_context: int = 0) -> Proof:
