@@ -16,6 +16,7 @@ from export.config import (
     parse_size,
 )
 from quantize.common import ArgumentParser, PT2Error, human_bytes, read_json, run_cli
+from quantize.words import screen
 
 if TYPE_CHECKING:
     from export.pipeline import ExportReport, Progress
@@ -104,11 +105,9 @@ def _run(args: argparse.Namespace) -> int:
         target_bpw=args.target_bpw,
     )
     artifact = args.artifact or newest_artifact(Path())
-    from rich.console import Console
-
     from export.pipeline import export_gguf
 
-    out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+    out, err = screen(), screen(stderr=True)
     if args.artifact is None:
         err.print(f"exporting {artifact}, the newest artifact here")
     with _progress(err) as progress:
@@ -145,7 +144,7 @@ def _progress(console: Any) -> Iterator[Progress]:
     """One bar per stage on a terminal, one line per stage elsewhere."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description:36}"), BarColumn(), MofNCompleteColumn())
+    columns = (TextColumn("{task.description:36}", markup=False), BarColumn(), MofNCompleteColumn())
     tasks: dict[str, Any] = {}
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bars:
 

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from export.converter_driver import MARK, STAND_IN
 from export.fold import FoldPlan
-from quantize.common import PT2Error
+from quantize import children
+from quantize.common import PT2Error, reason
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
 _READ_ONLY_KEYS = ("GGUF.version", "GGUF.tensor_count", "GGUF.kv_count", "general.architecture")
@@ -104,7 +105,7 @@ def run_converter(
     job_file = workdir / "job.json"
     job_file.write_text(json.dumps(job), encoding="utf-8")
     command = [sys.executable, "-m", "export.converter_driver", str(job_file)]
-    done = subprocess.run(command, capture_output=True, text=True, env=_child_env())
+    done = children.run(command, env=_child_env())
     if os.environ.get("PT2_DEBUG"):
         sys.stderr.write(done.stderr)
     if done.returncode:
@@ -185,7 +186,8 @@ def _failure(done: subprocess.CompletedProcess[str], model_dir: Path) -> str:
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     for line in reversed(lines):
         if line.startswith(MARK) and _SHORT_WRITE.search(line):
-            return "cannot write the converted tensors beside the output: the disk is full"
+            why = reason(OSError("some requested and fewer written"))
+            return f"cannot write the converted tensors beside the output: {why}"
         if line.startswith(MARK):
             return f"llama.cpp's converter refuses {model_dir}: {line[len(MARK) :].strip()}"
     last = lines[-1].strip() if lines else f"exit code {done.returncode}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ def find_source(models: list[GGUFInfo], given: str | Path | None) -> Path:
         PT2Error: none is given or found, or it is not there.
     """
     if given is not None:
-        path = Path(given)
+        path = Path(given).absolute()  # a relative one may look like an option
         if not path.exists():
             raise PT2Error(f"{path}: no such GGUF file or Hugging Face folder; mend --source")
         return path
@@ -121,11 +122,36 @@ def source_gguf(source: Path, say: Say) -> GGUFInfo:
         return info
     if not (source / "config.json").is_file():
         raise PT2Error(f"{source} has no config.json; give a Hugging Face model folder or a GGUF")
-    final = cache_dir() / f"{source.resolve().name}-{folder_key(source)}-bf16.gguf"
+    final = cache_dir() / f"{cache_name(source.resolve().name)}-{folder_key(source)}-bf16.gguf"
     if not final.is_file():
         say(f"converting {source.name} to BF16")
         _convert(source, final)
     return read_gguf(final)
+
+
+def cache_name(name: str) -> str:
+    """A name without what the tools take for something else: commas, braces, leading dashes.
+
+    >>> cache_name("a,b {v}")
+    'a_b _v_'
+    """
+    plain = re.sub(r"[,{}\[\]%]", "_", name.encode("utf-8", "replace").decode())
+    return re.sub(r"^[-.]", "_", plain)
+
+
+def check_name(path: Path) -> Path:
+    """The absolute path of a file for llama-bench, which takes a comma for the end of a name.
+
+    Raises:
+        PT2Error: there is one in it.
+    """
+    path = path.absolute()
+    if "," in str(path):
+        raise PT2Error(
+            f"{path}: llama-bench takes a comma for the end of a file's name: rename it, or make a "
+            "link without one"
+        )
+    return path
 
 
 def folder_key(folder: Path) -> str:
@@ -146,11 +172,11 @@ def _convert(source: Path, final: Path) -> None:
         argv = [
             sys.executable,
             str(script),
-            str(source),
+            str(source.absolute()),
             "--outtype",
             "bf16",
             "--outfile",
-            str(tmp),
+            str(tmp).replace("{", "{{").replace("}", "}}"),  # the converter fills in such fields
         ]
         env = {**os.environ, "PYTHONPATH": str(script.parent / "gguf-py")}
         run_tool(argv, env, final.with_suffix(".log"))
@@ -207,7 +233,7 @@ class BaselineMaker:
                 f"{kind} needs an importance matrix: give --imatrix-text FILE (calibration text, "
                 "not the text that is scored)"
             )
-        stem = self.source.path.stem.removesuffix("-bf16")
+        stem = cache_name(self.source.path.stem.removesuffix("-bf16"))
         tag = f"-im{imatrix.stem.rsplit('-', 1)[-1]}" if imatrix else ""
         final = cache_dir() / f"{stem}-{self._source_key}-{kind}{tag}.gguf"
         if not final.is_file():
@@ -224,7 +250,7 @@ class BaselineMaker:
         if self.imatrix_text is None or self._imatrix is not None:
             return self._imatrix
         text = sha256_file(self.imatrix_text)[:8]
-        stem = self.source.path.stem.removesuffix("-bf16")
+        stem = cache_name(self.source.path.stem.removesuffix("-bf16"))
         final = cache_dir() / f"{stem}-{self._source_key}-imatrix-{text}.gguf"
         if not final.is_file():
             self.say(f"importance matrix from {self.imatrix_text.name}")

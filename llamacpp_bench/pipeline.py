@@ -19,6 +19,7 @@ from llamacpp_bench.baselines import (
     FLOAT_TYPES,
     BaselineMaker,
     Wanted,
+    check_name,
     find_source,
     same_model,
     source_gguf,
@@ -37,8 +38,8 @@ from llamacpp_bench.progress import Display
 from llamacpp_bench.report import write_reports
 from llamacpp_bench.results import Model, Results
 from llamacpp_bench.runner import Load, shown_command
-from llamacpp_bench.tools import ToolBox, open_toolbox
-from quantize.common import PT2Error, human_bytes, sha256_file
+from llamacpp_bench.tools import ToolBox, cache_dir, open_toolbox
+from quantize.common import PT2Error, human_bytes, make_folder, sha256_file
 
 MIN_ROUNDS = 5
 
@@ -155,7 +156,12 @@ def bench(models: Sequence[str | Path], config: Config) -> Results:
         raise PT2Error("give at least one .gguf file, or --synthetic SHAPES")
     if config.perplexity:
         check_text(config.text)
-    given = [read_gguf(m) for m in models]
+    given = [read_gguf(check_name(Path(m))) for m in models]
+    for wanted in config.baselines:
+        if wanted.file is not None:
+            check_name(wanted.file)
+    if any(w.type for w in config.baselines):
+        check_name(cache_dir())
     tools = open_toolbox(config.variant, config.bin_dir)
     session = start(config, tools, given[0].path.stem)
     for info in given:
@@ -175,7 +181,7 @@ def start(config: Config, tools: ToolBox, stem: str) -> Session:
     show = Display(config.quiet)
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     out = Path(config.out) if config.out else Path(f"bench-{stem}-{stamp}")
-    (out / "logs").mkdir(parents=True, exist_ok=True)
+    make_folder(out / "logs")
     machine = describe_machine()
     build = {"description": tools.description, "variant": tools.variant}
     results = Results(machine, build, describe_config(config))
@@ -286,7 +292,9 @@ def add_baselines(session: Session, given: list[GGUFInfo]) -> None:
     maker: BaselineMaker | None = None
     for wanted in config.baselines:
         if wanted.file is not None:
-            model = add_model(session, read_gguf(wanted.file), wanted.label, "given as baseline")
+            model = add_model(
+                session, read_gguf(check_name(wanted.file)), wanted.label, "given as baseline"
+            )
         else:
             if maker is None:
                 maker = open_maker(session, given)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -16,13 +15,15 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from quantize.words import screen
+
 
 class Display:
     """Shows what is going on; `quiet` shows nothing but warnings."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console = screen(stderr=True, soft_wrap=True)
 
     def say(self, text: str) -> None:
         """One line about a step."""

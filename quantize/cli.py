@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from quantize.common import ArgumentParser, PT2Error, human_seconds, run_cli
+from quantize.common import ArgumentParser, PT2Error, human_seconds, resume_command, run_cli
 from quantize.config import (
     BLOCK_SIZES,
     DEVICES,
@@ -21,6 +20,7 @@ from quantize.config import (
     Config,
     load_recipe,
 )
+from quantize.words import screen
 
 if TYPE_CHECKING:
     from quantize.pipeline import Result
@@ -59,7 +59,22 @@ next:      pt2-export model.gguf --from OUT
 def main(argv: list[str] | None = None) -> int:
     """The entry point; returns the exit code."""
     args = build_parser().parse_args(argv)
-    return run_cli("pt2-quantize", lambda: _run(args))
+    return run_cli(
+        "pt2-quantize",
+        lambda: _run(args),
+        lower="--batch-size, --samples or --seqlen",
+        resume=lambda: resume_command("pt2-quantize", argv) if _can_resume(args) else None,
+    )
+
+
+def _out(args: argparse.Namespace) -> Path:
+    return Path(args.out) if args.out else Path(f"{Path(args.model).resolve().name}-pt2")
+
+
+def _can_resume(args: argparse.Namespace) -> bool:
+    """Whether a stopped run has left something to go on from."""
+    out = _out(args)
+    return any((f / "manifest.json").exists() for f in (out, out / "closed-form"))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -126,7 +141,7 @@ def _run(args: argparse.Namespace) -> int:
         raise PT2Error(f"--report {args.report}: the name must end in .html or .png")
     if args.recipe != "refined" and (args.refine_text or args.refine_steps is not None):
         raise PT2Error("--refine-text and --refine-steps belong to --recipe refined")
-    out = Path(args.out) if args.out else Path(f"{Path(args.model).resolve().name}-pt2")
+    out = _out(args)
 
     from quantize.pipeline import ternarize  # torch: only once the options are known to be right
     from quantize.progress import Reporter, RichReporter
@@ -156,7 +171,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def print_summary(result: Result) -> None:
     """One screen: what was made, the errors by kind of linear and stage, what to do next."""
-    console = Console(highlight=False)
+    console = screen()
     kinds: dict[str, list[dict[str, Any]]] = {}
     for name, m in result.matrices.items():
         kinds.setdefault(name.rpartition(".")[2], []).append(m)
@@ -178,9 +193,9 @@ def print_summary(result: Result) -> None:
     if result.kept:
         console.print(f"kept     {len(result.kept)} linears as they are (--skip)")
     if result.warnings:
-        console.print(f"warnings {len(result.warnings)}, see {escape(str(result.path))}/run.json")
+        console.print(f"warnings {len(result.warnings)}, see {result.path}/run.json")
     console.print(f"time     {human_seconds(result.seconds)}")
-    console.print(f"next     pt2-export model.gguf --from {escape(str(result.path))}")
+    console.print(f"next     pt2-export model.gguf --from {shlex.quote(str(result.path))}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from quantize.common import PT2Error
+from quantize.common import PT2Error, check_threads
 
 ORDERS = ("none", "random", "hessian", "ssr", "foldable")
 BLOCK_SIZES = (64, 128, 256)
@@ -101,6 +101,7 @@ class Config:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise PT2Error(f"setting {name} must be at least {low}, not {getattr(self, name)}")
+        check_threads(self.threads)
         if not 0 < self.damping <= 10:
             raise PT2Error(f"setting damping must be above 0 and at most 10, not {self.damping}")
         for name in ("asymmetry", "stream", "noise"):

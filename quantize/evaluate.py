@@ -13,6 +13,11 @@ streamed: memory holds one, and the windows' activations.
 
 from __future__ import annotations
 
+from quantize.stop import until_run_cli
+
+if __name__ == "__main__":
+    until_run_cli("quantize.evaluate")
+
 import quantize.waiting  # noqa: F401  before torch is loaded
 
 # isort: split
@@ -29,7 +34,7 @@ from torch import Tensor, nn
 from quantize.artifact import Array, Artifact
 from quantize.calibration import encode, load_tokenizer, read_text, read_tokens
 from quantize.checkpoint import Checkpoint
-from quantize.common import ArgumentParser, PT2Error, run_cli
+from quantize.common import ArgumentParser, PT2Error, check_threads, run_cli
 from quantize.config import DEVICES, DTYPES
 from quantize.hf_model import StreamedModel
 from quantize.machine import arithmetic, pick_device
@@ -192,7 +197,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def body() -> int:
         few = args.chunks is not None and args.chunks < 1
-        if args.ctx < 2 or args.batch_size < 1 or args.threads < 0 or few:
+        check_threads(args.threads)
+        if args.ctx < 2 or args.batch_size < 1 or few:
             raise PT2Error("--ctx must be at least 2, --batch-size and --chunks at least 1")
         score = perplexity(
             args.model,
@@ -207,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 0
 
-    return run_cli("quantize.evaluate", body)
+    return run_cli("quantize.evaluate", body, lower="--batch-size or --ctx")
 
 
 if __name__ == "__main__":

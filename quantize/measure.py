@@ -13,12 +13,18 @@ the end of a run.)
 
 from __future__ import annotations
 
+from quantize.stop import until_run_cli
+
+if __name__ == "__main__":
+    until_run_cli("quantize.measure")
+
 import quantize.waiting  # noqa: F401  before torch is loaded
 
 # isort: split
 
 import dataclasses
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +32,10 @@ from torch import Tensor, nn
 from quantize.artifact import Artifact
 from quantize.calibration import load_calibration
 from quantize.checkpoint import Checkpoint
-from quantize.common import ArgumentParser, PT2Error, run_cli
+from quantize.common import ArgumentParser, PT2Error, check_threads, run_cli
 from quantize.config import DEVICES, DTYPES
 from quantize.hf_model import EMBEDDING, HEAD, StreamedModel
+from quantize.locks import folder_lock
 from quantize.machine import arithmetic, pick_device
 from quantize.progress import Reporter, RichReporter
 from quantize.sensitivity import Linear, Sensitivity, write
@@ -204,14 +211,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=4)
     args = parser.parse_args(argv)
-    return run_cli("quantize.measure", lambda: _run(args))
+    return run_cli(
+        "quantize.measure", lambda: _run(args), lower="--batch-size, --windows or --seqlen"
+    )
 
 
 def _run(args: object) -> int:
     given = vars(args)
     if min(given["windows"], given["batch_size"]) < 1 or not 2 <= given["seqlen"] <= MAX_WINDOW:
         raise PT2Error(f"--windows must be at least 1, --seqlen in 2 to {MAX_WINDOW}")
+    check_threads(given["threads"])
     artifact = Artifact.open(given["artifact"])
+    with folder_lock(artifact.path):
+        return _measure_into(artifact, given)
+
+
+def _measure_into(artifact: Artifact, given: dict[str, Any]) -> int:
     source = artifact.source_model(given["model"], "--model")
     checkpoint = Checkpoint.open(source)
     if checkpoint.fingerprint()[0] != artifact.manifest["model"].get("fingerprint"):

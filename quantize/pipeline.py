@@ -27,6 +27,7 @@ from torch import Tensor
 
 from quantize import reorder
 from quantize.artifact import (
+    GLOBAL,
     MANIFEST,
     RUN,
     Artifact,
@@ -43,6 +44,7 @@ from quantize.config import Config
 from quantize.gptq import Method, Ternary, damp, quantize_matrix
 from quantize.hessian import SiteMoments, mean_square
 from quantize.hf_model import Site, StreamedModel, check_linears
+from quantize.locks import folder_lock
 from quantize.machine import arithmetic, pick_device, versions
 from quantize.progress import Reporter
 
@@ -95,12 +97,22 @@ def ternarize(
     Raises:
         PT2Error: anything the user can mend; one line that names what and where.
     """
-    began = time.monotonic()
-    config = config or Config()
-    reporter = reporter or Reporter()
     out = Path(out_dir)
+    if out.exists() and not out.is_dir():
+        raise PT2Error(f"{out} is a file; name a folder for the artifact")
+    with folder_lock(out):
+        return _ternarize(
+            Path(model_dir), out, config or Config(), resume, overwrite, reporter or Reporter()
+        )
+
+
+def _ternarize(
+    model_dir: Path, out: Path, config: Config, resume: bool, overwrite: bool, reporter: Reporter
+) -> Result:
+    """:func:`ternarize` with the output folder locked."""
+    began = time.monotonic()
     _refuse_overwriting(out, resume, overwrite)
-    checkpoint = Checkpoint.open(Path(model_dir))
+    checkpoint = Checkpoint.open(model_dir)
     device = pick_device(config.device)
     with arithmetic(config.threads) as threads:
         model = StreamedModel(checkpoint, device, config.dtype)
@@ -183,10 +195,12 @@ class _Run:
         self.writer = writer
         self.reporter = reporter
         self.run = run
+        self.known_order = writer.manifest["files"].get(GLOBAL)
         self.method = Method(**{f.name: getattr(config, f.name) for f in fields(Method)})
 
     def blocks(self, tokens: Tensor) -> None:
         """Quantise, or replay, every block in turn."""
+        self._forget_damaged()
         done = self.writer.blocks_done
         if self.writer.manifest["complete"]:  # nothing to do, but say so only of what is sound
             artifact = Artifact.open(self.writer.path)
@@ -214,6 +228,19 @@ class _Run:
         self.reporter.done()
         self._save_run()
         self.writer.finish()
+
+    def _forget_damaged(self) -> None:
+        """Quantise again from the first block on whose file is gone or damaged."""
+        model, sites = self.model, self.model.adapter.sites
+        found = self.writer.drop_damaged(
+            lambda index: [model.linear_name(index, name) for s in sites for name in s.linears]
+        )
+        if found:
+            done = self.writer.blocks_done
+            again = f"quantising again from block {done} on"
+            if done == model.n_blocks:
+                again = "making it again"
+            self.reporter.warn(f"{self.writer.path}: {', '.join(found)}: {again}")
 
     def _quantize(self, hidden: Tensor, index: int, batches: int) -> None:
         seconds: dict[str, float] = {}
@@ -370,13 +397,18 @@ class _Run:
 
     def _residual_perm(self, tokens: Tensor) -> Tensor:
         """The residual stream's order, from the artifact if it is there already."""
-        if "global.safetensors" in self.writer.manifest["files"]:
+        if GLOBAL in self.writer.manifest["files"]:
             artifact = Artifact.open(self.writer.path, allow_incomplete=True)
             return torch.from_numpy(artifact.residual_perm).long()
         perm = torch.arange(self.model.hidden_size)
         if self.config.order == "foldable":
             perm = reorder.descending(self._residual_energy(tokens[: self.config.order_samples]))
         self.writer.write_global(perm.to(torch.int32).numpy())
+        if self.known_order not in (None, self.writer.manifest["files"][GLOBAL]):
+            raise PT2Error(
+                f"cannot resume {self.writer.path}: {GLOBAL} is lost, and this machine computes "
+                "another order than the first run did; start again with --overwrite"
+            )
         return perm
 
     def _residual_energy(self, tokens: Tensor) -> Tensor:
@@ -432,8 +464,6 @@ def activation_digest(hidden: Tensor) -> str:
 def _refuse_overwriting(out: Path, resume: bool, overwrite: bool) -> None:
     if resume and overwrite:
         raise PT2Error("--resume and --overwrite exclude each other")
-    if out.exists() and not out.is_dir():
-        raise PT2Error(f"{out} is a file; name a folder for the artifact")
     if resume or overwrite or not (out / MANIFEST).exists():
         return
     state = "a complete" if read_manifest(out)["complete"] else "an unfinished"

@@ -14,6 +14,9 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
+
+from quantize.words import screen
 
 
 class Reporter:
@@ -44,7 +47,7 @@ class RichReporter(Reporter):
 
     def __init__(self, console: Console | None = None) -> None:
         super().__init__()
-        self.console = console or Console(file=sys.stderr, highlight=False)
+        self.console = console or screen(file=sys.stderr)
         self._progress: Progress | None = None
         self._task: Any = None
 
@@ -54,13 +57,13 @@ class RichReporter(Reporter):
             self.console.print(title)
             return
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             TaskProgressColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("{task.fields[text]}", markup=False),
             console=self.console,
             transient=True,
         )
@@ -80,7 +83,7 @@ class RichReporter(Reporter):
 
     def warn(self, message: str) -> None:
         super().warn(message)
-        self.console.print(f"[yellow]warning:[/] {message}")
+        self.console.print(Text.assemble(("warning:", "yellow"), f" {message}"))
 
     def note(self, message: str) -> None:
         self.console.print(message)

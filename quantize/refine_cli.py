@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
 import sys
 from pathlib import Path
 
-from quantize.common import ArgumentParser, run_cli
+from quantize.common import ArgumentParser, resume_command, run_cli
 from quantize.config import DEVICES, DTYPES
-from quantize.refine_config import CODES, RefineConfig
+from quantize.refine_config import CODES, STATE_FILE, RefineConfig
 
 DEFAULTS = RefineConfig()
 EPILOG = """\
@@ -37,7 +38,18 @@ next: pt2-export model.gguf --from OUT
 def main(argv: list[str] | None = None) -> int:
     """The entry point; returns the exit code."""
     args = build_parser().parse_args(argv)
-    return run_cli("pt2-refine", lambda: _run(args))
+    return run_cli(
+        "pt2-refine",
+        lambda: _run(args),
+        lower="--micro-batch, --seqlen or --held-out",
+        resume=lambda: (
+            resume_command("pt2-refine", argv) if (_out(args) / STATE_FILE).exists() else None
+        ),
+    )
+
+
+def _out(args: argparse.Namespace) -> Path:
+    return Path(args.out) if args.out else Path(f"{Path(args.artifact).resolve().name}-refined")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -110,7 +122,7 @@ def _switch(group: argparse._ArgumentGroup, name: str, text: str) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     config = RefineConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(DEFAULTS)})
-    out = Path(args.out) if args.out else Path(f"{Path(args.artifact).resolve().name}-refined")
+    out = _out(args)
 
     from quantize.progress import Reporter, RichReporter
     from quantize.refine import refine
@@ -120,7 +132,8 @@ def _run(args: argparse.Namespace) -> int:
         overwrite=args.overwrite, reporter=Reporter() if args.quiet else RichReporter(),
     )  # fmt: skip
     if not args.quiet:
-        print(f"{result.summary()}\nnext      pt2-export model.gguf --from {result.path}")
+        folder = shlex.quote(str(result.path))
+        print(f"{result.summary()}\nnext      pt2-export model.gguf --from {folder}")
     return 0
 
 

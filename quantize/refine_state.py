@@ -12,9 +12,10 @@ from torch import Tensor
 
 from quantize.artifact import first_difference
 from quantize.common import PT2Error, atomic_path
+from quantize.refine_config import STATE_FILE
 from quantize.safetensors_file import read_header
 
-STATE = "refine-state.safetensors"
+STATE = STATE_FILE
 
 
 def save_state(out: Path, identity: dict[str, Any], state: dict[str, Any]) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from quantize.artifact import MANIFEST, Artifact, read_manifest
+from quantize.artifact import MANIFEST, read_manifest
+from quantize.common import sha256_file
 from quantize.config import Config
-from quantize.distill import Held
+from quantize.locks import folder_lock
 from quantize.machine import pick_device
 from quantize.pipeline import Result, ternarize
 from quantize.progress import Reporter
-from quantize.refine import Refined, refine
+from quantize.refine import Refined, forget_state, refine
 from quantize.refine_config import RefineConfig
 from quantize.refine_state import STATE
 
@@ -55,25 +56,28 @@ def ternarize_and_refine(
     """
     out = Path(out_dir)
     closed = out / CLOSED_FORM
-    if resume and (out / MANIFEST).exists() and read_manifest(out)["complete"]:
-        result = ternarize(model_dir, closed, config, resume=True, reporter=reporter)
-        return result, _finished(out)
-    result = ternarize(
-        model_dir, closed, config, resume=resume, overwrite=overwrite, reporter=reporter
-    )
-    refined = refine(
-        closed, out, settings, model_dir=model_dir, overwrite=overwrite, reporter=reporter,
-        resume=resume and (out / STATE).is_file(),
-    )  # fmt: skip
+    with folder_lock(out):
+        if overwrite:
+            forget_state(out, reporter or Reporter())
+        result = ternarize(
+            model_dir, closed, config, resume=resume, overwrite=overwrite, reporter=reporter
+        )
+        go_on = resume and ((out / STATE).is_file() or _made_from(out, closed))
+        refined = refine(
+            closed, out, settings, model_dir=model_dir, reporter=reporter,
+            resume=go_on, overwrite=(resume and not go_on) or overwrite,
+        )  # fmt: skip
     result.path = out
     return result, refined
 
 
-def _finished(out: Path) -> Refined:
-    """What an earlier run made, checked."""
-    artifact = Artifact.open(out)
-    for index in range(artifact.n_blocks):
-        artifact.block(index)
-    artifact.replaced()
-    record = artifact.manifest["refinement"]
-    return Refined(out, Held(**record["before"]), Held(**record["after"]))
+def _made_from(out: Path, closed: Path) -> bool:
+    """Whether ``out`` holds a complete refinement of this very closed form.
+
+    Another one is what a stopped ``--overwrite`` has not come to replace yet.
+    """
+    if not (out / MANIFEST).exists():
+        return False
+    manifest = read_manifest(out)
+    source = manifest.get("refinement", {}).get("source")
+    return bool(manifest["complete"]) and source == sha256_file(closed / MANIFEST)

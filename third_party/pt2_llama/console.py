@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from types import TracebackType
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -18,9 +17,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from quantize.words import screen
+
 PLAIN_INTERVAL_S = 20.0
 
-console = Console(stderr=True, highlight=False)
+console = screen(stderr=True)
 
 
 def say(text: str) -> None:
@@ -45,7 +46,7 @@ class Bar:
             amount: ProgressColumn = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
             self.live = Progress(
                 SpinnerColumn(),
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 amount,
                 TimeElapsedColumn(),

@@ -6,15 +6,15 @@ import importlib.util
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-from rich.console import Console
 from rich.table import Table
 
+from quantize import children
 from quantize.common import PT2Error, human_bytes
+from quantize.words import screen
 from third_party.pt2_llama import builds, source, toolchain
 from third_party.pt2_llama.build import NO_CUDA_KERNELS
 from third_party.pt2_llama.builds import Build
@@ -179,7 +179,7 @@ def kernel_path(build: Build) -> str:
     """
     library = next(iter(sorted(build.lib_dir.glob("libggml-cpu.*"))), build.lib_dir)
     command = [sys.executable, "-c", _ASK_PATH, str(library)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=build.env())
+    done = children.run(command, timeout=60, env=build.env())
     words = done.stdout.split()
     if done.returncode != 0 or not words:
         lines = [line for line in done.stderr.splitlines() if "GGML_TQ_CPU" in line]
@@ -211,7 +211,7 @@ def doctor(where: Places, as_json: bool = False) -> int:
         text = f"{mark}{f.value}" + (f"; {f.advice}" if f.advice else "")
         table.add_row(f.topic if f.topic != topic else "", f.name, text, style=colours[f.state])
         topic = f.topic
-    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
+    console = screen(width=None if sys.stdout.isatty() else 160)
     console.print(table)
     if missing:
         console.print(f"{len(missing)} needed: {'; '.join(f.advice or f.name for f in missing)}")

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 import re
 import signal
-import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from quantize import children
 from quantize.common import PT2Error
+from quantize.temporary import temporary_folder
 from third_party.pt2_llama.console import Bar
 from third_party.pt2_llama.tiny_model import tiny_text, write_tiny_model
 
@@ -56,17 +57,8 @@ class Failure:
 def run_program(command: Sequence[str], env: Mapping[str, str]) -> Outcome:
     """The real runner: run to the end, at most two minutes."""
     try:
-        done = subprocess.run(
-            command,
-            env=dict(env),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            timeout=TIMEOUT_S,
-        )
-    except subprocess.TimeoutExpired as e:
+        done = children.run(command, env=env, timeout=TIMEOUT_S, merge=True)
+    except children.TimeoutExpired as e:
         return Outcome(124, f"no end after {e.timeout:.0f} s")
     return Outcome(done.returncode, done.stdout)
 
@@ -107,8 +99,7 @@ def smoke_test(
         Perplexity per type (``"TQ2_1 gpu"`` for the GPU's), and the first failure or None.
     """
     results: dict[str, float] = {}
-    with tempfile.TemporaryDirectory(prefix="pt2-smoke-") as name, _bar(types) as bar:
-        folder = Path(name)
+    with temporary_folder(Path(tempfile.gettempdir()), "pt2-smoke-") as folder, _bar(types) as bar:
         base = write_tiny_model(folder / "F16.gguf")
         text = folder / "text.txt"
         text.write_text(tiny_text())
