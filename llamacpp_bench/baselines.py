@@ -176,7 +176,7 @@ def _convert(source: Path, final: Path) -> None:
             "--outtype",
             "bf16",
             "--outfile",
-            str(tmp).replace("{", "{{").replace("}", "}}"),  # the converter fills in such fields
+            str(tmp),
         ]
         env = {**os.environ, "PYTHONPATH": str(script.parent / "gguf-py")}
         run_tool(argv, env, final.with_suffix(".log"))

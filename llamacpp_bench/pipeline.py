@@ -292,9 +292,8 @@ def add_baselines(session: Session, given: list[GGUFInfo]) -> None:
     maker: BaselineMaker | None = None
     for wanted in config.baselines:
         if wanted.file is not None:
-            model = add_model(
-                session, read_gguf(check_name(wanted.file)), wanted.label, "given as baseline"
-            )
+            info = read_gguf(check_name(wanted.file))
+            model = add_model(session, info, wanted.label, "given as baseline")
         else:
             if maker is None:
                 maker = open_maker(session, given)

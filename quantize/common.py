@@ -255,10 +255,13 @@ def _explain(e: BaseException, lower: str) -> str | None:
         stop.give_up_output()
         return str(e)
     if isinstance(e, OSError):
-        if e.filename is None and (broken := _broken_output()) is not None:
+        if e.filename is None and e.errno in _FULL and (broken := _broken_output()) is not None:
             return broken
         return f"{os.fsdecode(e.filename) if e.filename else 'operating system'}: {reason(e)}"
     return None
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 
 class _StandardOutput(Exception):
@@ -283,6 +286,7 @@ def _broken_output() -> str | None:
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
+            os.write(sys.stdout.fileno(), b"\n")  # where it is not buffered, there is no more
     except (OSError, ValueError) as e:
         stop.give_up_output()
         full = reason(e, "what it goes to is full") if isinstance(e, OSError) else "it is closed"
