@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,7 +15,7 @@ from quantize.stop import held
 from quantize.temporary import same_file, try_lock
 
 LOCK = ".pt2.lock"  # no part of an artifact; it goes when the run ends
-_mine: dict[tuple[int, str], int] = {}
+_mine: dict[tuple[int, int, str], int] = {}
 
 
 @contextmanager
@@ -28,7 +29,7 @@ def folder_lock(folder: str | os.PathLike[str]) -> Iterator[None]:
         PT2Error: another process holds it, or it cannot be made or written.
     """
     path = Path(folder)
-    key = (os.getpid(), os.path.realpath(path))
+    key = (os.getpid(), threading.get_ident(), os.path.realpath(path))
     if key in _mine:
         yield
         return

@@ -80,7 +80,7 @@ def start(command: Command, argv: list[str], log: Path, mark: str) -> int:
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(out, 1)
         os.dup2(out, 2)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+        sys.stdout, sys.stderr = (os.fdopen(n, "w", closefd=False) for n in (1, 2))
         for number in SIGNALS.values():
             if number != signal.SIGKILL:
                 signal.signal(number, signal.SIG_DFL)

@@ -205,3 +205,16 @@ def test_two_builds_do_not_run_at_once(where: Places, capfd) -> None:
         other.join()
     with lock(where, "again", wait=False):
         pass
+
+
+def test_clean_removes_what_killed_runs_have_left(where: Places, tmp_path: Path) -> None:
+    bench = tmp_path / "cache" / "bench"
+    for everything in (False, True):
+        (where.root / ".source-abc" / "download").mkdir(parents=True)
+        (where.builds / ".staged-abc").mkdir(parents=True)
+        bench.mkdir(parents=True, exist_ok=True)
+        (bench / ".m-bf16.gguf.abc.tmp").write_text("as large as a model")
+        (bench / "m-bf16.gguf").write_text("whole")
+        builds.clean(where, everything)
+        hidden = [p for p in (tmp_path / "cache").rglob(".*") if p.name != ".pt2-overlay.json"]
+        assert not hidden and (bench / "m-bf16.gguf").exists()
