@@ -95,6 +95,9 @@ def held() -> Iterator[None]:
         finally:
             if thing is not None: undo(thing)
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are raised in the main thread only
+        return
     _State.held += 1
     try:
         yield

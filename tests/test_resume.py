@@ -76,7 +76,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, number: int, error: BaseException) 
     return names
 
 
-# A finished block whose file is gone or damaged ----------------------------------------------------
+# A finished block whose file is gone or damaged ---------------------------------------------------
 
 
 @pytest.mark.parametrize("complete", [True, False])
@@ -105,7 +105,7 @@ def test_resume_makes_again_what_is_gone_or_damaged(
         assert "quantising again from block 1 on" in said
 
 
-# pt2-refine ----------------------------------------------------------------------------------------
+# pt2-refine ---------------------------------------------------------------------------------------
 
 
 def test_a_refinement_stopped_at_any_write_is_resumed_to_the_same_bytes(
@@ -208,7 +208,7 @@ def test_the_recipe_refined_is_resumed_from_its_last_writing(text, tmp_path, mon
     assert Artifact.open(tmp_path / "cut").manifest["settings"]["seed"] == 1
 
 
-# Two runs in one folder ----------------------------------------------------------------------------
+# Two runs in one folder ---------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -270,7 +270,7 @@ def test_a_lock_holds_between_threads_of_a_program_as_well(tmp_path) -> None:
     assert refused and f"in use by process {os.getpid()}" in refused[0]
 
 
-# Everything, in processes of their own -------------------------------------------------------------
+# Everything, in processes of their own ------------------------------------------------------------
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
