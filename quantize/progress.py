@@ -83,7 +83,8 @@ class RichReporter(Reporter):
 
     def warn(self, message: str) -> None:
         super().warn(message)
-        self.console.print(Text.assemble(("warning:", "yellow"), f" {message}"))
+        line = Text.assemble(("warning:", "yellow"), f" {message}")
+        self.console.print(line, soft_wrap=True)
 
     def note(self, message: str) -> None:
         self.console.print(message)

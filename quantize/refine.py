@@ -149,10 +149,10 @@ def _refine(
         remove_leftovers(out)
         if resume and not (out / STATE).is_file() and (out / MANIFEST).exists():
             return _complete(out, source, model, identity)
-        if not resume:
-            forget_state(out, reporter)
         run = Run(config, device, tokens, reporter)
         run.prepare(streamed.config, checkpoint, source, out if resume else None, identity)
+        if not resume:
+            forget_state(out, reporter)  # now that nothing more can refuse this run
         if not run.ended:
             run.train(lambda: save_state(out, identity, run.state()))
             # From here on a stop costs nothing but the writing.
