@@ -257,6 +257,8 @@ CASES: list[tuple[str, str, Break, list[str], str]] = [
     ("resume-other-model", Q, lambda w: poison(weights(w), 0.5), [*AGAIN, "--resume"], "model"),
     ("resume-manifest-truncated", Q, lambda w: truncate(w.artifact / "manifest.json"),
      [*AGAIN, "--resume"], "manifest.json"),
+    # the artifact
+    ("artifact-missing", E, lambda w: shutil.rmtree(w.artifact), EXPORT, "artifact"),
     ("artifact-none-here", E, lambda w: shutil.rmtree(w.artifact), ["{gguf}"], "--from"),
     ("manifest-missing", E, lambda w: (w.artifact / "manifest.json").unlink(), EXPORT,
      "manifest.json"),
