@@ -316,5 +316,5 @@ def reason(e: OSError, full: str = "") -> str:
     }
     if e.errno is None and str(e).endswith("written"):  # NumPy's words for a short write
         limited = resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY
-        return hints[errno.EFBIG] if limited else full
+        return f"{hints[errno.EFBIG]}, or the disk is full" if limited else full
     return hints.get(e.errno or 0, e.strerror or str(e))
