@@ -279,8 +279,9 @@ def test_a_short_write_of_numpy_is_the_limit_where_there_is_one() -> None:
     """
     out, _ = python(program).communicate(timeout=30)
     assert out.splitlines() == [
-        "the disk is full", "the file is larger than files may be here (see ulimit -f), or the disk is full",
-    ]  # fmt: skip
+        "the disk is full",
+        "the file is larger than files may be here (see ulimit -f), or the disk is full",
+    ]
     assert "read-only" in reason(OSError(30, "x")) and "circle" in reason(OSError(40, "x"))
 
 
