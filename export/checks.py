@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
-import glob
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from export.config import ExportConfig
 from quantize.artifact import MANIFEST, RUN, Artifact
 from quantize.checkpoint import Checkpoint
-from quantize.common import PT2Error, human_bytes, read_json
+from quantize.common import PT2Error, human_bytes, read_json, reason
+from quantize.temporary import SUFFIX, temporary_folder
 
 # Metadata, tokenizer and padding beside the tensors, when guessing what the disk must hold.
 SPARE_BYTES = 32 << 20
@@ -47,6 +45,8 @@ def check_output(out: Path, config: ExportConfig) -> None:
         raise PT2Error(f"the output {out} must end in .gguf")
     if not out.parent.is_dir():
         raise PT2Error(f"the folder {out.parent} does not exist: make it first")
+    if os.statvfs(out.parent).f_flag & os.ST_RDONLY:
+        raise PT2Error(f"cannot write into {out.parent}: it is read-only; choose another output")
     if not os.access(out.parent, os.W_OK | os.X_OK):
         raise PT2Error(f"cannot write into {out.parent}: permission denied; choose another output")
     splits = sorted(out.parent.glob(f"{out.stem}-*-of-*.gguf")) if config.split_max_size else []
@@ -114,25 +114,15 @@ def check_disk(out: Path, model: Checkpoint, ternary: Mapping[str, tuple[int, in
 def work_folder(out: Path) -> Iterator[Path]:
     """A hidden folder beside the output, removed whatever happens but a kill.
 
-    Its lock dies with the process, so that the next export to this name sees what a killed one has
-    left (as large as the model's embeddings) and removes it.
+    What a killed export to this name has left (as large as the model's embeddings) goes first.
     """
-    prefix, suffix = f".{out.name}.", ".tmp"
-    for old in out.parent.glob(f"{glob.escape(prefix)}*{suffix}"):
-        with suppress(OSError), (old / "lock").open("r+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(old, ignore_errors=True)
     try:
-        work = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=out.parent))
-        lock = (work / "lock").open("w")
-    except OSError as e:
-        raise PT2Error(f"cannot write into {out.parent}: {e.strerror}") from e
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with temporary_folder(out.parent, f".{out.name}.", SUFFIX) as work:
             yield work
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+    except BrokenPipeError:
+        raise
+    except OSError as e:
+        raise PT2Error(f"cannot write into {out.parent}: {reason(e)}") from e
 
 
 def publish(files: list[Path], out: Path, config: ExportConfig) -> list[Path]:

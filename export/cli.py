@@ -16,6 +16,7 @@ from export.config import (
 )
 from pt2_core.commands import command
 from quantize.common import ArgumentParser, PT2Error, human_bytes, read_json, run_cli
+from quantize.words import screen
 
 if TYPE_CHECKING:
     from export.pipeline import ExportReport
@@ -125,12 +126,10 @@ def _run(args: argparse.Namespace) -> int:
         pre_tokenizer=args.pre_tokenizer,
     )
     artifact = args.artifact or newest_artifact(Path())
-    from rich.console import Console
-
     from export.pipeline import export_gguf
     from pt2_core.progress import open_reporter
 
-    out = Console(highlight=False)
+    out = screen()
     with open_reporter() as reporter:
         if args.artifact is None:
             reporter.note(f"exporting {artifact}, the newest artifact here")
@@ -169,7 +168,6 @@ def newest_artifact(folder: Path) -> Path:
 
 
 def _show(console: Any, report: ExportReport, config: ExportConfig) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     ratio = report.f16_bytes / report.file_bytes
@@ -207,7 +205,7 @@ def _show(console: Any, report: ExportReport, config: ExportConfig) -> None:
     for key, value in lines.items():
         summary.add_row(key, value)
     for note in report.notes:
-        summary.add_row("converter", escape(note))
+        summary.add_row("converter", note)
     console.print(summary)
     console.print(_others(report))
     print(f"next: {next_command(report)}")

@@ -25,10 +25,12 @@ from numpy.typing import NDArray
 from export import converter_driver
 from export.converter_driver import MARK, REFUSED, check_arrived, check_rows, stand_in_number
 from export.fold import FoldPlan
+from quantize import children
 from quantize.checkpoint import Checkpoint
-from quantize.common import PT2Error, read_json
+from quantize.common import PT2Error, read_json, reason
 from quantize.isolated import child_env, isolated, search_path
 from quantize.model_view import view_folder, write_view
+from quantize.temporary import temporary_folder
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
 _READ_ONLY_KEYS = ("GGUF.version", "GGUF.tensor_count", "GGUF.kv_count", "general.architecture")
@@ -141,9 +143,9 @@ def try_converter(
     Raises:
         PT2Error: whatever :func:`run_converter` would refuse.
     """
-    with tempfile.TemporaryDirectory(prefix="pt2-preflight-") as work:
+    with temporary_folder(Path(tempfile.gettempdir()), "pt2-preflight-") as work:
         more: dict[str, Any] = {"ternary": ternary, "preflight": True, "vocab": vocab}
-        return _drive(source_dir, model, Path(work), options, **more)
+        return _drive(source_dir, model, work, options, **more)
 
 
 def convert_whole(
@@ -162,9 +164,9 @@ def convert_whole(
         PT2Error: as :func:`run_converter`.
     """
     check_tokenizer(model.path)
-    with tempfile.TemporaryDirectory(prefix="pt2-convert-") as work:
+    with temporary_folder(Path(tempfile.gettempdir()), "pt2-convert-") as work:
         more = {"outtype": "bf16", "carrier": str(out.absolute())}
-        return _drive(source_dir, model, Path(work), options, log, **more)
+        return _drive(source_dir, model, work, options, log, **more)
 
 
 def _drive(
@@ -195,10 +197,7 @@ def _drive(
     job_file = workdir.resolve() / "job.json"
     job_file.write_text(json.dumps(job), encoding="utf-8")
     command = isolated(Path(converter_driver.__file__).resolve(), [str(job_file)])
-    done = subprocess.run(
-        command, capture_output=True, text=True, errors="replace", env=child_env(),
-        stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+    done = children.run(command, env=child_env())
     if os.environ.get("PT2_DEBUG"):
         sys.stderr.write(done.stderr)
     if log is not None:
@@ -271,7 +270,8 @@ def _failure(done: subprocess.CompletedProcess[str], model_dir: str) -> str:
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     for line in reversed(lines):
         if line.startswith(MARK) and _SHORT_WRITE.search(line):
-            return "cannot write the converted tensors beside the output: the disk is full"
+            why = reason(OSError("some requested and fewer written"))
+            return f"cannot write the converted tensors beside the output: {why}"
         if line.startswith(REFUSED):
             return line[len(REFUSED) :].strip()
         if line.startswith(MARK):

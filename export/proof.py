@@ -27,9 +27,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from quantize import children
 from quantize.common import PT2Error
 from quantize.proof import F32, I32, Difference, Proof, difference, scored
 from quantize.proof_text import AFTER_SPECIAL, DECOMPOSED
+from quantize.temporary import temporary_folder
 
 MAX_KL = 0.01
 MIN_SAME_TOP = 0.75
@@ -128,8 +130,7 @@ def check_file(
     Raises:
         PT2Error: llama.cpp cannot load or run the file; its words are in the message.
     """
-    with tempfile.TemporaryDirectory(prefix="pt2-proof-") as name:
-        folder = Path(name)
+    with temporary_folder(Path(tempfile.gettempdir()), "pt2-proof-") as folder:
         # llama-perplexity first: it says why it cannot load a file, llama-tokenize does not.
         saved = run_windows(file, proof, programs, folder)
         differing = different_lines(file, proof, programs, folder)
@@ -278,10 +279,7 @@ def predictions(values: NDArray[np.uint16], proof: Proof) -> tuple[F32, I32]:
 
 def _run(programs: Programs, tool: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [str(programs.tool(tool)), *map(str, arguments)]
-    done = subprocess.run(
-        command, env=programs.env(), stdin=subprocess.DEVNULL, capture_output=True, text=True,
-        errors="replace",
-    )  # fmt: skip
+    done = children.run(command, env=programs.env())
     if done.returncode:
         raise PT2Error(f"llama.cpp cannot use the file: {_words(tool, done)}")
     return done

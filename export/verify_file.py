@@ -32,6 +32,7 @@ from export.verify import compare_weights
 from quantize.artifact import Artifact
 from quantize.checkpoint import Checkpoint
 from quantize.common import PT2Error
+from quantize.temporary import temporary_folder
 from third_party.pt2_llama import api
 
 # Relative RMS error of a row of Q2_K's encoding of a ternary weight (0.5 to 4% were seen).
@@ -93,12 +94,12 @@ def verify_file(
     ggml = Ggml(api.require_build().lib_dir)
     source = TernarySource.read(artifact, model, progress)
     findings = Findings()
-    with tempfile.TemporaryDirectory(prefix="pt2-verify-") as name:
+    with temporary_folder(Path(tempfile.gettempdir()), "pt2-verify-") as work:
         progress("converting metadata and tokenizer", 0, 1)
         fields, tensors = _read(files)
         options = Options(int(fields.get("pt2.max_context") or 0), fields.get("pt2.pre_tokenizer"))
         carrier = run_converter(
-            api.source_dir(), model, Path(name), source.shapes(), source.plan,
+            api.source_dir(), model, work, source.shapes(), source.plan,
             artifact.replaced(), options,
         )  # fmt: skip
         _compare_metadata(carrier, fields, findings)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import logging
 import os
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 
 from export.converter import Carrier
 from export.encode import Item
-from quantize.common import PT2Error
+from quantize.common import PT2Error, reason
 
 Metadata = dict[str, tuple[Any, gguf.GGUFValueType, gguf.GGUFValueType | None]]
 
@@ -96,9 +95,4 @@ def _flush_to_disk(file: Path) -> None:
 
 
 def _cannot_write(e: OSError, name: str) -> PT2Error:
-    # NumPy reports a short write without an error number.
-    if e.errno in (None, errno.ENOSPC, errno.EDQUOT):
-        return PT2Error(f"cannot write {name}: the disk is full; free some space and run again")
-    if e.errno == errno.EFBIG:
-        return PT2Error(f"cannot write {name}: larger than a file may be here (see ulimit -f)")
-    return PT2Error(f"cannot write {name}: {e.strerror}")
+    return PT2Error(f"cannot write {name}: {reason(e)}")

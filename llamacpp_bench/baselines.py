@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,7 @@ def find_source(models: list[GGUFInfo], given: str | Path | None) -> Path:
         PT2Error: none is given or found, or it is not there.
     """
     if given is not None:
-        path = Path(given)
+        path = Path(given).absolute()  # a relative one may look like an option
         if not path.exists():
             raise PT2Error(f"{path}: no such GGUF file or Hugging Face folder; mend --source")
         return path
@@ -129,11 +130,36 @@ def source_gguf(source: Path, say: Say, models: Sequence[GGUFInfo] = ()) -> GGUF
         raise PT2Error(f"{source} has no config.json; give a Hugging Face model folder or a GGUF")
     given = _given(models)
     key = "-".join([folder_key(source), *map(str, given.values())])
-    final = cache_dir() / f"{source.resolve().name}-{key}-bf16.gguf"
+    final = cache_dir() / cache_name(f"{source.resolve().name}-{key}-bf16.gguf")
     if not final.is_file():
         say(f"converting {source.name} to BF16")
         _convert(source, final, say, **given)
     return read_gguf(final)
+
+
+def cache_name(name: str) -> str:
+    """A name without what the tools take for something else: commas, braces, leading dashes.
+
+    >>> cache_name("a,b {v}")
+    'a_b _v_'
+    """
+    plain = re.sub(r"[,{}\[\]%]", "_", name.encode("utf-8", "replace").decode())
+    return re.sub(r"^[-.]", "_", plain)
+
+
+def check_name(path: Path) -> Path:
+    """The absolute path of a file for llama-bench, which takes a comma for the end of a name.
+
+    Raises:
+        PT2Error: there is one in it.
+    """
+    path = path.absolute()
+    if "," in str(path):
+        raise PT2Error(
+            f"{path}: llama-bench takes a comma for the end of a file's name: rename it, or make a "
+            "link without one"
+        )
+    return path
 
 
 def folder_key(folder: Path) -> str:
@@ -230,7 +256,7 @@ class BaselineMaker:
                 f"{kind} needs an importance matrix: give --imatrix-text FILE (calibration text, "
                 "not the text that is scored)"
             )
-        stem = self.source.path.stem.removesuffix("-bf16")
+        stem = cache_name(self.source.path.stem.removesuffix("-bf16"))
         tag = f"-im{imatrix.stem.rsplit('-', 1)[-1]}" if imatrix else ""
         final = cache_dir() / f"{stem}-{self._source_key}-{kind}{tag}.gguf"
         if not final.is_file():
@@ -248,7 +274,7 @@ class BaselineMaker:
             return self._imatrix
         text = self.imatrix_text.sha256[:8]
         window = self._imatrix_window()
-        stem = self.source.path.stem.removesuffix("-bf16")
+        stem = cache_name(self.source.path.stem.removesuffix("-bf16"))
         final = cache_dir() / f"{stem}-{self._source_key}-imatrix-{text}.gguf"
         if not final.is_file():
             self.say(f"importance matrix from {self.imatrix_text.name}")

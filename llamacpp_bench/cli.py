@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantize.common import ArgumentParser, PT2Error, run_cli
+from quantize.common import ArgumentParser, PT2Error, check_threads, make_folder, run_cli
 
 if TYPE_CHECKING:
     from llamacpp_bench.pipeline import Config
@@ -57,17 +56,11 @@ example:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `pt2-bench`."""
     args = list(sys.argv[1:] if argv is None else argv)
-    signal.signal(signal.SIGTERM, _interrupt)
     if args and args[0] == "compare":
         return run_cli("pt2-bench compare", lambda: run_compare(args[1:]))
     if args and args[0] == "report":
         return run_cli("pt2-bench report", lambda: run_report(args[1:]))
-    return run_cli("pt2-bench", lambda: run_bench(args))
-
-
-def _interrupt(signum: int, frame: object) -> None:
-    """A `kill` ends a run as Ctrl-C does: the child is stopped and synthetic files are deleted."""
-    raise KeyboardInterrupt
+    return run_cli("pt2-bench", lambda: run_bench(args), lower="--depth, --batch or -p")
 
 
 def run_compare(argv: Sequence[str]) -> int:
@@ -116,7 +109,7 @@ def run_report(argv: Sequence[str]) -> int:
 
     published = load_published(args.published) if args.published else None
     results = merge([load_results(path) for path in args.results])
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_folder(args.out)
     results.save(args.out / "results.json")
     write_reports(results, args.out, published)
     for path in args.fill:
@@ -130,6 +123,7 @@ def run_bench(argv: Sequence[str]) -> int:
     from llamacpp_bench.pipeline import bench
     from llamacpp_bench.report import print_tables
 
+    check_threads(args.threads)
     config = to_config(args)
     if args.synthetic:
         from llamacpp_bench.synthetic import parse_shapes, parse_types

@@ -13,6 +13,7 @@ from rich.table import Table
 from llamacpp_bench.report import figure
 from llamacpp_bench.results import Model, Results, load_results
 from quantize.common import PT2Error, human_bytes
+from quantize.words import screen
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def remarks(a: Results, b: Results) -> list[str]:
 def print_comparison(path_a: Path, path_b: Path, console: Console | None = None) -> None:
     """Read two results files and print what differs."""
     a, b = load_results(path_a), load_results(path_b)
-    console = console or Console(highlight=False)
+    console = console or screen()
     table = Table(title=f"{path_a} -> {path_b}", box=box.SIMPLE_HEAD, title_justify="left")
     for name in ("model", "figure", "first", "second", "change", ""):
         left = name in ("model", "figure", "")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+from quantize import children
 
 
 def describe_machine() -> dict[str, Any]:
@@ -47,7 +48,8 @@ def gpu_names() -> list[str]:
         return []
     query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
     try:
-        out = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
+        done = children.run(query, timeout=30)
+    except children.CannotRun:
         return []
-    return [line.strip() for line in out.splitlines() if line.strip()]
+    lines = done.stdout.splitlines() if done.returncode == 0 else []
+    return [line.strip() for line in lines if line.strip()]

@@ -20,6 +20,7 @@ from llamacpp_bench.baselines import (
     IMATRIX_ENOUGH,
     BaselineMaker,
     Wanted,
+    check_name,
     find_source,
     same_model,
     source_gguf,
@@ -37,10 +38,10 @@ from llamacpp_bench.perplexity import (
 from llamacpp_bench.report import write_reports
 from llamacpp_bench.results import Model, Results
 from llamacpp_bench.runner import Load, shown_command
-from llamacpp_bench.tools import ToolBox, open_toolbox
+from llamacpp_bench.tools import ToolBox, cache_dir, open_toolbox
 from pt2_core.progress import Reporter, open_reporter
 from pt2_core.texts import Text, read_text, source_name
-from quantize.common import PT2Error, human_bytes, sha256_file
+from quantize.common import PT2Error, human_bytes, make_folder, sha256_file
 
 MIN_ROUNDS = 5
 
@@ -159,7 +160,12 @@ def bench(models: Sequence[str | Path], config: Config) -> Results:
     if not models:
         raise PT2Error("give at least one .gguf file, or --synthetic SHAPES")
     text = scored_text(config.text, config.text_field) if config.perplexity else None
-    given = [read_gguf(m) for m in models]
+    given = [read_gguf(check_name(Path(m))) for m in models]
+    for wanted in config.baselines:
+        if wanted.file is not None:
+            check_name(wanted.file)
+    if any(w.type for w in config.baselines):
+        check_name(cache_dir())
     tools = open_toolbox(config.variant, config.bin_dir)
     session = start(config, tools, given[0].path.stem, text)
     for info in given:
@@ -183,7 +189,7 @@ def start(config: Config, tools: ToolBox, stem: str, text: Text | None = None) -
     show = open_reporter(config.quiet)
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     out = Path(config.out) if config.out else Path(f"bench-{stem}-{stamp}")
-    (out / "logs").mkdir(parents=True, exist_ok=True)
+    make_folder(out / "logs")
     machine = describe_machine()
     build = {"description": tools.description, "variant": tools.variant}
     results = Results(machine, build, describe_config(config, text))
@@ -305,7 +311,8 @@ def add_baselines(session: Session, given: list[GGUFInfo]) -> None:
     maker: BaselineMaker | None = None
     for wanted in config.baselines:
         if wanted.file is not None:
-            model = add_model(session, read_gguf(wanted.file), wanted.label, "given as baseline")
+            info = read_gguf(check_name(wanted.file))
+            model = add_model(session, info, wanted.label, "given as baseline")
         else:
             if maker is None:
                 maker = open_maker(session, given)

@@ -8,9 +8,11 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from quantize import children
 from quantize.common import PT2Error
 
 POLL_SECONDS = 0.02
@@ -56,30 +58,26 @@ def run_tool(
     with log.open("wb") as err:
         err.write(f"$ {shlex.join(words)}\n".encode())
         err.flush()
-        try:
-            child = subprocess.Popen(
-                words, env=dict(env), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=err
-            )
-        except OSError as e:
-            raise PT2Error(f"cannot start {name}: {e.strerror}; run: pt2-llama doctor") from e
-        watch = _PeakWatch(child.pid)
         late = threading.Event()
+        with ExitStack() as stack:
+            try:
+                running = children.child(words, env=env, stdout=children.PIPE, stderr=err)
+                child = stack.enter_context(running)
+            except OSError as e:
+                raise PT2Error(f"cannot start {name}: {e.strerror}; run: pt2-llama doctor") from e
+            watch = _PeakWatch(child.pid)
+            stack.callback(watch.stop)
 
-        def stop() -> None:
-            late.set()
-            child.kill()
+            def stop() -> None:
+                late.set()
+                children.kill(child)
 
-        alarm = threading.Timer(timeout or 0, stop)
-        if timeout is not None:
-            alarm.start()
-        try:
+            alarm = threading.Timer(timeout or 0, stop)
+            stack.callback(alarm.cancel)
+            if timeout is not None:
+                alarm.start()
             stdout = _drain(child, on_output)
             code = child.wait()
-        finally:
-            alarm.cancel()
-            if child.poll() is None:  # interrupted: do not leave a benchmark running behind
-                child.terminate()
-                child.wait()
             peak = watch.stop()
     if late.is_set():
         raise PT2Error(f"{name} was stopped after {timeout:g} s (log: {log})")

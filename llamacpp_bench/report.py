@@ -13,6 +13,7 @@ from rich.table import Table
 
 from llamacpp_bench.results import Model, Perplexity, Results, paired_ratio, token_bytes
 from quantize.common import atomic_path, human_bytes
+from quantize.words import screen
 
 if TYPE_CHECKING:
     from llamacpp_bench.speedup import Published
@@ -249,7 +250,7 @@ def _chunks(chunks: int | None) -> str:
 
 def print_tables(results: Results, console: Console | None = None) -> None:
     """The tables on screen."""
-    console = console or Console(highlight=False)
+    console = console or screen()
     for title, rows in sections(results):
         table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
         for i, name in enumerate(rows[0]):

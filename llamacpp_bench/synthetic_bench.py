@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llamacpp_bench import pipeline, speed
+from llamacpp_bench.baselines import check_name
 from llamacpp_bench.gguf_info import read_gguf
 from llamacpp_bench.results import Results
 from llamacpp_bench.synthetic import (
@@ -18,7 +19,7 @@ from llamacpp_bench.synthetic import (
     write_synthetic,
 )
 from llamacpp_bench.tools import open_toolbox
-from quantize.common import PT2Error, human_bytes, human_seconds
+from quantize.common import PT2Error, human_bytes, human_seconds, make_folder
 
 
 def bench_synthetic(
@@ -39,7 +40,7 @@ def bench_synthetic(
     session = pipeline.start(config, tools, "synthetic-" + "-".join(s.name for s in shapes))
     session.results.config["synthetic"] = LABEL
     work = Path(config.work) if config.work else session.out / "models"
-    work.mkdir(parents=True, exist_ok=True)
+    make_folder(check_name(work))
     try:
         for shape in shapes:
             measure_shape(session, shape, types, work)

@@ -6,13 +6,14 @@ The one seam between the bench and the builds, so that everything else only know
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantize.common import PT2Error
+from quantize import children
+from quantize.common import PT2Error, make_folder
+from quantize.temporary import remove_dead
 
 _ASK_PATH = """
 import ctypes, sys
@@ -60,7 +61,7 @@ class ToolBox:
         if library is None:
             return None
         argv = [sys.executable, "-c", _ASK_PATH, str(library)]
-        done = subprocess.run(argv, env=dict(self.env), capture_output=True, text=True)
+        done = children.run(argv, env=self.env)
         return done.stdout.strip() or None if done.returncode == 0 else None
 
     def _build_command(self) -> str:
@@ -87,7 +88,7 @@ def open_toolbox(variant: str = "cpu", bin_dir: str | os.PathLike[str] | None = 
 
 
 def cache_dir() -> Path:
-    """The bench's folder in the cache of pt2-llama.
+    """The bench's folder in the cache of pt2-llama; what a killed run left in it is removed.
 
     Raises:
         PT2Error: it cannot be made.
@@ -96,7 +97,8 @@ def cache_dir() -> Path:
 
     folder = cache_root() / "bench"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise PT2Error(f"cannot make the cache folder {folder}: {e.strerror}; set PT2_CACHE") from e
+        make_folder(folder)
+    except PT2Error as e:
+        raise PT2Error(f"{e}; set PT2_CACHE") from e
+    remove_dead(folder)
     return folder

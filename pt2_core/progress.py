@@ -24,6 +24,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.text import Text
 
+from quantize.words import screen
+
 # Between two plain lines that only differ in how much is done, unless that is a twentieth.
 SAME_TEXT_S = 15.0
 BAR_WIDTH, LEAST_BAR = 24, 8
@@ -280,7 +282,10 @@ class TerminalReporter(QuietReporter):
 
     def _print(self, line: str) -> None:
         style = "yellow" if line.startswith("warning: ") else None
-        self.console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+        # Names may hold [b] or :smile:, and are shown as they are.
+        self.console.print(
+            line, style=style, markup=False, emoji=False, highlight=False, soft_wrap=True
+        )
 
 
 class _Bar:
@@ -304,7 +309,7 @@ def open_reporter(quiet: bool = False) -> Reporter:
     if quiet:
         return QuietReporter()
     if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
-        return TerminalReporter(Console(stderr=True, highlight=False, force_terminal=True))
+        return TerminalReporter(screen(stderr=True, force_terminal=True))
     return LineReporter()
 
 

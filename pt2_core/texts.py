@@ -23,6 +23,7 @@ from typing import Any, Literal
 from pt2_core.bundled import bundled_file, bundled_names
 from pt2_core.text_files import TEXT_SUFFIXES, FileText, normalised, read_file
 from quantize.common import PT2Error
+from quantize.temporary import temporary_folder
 
 Purpose = Literal["calibration", "test"]
 JOIN = "\n\n"  # between files, records and sources
@@ -112,8 +113,8 @@ class Text:
         if self.file is not None:
             yield self.file
             return
-        with tempfile.TemporaryDirectory(prefix="pt2-text-") as folder:
-            path = Path(folder) / f"{self.label or 'text'}.txt"
+        with temporary_folder(Path(tempfile.gettempdir()), "pt2-text-") as folder:
+            path = folder / f"{self.label or 'text'}.txt"
             # llama.cpp drops one newline at the end of the file.
             path.write_bytes((self.text + "\n").encode())
             yield path

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from pt2_core.texts import CHARACTERS_PER_TOKEN, read_text, split_sources, token_source
 from quantize.common import PT2Error
 from quantize.safetensors_file import read_header
+from quantize.temporary import temporary_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,8 +74,8 @@ def load_tokenizer(model_dir: Path) -> Any:
             f"{model_dir} has no tokenizer ({', '.join(VOCABULARIES)}); copy the model's here"
         )
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            write_tokenizer_view(model_dir, Path(folder), names)
+        with temporary_folder(Path(tempfile.gettempdir()), "pt2-tokenizer-") as folder:
+            write_tokenizer_view(model_dir, folder, names)
             return AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )

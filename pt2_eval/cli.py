@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import quantize.waiting  # noqa: F401  before torch is loaded
-
-# isort: split
-
 import argparse
 import gc
 import sys
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from pt2_core.progress import Reporter, open_reporter
 from pt2_core.texts import Text, read_text, split_sources
@@ -22,13 +17,23 @@ from pt2_core.tokens import (
     paper_windows,
     refuse_degenerate_tokens,
 )
-from pt2_eval.measure import divergence, perplexity
-from pt2_eval.models import Model, open_model
-from pt2_eval.table import Row, markdown
-from pt2_eval.tasks import PAPER_TASKS, zero_shot
-from quantize.common import ArgumentParser, PT2Error, atomic_path, run_cli, write_json
+from quantize.common import (
+    ArgumentParser,
+    PT2Error,
+    atomic_path,
+    check_threads,
+    make_folder,
+    run_cli,
+    write_json,
+)
 from quantize.config import DEVICES, DTYPES
-from quantize.machine import arithmetic
+
+# What imports torch is imported where it is used, once a signal ends the command in one line.
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pt2_eval.models import Model
+    from pt2_eval.table import Row
 
 LLAMA_WINDOW = 512
 EPILOG = """\
@@ -62,7 +67,7 @@ harness' form with local data works without a connection.
 def main(argv: list[str] | None = None) -> int:
     """The entry point; returns the exit code."""
     args = build_parser().parse_args(argv)
-    return run_cli("pt2-eval", lambda: _run(args))
+    return run_cli("pt2-eval", lambda: _run(args), lower="--batch-size or --ctx")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -93,13 +98,22 @@ def build_parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> int:
     if not args.text and not args.tasks:
         raise PT2Error("nothing to measure: give --text FILE, --tasks paper, or both")
-    if args.ctx < 8 or args.batch_size < 1 or args.threads < 0:
-        raise PT2Error("--ctx must be at least 8, --batch-size at least 1, --threads at least 0")
+    check_threads(args.threads)
+    if args.ctx < 8 or args.batch_size < 1:
+        raise PT2Error("--ctx must be at least 8, --batch-size at least 1")
     if any(n is not None and n < 1 for n in (args.chunks, args.limit)):
         raise PT2Error("--chunks and --limit must be at least 1")
     if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
+        make_folder(args.out)
     texts = _texts(args)
+    import quantize.waiting  # noqa: F401  before torch is loaded
+
+    # isort: split
+
+    from pt2_eval.table import markdown
+    from pt2_eval.tasks import PAPER_TASKS
+    from quantize.machine import arithmetic
+
     tasks = list(PAPER_TASKS) if args.tasks == "paper" else (args.tasks or "").split(",")
     rows: list[Row] = []
     with arithmetic(args.threads), open_reporter(args.quiet) as reporter:
@@ -132,6 +146,8 @@ def _texts(args: argparse.Namespace) -> list[Text]:
 
 
 def _open(path: str, args: argparse.Namespace) -> Model:
+    from pt2_eval.models import open_model
+
     return open_model(
         path, source=args.source, device=args.device, dtype=args.dtype,
         context=max(args.ctx, LLAMA_WINDOW), threads=args.threads,
@@ -143,6 +159,10 @@ def _measure(
     model: Model, reference: Model | None, texts: list[Text],
     tasks: list[str], args: argparse.Namespace, reporter: Reporter,
 ) -> Row:  # fmt: skip
+    from pt2_eval.measure import divergence, perplexity
+    from pt2_eval.table import Row
+    from pt2_eval.tasks import zero_shot
+
     row = Row(model.name, model.kind, model.size)
     ids_of = reference or model  # the same ids for all, so that perplexities compare
     against = reference if reference is not model else None
@@ -218,6 +238,8 @@ def _check_windows(
 
 
 def _write(folder: Path, rows: list[Row], reference: Model | None) -> None:
+    from pt2_eval.table import markdown
+
     write_json(folder / "eval.json", [r.record() for r in rows])
     with atomic_path(folder / "eval.md") as tmp:
         table = markdown(rows, reference.name if reference is not None else None)

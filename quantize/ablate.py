@@ -15,7 +15,6 @@ after every variant; a variant that is there already, made with the same setting
 from __future__ import annotations
 
 import sys
-import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,13 +26,16 @@ from quantize.common import (
     ArgumentParser,
     PT2Error,
     atomic_path,
+    check_threads,
     human_seconds,
     read_json,
     run_cli,
     write_json,
 )
 from quantize.config import BEST, DEVICES, DTYPES, Config
+from quantize.locks import folder_lock
 from quantize.schema import Mismatch, anything, mapping, number, record, sequence, text
+from quantize.temporary import temporary_folder
 
 RESULTS = "ablation.json"
 TABLE = "ablation.md"
@@ -150,7 +152,8 @@ def _measure(
         return {"perplexity": score(None), "seconds": 0.0}
     from quantize.pipeline import ternarize
 
-    with tempfile.TemporaryDirectory(dir=out, prefix=f".{variant.name}-") as folder:
+    with temporary_folder(out, f".{variant.name}-") as work:
+        folder = work / "artifact"
         began = time.monotonic()
         result = ternarize(model, folder, config, overwrite=True, reporter=reporter)
         seconds = time.monotonic() - began
@@ -159,7 +162,7 @@ def _measure(
             / sum(m["norm_x"] for m in result.matrices.values())
             for key in next(iter(result.matrices.values()))["E_x"]
         }
-        return {"perplexity": score(Path(folder)), "seconds": seconds, "E_x": totals}
+        return {"perplexity": score(folder), "seconds": seconds, "E_x": totals}
 
 
 FULL = Variant("fp", "full precision")
@@ -222,7 +225,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     # Variants that are in the table already are not measured again.
     again = command("python", "-m", "quantize.ablate", *(sys.argv[1:] if argv is None else argv))
-    return run_cli("quantize.ablate", lambda: _run(args), resume=lambda: again)
+    return run_cli(
+        "quantize.ablate",
+        lambda: _run(args),
+        lower="--batch-size, --samples or --seqlen",
+        resume=lambda: again,
+    )
 
 
 def _run(args: Any) -> int:
@@ -243,12 +251,9 @@ def _run(args: Any) -> int:
             "dtype", "threads", "batch_size")  # fmt: skip
     base = {k: getattr(args, k) for k in keys}
     out = Path(args.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise PT2Error(f"cannot make the folder {out}: {e.strerror}") from e
+    check_threads(args.threads)
     began = time.monotonic()
-    with open_reporter() as reporter:
+    with folder_lock(out), open_reporter() as reporter:
         rows = ablate(args.model, out, base, args.text, args.ctx, names, reporter)
     print(markdown(rows), end="")
     print(f"\n{human_seconds(time.monotonic() - began)}; also in {out / TABLE} and {out / RESULTS}")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,18 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from pt2_core.commands import command
-from quantize.common import PT2Error, atomic_path, read_json, sha256_file, write_json
+from quantize.common import (
+    PT2Error,
+    atomic_path,
+    make_folder,
+    read_json,
+    sha256_file,
+    write_json,
+)
 from quantize.manifest import block_of, check_errors, check_manifest
 from quantize.safetensors_file import read_header
 from quantize.schema import shown
+from quantize.temporary import remove_dead
 
 FORMAT = "pt2-artifact"
 # 2 says that there are replaced tensors, which a reader of version 1 would leave out in silence.
@@ -340,10 +349,7 @@ class ArtifactWriter:
     def create(cls, path: str | os.PathLike[str], identity: dict[str, Any]) -> ArtifactWriter:
         """Start an artifact. ``identity`` holds model, settings, versions, calibration, kept."""
         path = Path(path)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise PT2Error(f"cannot make the folder {path}: {e.strerror}") from e
+        make_folder(path)
         remove_leftovers(path, everything=True)
         manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, "complete": False,
                     "files": {}, "matrices": {}, **identity}  # fmt: skip
@@ -411,6 +417,40 @@ class ArtifactWriter:
         self._write(PROOF, tensors)
         self._save()
 
+    def drop_damaged(self, linears: Callable[[int], Sequence[str]]) -> list[str]:
+        """Forget the first block whose file is gone or damaged, and all after it; likewise others.
+
+        What is forgotten is written again as after a crash.
+
+        Args:
+            linears: names of the ternary linears of a decoder block by its number.
+
+        Returns:
+            the files that were found gone or damaged, with what is wrong with them.
+        """
+        files = self.manifest["files"]
+        problems = {name: _file_problem(self.path / name, files[name]) for name in sorted(files)}
+        found = [f"{name} is {problem}" for name, problem in problems.items() if problem]
+        if not found:
+            return []
+        blocks = [i for i in range(self.blocks_done) if problems[block_file(i)]]
+        if blocks:
+            for index in range(blocks[0], self.blocks_done):
+                for name in linears(index):
+                    self.manifest["matrices"].pop(name, None)
+                self.manifest.get("activations", {}).pop(str(index), None)
+                problems[block_file(index)] = "to be written again"
+            if PROOF in files:  # it is of the blocks that were there
+                problems[PROOF] = "to be written again"
+        for name, problem in problems.items():
+            if problem:
+                files.pop(name, None)
+        if problems.get(PROOF):
+            self.manifest.pop("proof", None)
+        self.manifest["complete"] = False
+        self._save()
+        return found
+
     def record(self, key: str, name: str, value: Any) -> None:
         """Set ``manifest[key][name]`` (saved with the next block)."""
         self.manifest.setdefault(key, {})[name] = value
@@ -433,16 +473,25 @@ class ArtifactWriter:
         write_json(self.path / MANIFEST, self.manifest)
 
 
+def _file_problem(path: Path, expected: str) -> str | None:
+    """``gone`` or ``damaged``; None for a file that has its checksum."""
+    if not path.is_file():
+        return "gone"
+    return None if sha256_file(path) == expected else "damaged"
+
+
 def remove_leftovers(path: Path, *, everything: bool = False) -> None:
     """Remove temporary files of a killed run; with ``everything``, an older artifact as well.
 
-    Only names that this module writes are touched.
+    Of an artifact only names that this module writes are touched.
     """
     ours = r"(manifest|run)\.json|(global|replaced|proof|sensitivity|block-\d{5})\.safetensors"
-    patterns = [rf"\.({ours})\..*\.tmp"] + ([ours] if everything else [])
+    remove_dead(path, rf"{ours}|refine-state\.safetensors")
+    if not everything:
+        return
     # The manifest goes first: without it the rest is no artifact, should we be killed half way.
     for file in sorted(path.iterdir(), key=lambda f: f.name != MANIFEST):
-        if any(re.fullmatch(p, file.name) for p in patterns):
+        if re.fullmatch(ours, file.name):
             file.unlink(missing_ok=True)
 
 

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 
 from pt2_core.commands import command, resume_command
@@ -23,13 +22,16 @@ from quantize.config import (
     Config,
     load_recipe,
 )
+from quantize.locks import folder_lock
 from quantize.refine_config import RefineConfig
+from quantize.words import screen
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from quantize.checkpoint import Checkpoint
     from quantize.pipeline import Preflight, Result
+    from quantize.refine import Refined
 
 DEFAULTS = Config()
 EPILOG = """\
@@ -70,7 +72,22 @@ def main(argv: list[str] | None = None) -> int:
     """The entry point; returns the exit code."""
     args = build_parser().parse_args(argv)
     resume = resume_command("pt2-quantize", argv)
-    return run_cli("pt2-quantize", lambda: _run(args, resume), resume=lambda: resume)
+    return run_cli(
+        "pt2-quantize",
+        lambda: _run(args, resume),
+        lower="--batch-size, --samples or --seqlen",
+        resume=lambda: resume if _can_resume(args) else None,
+    )
+
+
+def _out(args: argparse.Namespace) -> Path:
+    return Path(args.out) if args.out else Path(f"{Path(args.model).resolve().name}-pt2")
+
+
+def _can_resume(args: argparse.Namespace) -> bool:
+    """Whether a stopped run has left something to go on from."""
+    out = _out(args)
+    return any((f / "manifest.json").exists() for f in (out, out / CLOSED_FORM))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -166,31 +183,13 @@ def _run(args: argparse.Namespace, resume: str) -> int:
         raise PT2Error(f"--report {args.report}: the name must end in .html or .png")
     if args.recipe != "refined" and (args.refine_text or args.refine_steps is not None):
         raise PT2Error("--refine-text and --refine-steps belong to --recipe refined")
-    out = Path(args.out) if args.out else Path(f"{Path(args.model).resolve().name}-pt2")
+    out = _out(args)
 
-    from quantize.first_checks import check_first, check_text_source, refuse_overwriting
+    from quantize.first_checks import refuse_contradiction
 
-    refuse_overwriting(out, args.resume, args.overwrite)
-    first = out / CLOSED_FORM if args.recipe == "refined" else out
-    checkpoint = check_first(
-        args.model, first, config, resume=args.resume, overwrite=args.overwrite
-    )
-    if args.refine_text:
-        check_text_source(args.refine_text, "text", checkpoint)
-    from quantize.pipeline import ternarize  # torch: only once the options are known to be right
-
-    refined = None
-    with open_reporter(args.quiet) as reporter:
-        more = {"resume": args.resume, "overwrite": args.overwrite, "reporter": reporter,
-                "command": resume,
-                "preflight": export_preflight(config, args.preflight)}  # fmt: skip
-        if args.recipe == "refined":
-            from quantize.refined import refine_settings, ternarize_and_refine
-
-            settings = refine_settings(config, args.refine_text, args.refine_steps)
-            result, refined = ternarize_and_refine(args.model, out, config, settings, **more)
-        else:
-            result = ternarize(args.model, out, config, **more)
+    refuse_contradiction(out, args.resume, args.overwrite)
+    with folder_lock(out):
+        result, refined = _quantize(args, out, config, resume)
     if args.report is not None:
         from quantize.report import write_report
 
@@ -202,6 +201,36 @@ def _run(args: argparse.Namespace, resume: str) -> int:
         if args.report is not None:
             print(f"report   {args.report}")
     return 0
+
+
+def _quantize(
+    args: argparse.Namespace, out: Path, config: Config, resume: str
+) -> tuple[Result, Refined | None]:
+    """The run itself, with the output folder locked: what it finds there stays as it is."""
+    from quantize.first_checks import check_first, check_text_source, refuse_overwriting
+
+    refuse_overwriting(out, args.resume, args.overwrite)
+    first = out / CLOSED_FORM if args.recipe == "refined" else out
+    checkpoint = check_first(
+        args.model, first, config, resume=args.resume, overwrite=args.overwrite
+    )
+    if args.refine_text:
+        check_text_source(args.refine_text, "text", checkpoint)
+    from quantize.pipeline import ternarize  # torch: only once the options are known to be right
+
+    refined: Refined | None = None
+    with open_reporter(args.quiet) as reporter:
+        more = {"resume": args.resume, "overwrite": args.overwrite, "reporter": reporter,
+                "command": resume,
+                "preflight": export_preflight(config, args.preflight)}  # fmt: skip
+        if args.recipe == "refined":
+            from quantize.refined import refine_settings, ternarize_and_refine
+
+            settings = refine_settings(config, args.refine_text, args.refine_steps)
+            result, refined = ternarize_and_refine(args.model, out, config, settings, **more)
+        else:
+            result = ternarize(args.model, out, config, **more)
+    return result, refined
 
 
 def export_preflight(config: Config, wanted: bool) -> Preflight:
@@ -231,7 +260,7 @@ def print_summary(result: Result) -> None:
     """One screen: what was made, the errors by kind of linear and stage, what to do next."""
     from quantize.artifact import RUN
 
-    console = Console(highlight=False)
+    console = screen()
     kinds: dict[str, list[dict[str, Any]]] = {}
     for name, m in result.matrices.items():
         kinds.setdefault(name.rpartition(".")[2], []).append(m)

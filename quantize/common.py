@@ -8,27 +8,29 @@ from __future__ import annotations
 import argparse
 import errno
 import hashlib
-import io
 import json
 import math
 import os
 import re
+import resource
 import signal
 import stat
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from quantize import memory, stop, words
+from quantize.temporary import temporary_file
+
 EXIT_ERROR = 2
-EXIT_INTERRUPTED = 130
 MAX_MESSAGE = 4000
 # Limits of JSON files, far above any that is right: 1M tokens of a tokenizer take half of them.
 MAX_JSON_BYTES = 1 << 28
 MAX_JSON_VALUES = 1 << 23
 MAX_JSON_DEPTH = 100
+THREADS_PER_CPU, LEAST_THREADS = 4, 32
 
 
 class PT2Error(Exception):
@@ -64,23 +66,43 @@ def atomic_path(final: str | os.PathLike[str]) -> Iterator[Path]:
     """
     final = Path(final)
     try:
-        fd, name = tempfile.mkstemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent)
-        os.close(fd)
+        with temporary_file(final) as tmp:
+            yield tmp
+            with tmp.open("rb") as f:
+                os.fsync(f.fileno())
+            umask = os.umask(0)
+            os.umask(umask)
+            tmp.chmod(0o666 & ~umask)
+            os.replace(tmp, final)
+    except BrokenPipeError:
+        raise  # of what is printed meanwhile
     except OSError as e:
-        raise PT2Error(f"cannot write {final}: {_reason(e)}") from e
-    tmp = Path(name)
+        raise PT2Error(f"cannot write {final}: {reason(e)}") from e
+
+
+def make_folder(path: Path) -> list[Path]:
+    """Make a folder and those above it; returns the ones that were missing, the topmost first.
+
+    Raises:
+        PT2Error: it cannot be made, or something else has its name.
+    """
+    missing = []
+    at = path
+    while not at.exists() and at != at.parent:
+        if at.is_symlink():
+            raise PT2Error(
+                f"cannot make the folder {path}: {at} is a link to {os.readlink(at)}, which is not "
+                "there; remove the link, or make its target"
+            )
+        missing.append(at)
+        at = at.parent
     try:
-        yield tmp
-        with tmp.open("rb") as f:
-            os.fsync(f.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        tmp.chmod(0o666 & ~umask)
-        os.replace(tmp, final)
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as e:
+        raise PT2Error(f"cannot make the folder {path}: a file has this name") from e
     except OSError as e:
-        raise PT2Error(f"cannot write {final}: {_reason(e)}") from e
-    finally:
-        tmp.unlink(missing_ok=True)
+        raise PT2Error(f"cannot make the folder {path}: {reason(e)}") from e
+    return missing[::-1]
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -106,7 +128,7 @@ def read_bytes(path: str | os.PathLike[str], most: int) -> bytes:
         with open(path, "rb") as f:
             raw = f.read(most + 1)
     except OSError as e:
-        raise PT2Error(f"cannot read {os.fspath(path)}: {_reason(e)}") from e
+        raise PT2Error(f"cannot read {os.fspath(path)}: {reason(e)}") from e
     if len(raw) > most:
         raise PT2Error(f"{os.fspath(path)} is larger than {human_bytes(most)}: not such a file")
     return raw
@@ -199,7 +221,7 @@ def sha256_file(path: str | os.PathLike[str], chunk: int = 1 << 22) -> str:
             while piece := f.read(chunk):
                 digest.update(piece)
     except OSError as e:
-        raise PT2Error(f"cannot read {path}: {_reason(e)}") from e
+        raise PT2Error(f"cannot read {path}: {reason(e)}") from e
     return digest.hexdigest()
 
 
@@ -233,54 +255,161 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(EXIT_ERROR, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
+def check_threads(threads: int | None, option: str = "--threads") -> None:
+    """Refuse a number of threads that is below 0 or far beyond the CPUs.
+
+    Thousands of them take minutes to start, or end the process in the library that starts them.
+
+    Raises:
+        PT2Error: too many, or negative.
+    """
+    most = max(LEAST_THREADS, THREADS_PER_CPU * (os.cpu_count() or 1))
+    if threads is not None and not 0 <= threads <= most:
+        raise PT2Error(
+            f"{option} {threads}: this machine has {os.cpu_count()} CPUs; give 0 to {most}"
+        )
+
+
+_command: list[str] = []  # the names of the commands that run, the innermost last
+
+
+def command_name() -> str | None:
+    """The command that runs in this process, as the user calls it; None in a library's use."""
+    return _command[-1] if _command else None
+
+
+def tell(message: str) -> None:
+    """One line on stderr, if there is one to write to."""
+    # Blanks inside of it stay, for it may hold a command with a quoted path.
+    line = " ".join(part.strip() for part in message.splitlines() if part.strip())
+    with suppress(OSError, ValueError):
+        print(f"{command_name() or 'pt2'}: {line}", file=sys.stderr, flush=True)
+
+
 def run_cli(
-    name: str, body: Callable[[], int | None], *, resume: Callable[[], str | None] | None = None
+    name: str,
+    body: Callable[[], int | None],
+    *,
+    lower: str = "",
+    resume: Callable[[], str | None] | None = None,
 ) -> int:
     """Run a command's body; turn what a user can mend into one line on stderr and an exit code.
 
+    Exit codes: 2 for what the user can mend, 130, 143 and 129 for SIGINT, SIGTERM and SIGHUP, all
+    of which unwind the body (:mod:`quantize.stop`).
     ``PT2_DEBUG=1`` in the environment shows the traceback as well.
 
     Args:
-        resume: gives the command that goes on where an interrupted run stopped, None where there
-            is none.
+        lower: the options to lower when memory runs out, such as ``--batch-size or --samples``.
+        resume: gives the command that takes a stopped run up again, None where nothing is kept.
     """
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL) if hasattr(signal, "SIGPIPE") else None
-    for stream in (sys.stdout, sys.stderr):
-        # A sign that the terminal's encoding lacks, or a file's name in another one, ends nothing.
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    words.make_printable()
+    _command.append(name)
     try:
-        return body() or 0
-    except PT2Error as e:
-        message = str(e)
-        error: BaseException = e
-    except KeyboardInterrupt:
-        again = resume() if resume is not None else None
-        then = f"; go on with: {again}" if again else ""
-        print(f"{name}: interrupted{then}", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except OSError as e:
-        message = f"{e.filename or 'operating system'}: {_reason(e)}"
-        error = e
-    except MemoryError as e:
-        message = "out of memory: use fewer --samples or a machine with more"
-        error = e
-    if os.environ.get("PT2_DEBUG"):
-        raise error
-    # One line; blanks inside of it stay, for it may hold a command with a quoted path.
-    line = " ".join(part.strip() for part in message.splitlines() if part.strip())
-    print(f"{name}: error: {line}", file=sys.stderr)
-    return EXIT_ERROR
+        with stop.signals_stop():
+            try:
+                code = body() or 0
+                _finish_output()
+                return code
+            except BrokenPipeError:
+                stop.give_up_output()  # the reader of our output has left, as head does
+                return stop.exit_code(signal.SIGPIPE) if hasattr(signal, "SIGPIPE") else EXIT_ERROR
+            except (Exception, KeyboardInterrupt) as e:
+                if (number := stop.signal_of(e)) is not None:
+                    tell(_stopped(number, resume))
+                    stop.give_up_output()
+                    return stop.exit_code(number)
+                message = _explain(e, lower)
+                if message is None or os.environ.get("PT2_DEBUG"):
+                    raise
+                tell(f"error: {message}")
+                return EXIT_ERROR
+    finally:
+        _command.pop()
 
 
-def _reason(e: OSError) -> str:
+def _stopped(number: int, resume: Callable[[], str | None] | None) -> str:
+    again = None
+    if resume is not None:
+        with suppress(OSError, PT2Error):
+            again = resume()
+    return stop.words(number) + (f"; go on with: {again}" if again else "")
+
+
+def _explain(e: BaseException, lower: str) -> str | None:
+    """The line for an exception; None for those that are a fault of the program."""
+    if (where := memory.out_of_memory(e)) is not None:
+        advice = f"use a smaller {lower}" if lower else "close other programs"
+        other = "or --device cpu" if where == "gpu" else "or a machine with more"
+        return f"out of memory{' on the GPU' if where == 'gpu' else ''}: {advice}, {other}"
+    if isinstance(e, PT2Error):
+        return str(e)
+    if isinstance(e, UnicodeError) and (name := words.foreign_name(e)) is not None:
+        return f"the name {name} is not UTF-8, which this step needs: rename the file or folder"
+    if isinstance(e, _StandardOutput):
+        stop.give_up_output()
+        return str(e)
+    if isinstance(e, OSError):
+        if e.filename is None and e.errno in _FULL and (broken := _broken_output()) is not None:
+            return broken
+        return f"{os.fsdecode(e.filename) if e.filename else 'operating system'}: {reason(e)}"
+    return None
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
+
+
+class _StandardOutput(Exception):
+    """What was printed cannot be written."""
+
+
+def _finish_output() -> None:
+    """Write what is still buffered for stdout, while a failure can still be told."""
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except (OSError, ValueError) as e:
+        why = reason(e, "what it goes to is full") if isinstance(e, OSError) else "it is closed"
+        raise _StandardOutput(f"the work is done, but stdout cannot be written: {why}") from e
+
+
+def _broken_output() -> str | None:
+    """Whether an error without a file's name came from stdout: then it still cannot be written."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+            os.write(sys.stdout.fileno(), b"\n")  # where it is not buffered, there is no more
+    except (OSError, ValueError) as e:
+        stop.give_up_output()
+        full = reason(e, "what it goes to is full") if isinstance(e, OSError) else "it is closed"
+        return f"stdout cannot be written: {full}"
+    return None
+
+
+def reason(e: OSError, full: str = "") -> str:
+    """An error of the system in words: what is wrong, and what to do.
+
+    Args:
+        full: what to say of a full disk instead.
+    """
+    full = full or "the disk is full; free some space or choose another output"
     hints = {
-        errno.ENOSPC: "the disk is full; free some space or choose another output",
+        errno.ENOSPC: full,
+        errno.EDQUOT: "the disk quota is used up; free some space or choose another output",
+        errno.EFBIG: "the file is larger than files may be here (see ulimit -f)",
         errno.EACCES: "permission denied; choose a place you may write to",
         errno.EPERM: "permission denied; choose a place you may write to",
         errno.EROFS: "the file system is read-only; choose another output",
         errno.ENOENT: "no such file or folder",
         errno.EISDIR: "it is a folder",
         errno.ENOTDIR: "a part of the path is not a folder",
+        errno.ELOOP: "its links lead in a circle",
+        errno.EIO: "the device fails (input/output error)",
     }
+    if e.errno is None and str(e).endswith("written"):  # NumPy's words for a short write
+        limited = resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY
+        return f"{hints[errno.EFBIG]}, or the disk is full" if limited else full
     return hints.get(e.errno or 0, e.strerror or str(e))

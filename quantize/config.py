@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pt2_core.texts import source_name
-from quantize.common import PT2Error
+from quantize.common import PT2Error, check_threads
 from quantize.schema import LARGEST, shown
 from quantize.yaml_file import read_yaml
 
@@ -120,6 +120,7 @@ class Config:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise PT2Error(f"setting {name} must be at least {low}, not {getattr(self, name)}")
+        check_threads(self.threads)
         if not 0 < self.damping <= 10:
             raise PT2Error(f"setting damping must be above 0 and at most 10, not {self.damping}")
         for name in ("asymmetry", "stream", "noise"):

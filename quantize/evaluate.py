@@ -14,6 +14,11 @@ activations.
 
 from __future__ import annotations
 
+from quantize.stop import until_run_cli
+
+if __name__ == "__main__":
+    until_run_cli("quantize.evaluate")
+
 import quantize.waiting  # noqa: F401  before torch is loaded
 
 # isort: split
@@ -43,7 +48,7 @@ from pt2_core.tokens import (
 )
 from quantize.artifact import Array, Artifact
 from quantize.checkpoint import Checkpoint
-from quantize.common import ArgumentParser, PT2Error, run_cli
+from quantize.common import ArgumentParser, PT2Error, check_threads, run_cli
 from quantize.config import DEVICES, DTYPES
 from quantize.hf_model import StreamedModel
 from quantize.machine import arithmetic, pick_device
@@ -206,7 +211,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def body() -> int:
         few = args.chunks is not None and args.chunks < 1
-        if args.ctx < 2 or args.batch_size < 1 or args.threads < 0 or few:
+        check_threads(args.threads)
+        if args.ctx < 2 or args.batch_size < 1 or few:
             raise PT2Error("--ctx must be at least 2, --batch-size and --chunks at least 1")
         with open_reporter() as reporter:
             tokens = windows(
@@ -225,7 +231,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 0
 
-    return run_cli("quantize.evaluate", body)
+    return run_cli("quantize.evaluate", body, lower="--batch-size or --ctx")
 
 
 if __name__ == "__main__":

@@ -50,11 +50,16 @@ def check_text_source(source: str, what: str, checkpoint: Checkpoint) -> None:
 
 def refuse_overwriting(out: Path, resume: bool, overwrite: bool) -> None:
     """Raise PT2Error where ``out`` is a file, or holds an artifact that is not to be touched."""
-    if resume and overwrite:
-        raise PT2Error("--resume and --overwrite exclude each other")
-    if out.exists() and not out.is_dir():
-        raise PT2Error(f"{out} is a file; name a folder for the artifact")
+    refuse_contradiction(out, resume, overwrite)
     if resume or overwrite or not (out / MANIFEST).exists():
         return
     state = "a complete" if read_manifest(out)["complete"] else "an unfinished"
     raise PT2Error(f"{out} holds {state} artifact: use --resume or --overwrite")
+
+
+def refuse_contradiction(out: Path, resume: bool, overwrite: bool) -> None:
+    """Raise PT2Error for what is wrong whatever is in the folder: it needs no lock."""
+    if resume and overwrite:
+        raise PT2Error("--resume and --overwrite exclude each other")
+    if out.exists() and not out.is_dir():
+        raise PT2Error(f"{out} is a file; name a folder for the artifact")

@@ -13,6 +13,11 @@ the end of a run.)
 
 from __future__ import annotations
 
+from quantize.stop import until_run_cli
+
+if __name__ == "__main__":
+    until_run_cli("quantize.measure")
+
 import quantize.waiting  # noqa: F401  before torch is loaded
 
 # isort: split
@@ -30,9 +35,10 @@ from pt2_core.tokens import check_context, context_limit
 from quantize.artifact import Artifact
 from quantize.calibration import load_calibration
 from quantize.checkpoint import Checkpoint
-from quantize.common import ArgumentParser, PT2Error, run_cli
+from quantize.common import ArgumentParser, PT2Error, check_threads, run_cli
 from quantize.config import DEVICES, DTYPES
 from quantize.hf_model import EMBEDDING, HEAD, StreamedModel
+from quantize.locks import folder_lock
 from quantize.machine import arithmetic, pick_device
 from quantize.sensitivity import Linear, Sensitivity, write
 
@@ -209,16 +215,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=4)
     args = parser.parse_args(argv)
-    return run_cli("quantize.measure", lambda: _run(args))
+    return run_cli(
+        "quantize.measure", lambda: _run(args), lower="--batch-size, --windows or --seqlen"
+    )
 
 
 def _run(args: argparse.Namespace) -> int:
     given = vars(args)
     if min(given["windows"], given["batch_size"]) < 1 or not 2 <= given["seqlen"] <= MAX_WINDOW:
         raise PT2Error(f"--windows must be at least 1, --seqlen in 2 to {MAX_WINDOW}")
-    with open_reporter() as reporter:
+    check_threads(given["threads"])
+    # The lock first: what is measured must be what is there when it is written.
+    with folder_lock(Artifact.open(given["artifact"]).path), open_reporter() as reporter:
         artifact, result = _measured(given, reporter)
-    path = write(artifact, result)
+        path = write(artifact, result)
     print(summary(result))
     print(f"written  {path}")
     return 0

@@ -30,6 +30,7 @@ from pt2_core.tokens import check_context, context_limit
 from quantize import reorder
 from quantize.architectures import Site
 from quantize.artifact import (
+    GLOBAL,
     MANIFEST,
     RUN,
     Artifact,
@@ -42,10 +43,11 @@ from quantize.calibration import load_calibration
 from quantize.checkpoint import Checkpoint
 from quantize.common import PT2Error, read_json, write_json
 from quantize.config import Config
-from quantize.first_checks import check_first, check_widths
+from quantize.first_checks import check_first, check_widths, refuse_contradiction
 from quantize.gptq import Method, Ternary, damp, quantize_matrix
 from quantize.hessian import SiteMoments, mean_square
 from quantize.hf_model import StreamedModel
+from quantize.locks import folder_lock
 from quantize.machine import arithmetic, pick_device, versions
 from quantize.proof_run import ProofRun, start_proof
 
@@ -106,11 +108,22 @@ def ternarize(
     Raises:
         PT2Error: anything the user can mend; one line that names what and where.
     """
-    began = time.monotonic()
-    config = config or Config()
-    reporter = reporter or Reporter()
     out = Path(out_dir)
-    checkpoint = check_first(Path(model_dir), out, config, resume=resume, overwrite=overwrite)
+    refuse_contradiction(out, resume, overwrite)
+    with folder_lock(out):
+        return _ternarize(
+            Path(model_dir), out, config or Config(), resume, overwrite, reporter or Reporter(),
+            command, preflight,
+        )  # fmt: skip
+
+
+def _ternarize(
+    model_dir: Path, out: Path, config: Config, resume: bool, overwrite: bool, reporter: Reporter,
+    command: str | None, preflight: Preflight | None,
+) -> Result:  # fmt: skip
+    """:func:`ternarize` with the output folder locked."""
+    began = time.monotonic()
+    checkpoint = check_first(model_dir, out, config, resume=resume, overwrite=overwrite)
     device = pick_device(config.device)
     check_context(
         config.seqlen, context_limit(checkpoint.raw_config), checkpoint.path.name, "--seqlen",
@@ -222,12 +235,16 @@ class _Run:
         self.reporter = reporter
         self.run = run
         self.proof = proof
+        self.known_order = writer.manifest["files"].get(GLOBAL)
         self.method = Method(**{f.name: getattr(config, f.name) for f in fields(Method)})
 
     def blocks(self, tokens: Tensor) -> None:
         """Quantise, or replay, every block in turn."""
+        self._forget_damaged()
         done = self.writer.blocks_done
-        if self.writer.manifest["complete"]:  # nothing to do, but say so only of what is sound
+        manifest = self.writer.manifest
+        if manifest["complete"] and "proof" in manifest:
+            # Nothing to do, but say so only of what is sound.
             artifact = Artifact.open(self.writer.path)
             for index in range(artifact.n_blocks):
                 artifact.block(index)
@@ -256,6 +273,19 @@ class _Run:
         self.reporter.done()
         self._save_run()
         self.writer.finish()
+
+    def _forget_damaged(self) -> None:
+        """Quantise again from the first block on whose file is gone or damaged."""
+        model, sites = self.model, self.model.adapter.sites
+        found = self.writer.drop_damaged(
+            lambda index: [model.linear_name(index, name) for s in sites for name in s.linears]
+        )
+        if found:
+            done = self.writer.blocks_done
+            again = f"quantising again from block {done} on"
+            if done == model.n_blocks:
+                again = "making it again"
+            self.reporter.warn(f"{self.writer.path}: {', '.join(found)}: {again}")
 
     def _passes(self, done: int) -> int:
         """Passes over the calibration text that are ahead; a block's matrices count as one."""
@@ -429,13 +459,18 @@ class _Run:
 
     def _residual_perm(self, tokens: Tensor) -> Tensor:
         """The residual stream's order, from the artifact if it is there already."""
-        if "global.safetensors" in self.writer.manifest["files"]:
+        if GLOBAL in self.writer.manifest["files"]:
             artifact = Artifact.open(self.writer.path, allow_incomplete=True)
             return torch.from_numpy(artifact.residual_perm).long()
         perm = torch.arange(self.model.hidden_size)
         if self.config.order == "foldable":
             perm = reorder.descending(self._residual_energy(tokens[: self.config.order_samples]))
         self.writer.write_global(perm.to(torch.int32).numpy())
+        if self.known_order not in (None, self.writer.manifest["files"][GLOBAL]):
+            raise PT2Error(
+                f"cannot resume {self.writer.path}: {GLOBAL} is lost, and this machine computes "
+                "another order than the first run did; start again with --overwrite"
+            )
         return perm
 
     def _residual_energy(self, tokens: Tensor) -> Tensor:

@@ -17,10 +17,12 @@ import quantize.waiting  # noqa: F401  before torch is loaded
 
 # isort: split
 
+import json
 import math
 import os
 import re
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,21 +34,33 @@ from pt2_core.progress import Reporter
 from pt2_core.tokens import check_context, context_limit
 from quantize.artifact import (
     MANIFEST,
+    PROOF,
     RUN,
     Artifact,
+    ArtifactWriter,
     TernaryMatrix,
+    first_difference,
     read_manifest,
+    remove_leftovers,
     sha256_array,
 )
 from quantize.checkpoint import Checkpoint, torch_dtype
 from quantize.common import PT2Error, human_bytes, human_seconds, sha256_file, write_json
 from quantize.distill import Held, Windows, held_out, kl_divergence
 from quantize.hf_model import StreamedModel
+from quantize.locks import folder_lock
 from quantize.machine import arithmetic, pick_device, versions
+from quantize.proof import Proof
 from quantize.proof_run import renew_proof
 from quantize.refine_config import RefineConfig
-from quantize.refine_state import check_tensors, load_state, remove_state, save_state
-from quantize.refine_store import changed_codes, snapshot, write_refined
+from quantize.refine_state import STATE, check_tensors, load_state, remove_state, save_state
+from quantize.refine_store import (
+    changed_codes,
+    result_tensors,
+    snapshot,
+    store_proof,
+    write_refined,
+)
 from quantize.refine_text import text_tokens
 from quantize.student import (
     ScaledNorm,
@@ -116,10 +130,19 @@ def refine(
     Raises:
         PT2Error: anything the user can mend; one line that names what and where.
     """
-    began = time.monotonic()
-    reporter = reporter or Reporter()
     source, out = Artifact.open(artifact_dir), Path(out_dir)
-    _check_output(source, out, resume, overwrite)
+    _check_names(source, out, resume, overwrite)
+    with folder_lock(out):
+        return _refine(source, out, config, model_dir, resume, overwrite, reporter or Reporter())
+
+
+def _refine(
+    source: Artifact, out: Path, config: RefineConfig, model_dir: str | os.PathLike[str] | None,
+    resume: bool, overwrite: bool, reporter: Reporter,
+) -> Refined:  # fmt: skip
+    """:func:`refine` with the output folder locked."""
+    began = time.monotonic()
+    _check_output(out, resume, overwrite)
     model = source.source_model(model_dir, "--model")
     device = pick_device(config.device)
     checkpoint = Checkpoint.open(model)
@@ -142,12 +165,19 @@ def refine(
             "tokens_sha256": sha256_array(tokens.to(torch.int32).numpy()),
             "versions": versions(),
         }
+        remove_leftovers(out)
+        if resume and not (out / STATE).is_file() and (out / MANIFEST).exists():
+            done = _complete(out, source, model, identity)
+            _mend_proof(checkpoint, source, out, device, reporter)
+            return done
         run = Run(config, device, tokens, reporter)
-        run.build(streamed.config, checkpoint, source)
-        if resume:
-            run.restore(out, identity)
-        out.mkdir(parents=True, exist_ok=True)
-        run.train(lambda: save_state(out, identity, run.state()))
+        run.prepare(streamed.config, checkpoint, source, out if resume else None, identity)
+        if not resume:
+            forget_state(out, reporter)  # now that nothing more can refuse this run
+        if not run.ended:
+            run.train(lambda: save_state(out, identity, run.state()))
+            # From here on a stop costs nothing but the writing.
+            save_state(out, identity, run.result())
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
     write_refined(
         out, source, run.snapshot, identity, run.before, run.best,
@@ -160,6 +190,50 @@ def refine(
     write_json(out / RUN, _run_record(source, model, result))
     remove_state(out)
     return result
+
+
+def forget_state(out: Path, reporter: Reporter) -> None:
+    """Remove the state of an unfinished run, and say so first."""
+    if (out / STATE).is_file():
+        reporter.warn(f"{out / STATE}, the state of an unfinished refinement, is removed")
+        remove_state(out)
+
+
+def _complete(out: Path, source: Artifact, model: Path, identity: dict[str, Any]) -> Refined:
+    """What an earlier run made of the same input, checked.
+
+    Raises:
+        PT2Error: it is unfinished without a state, damaged, or of other settings.
+    """
+    if not read_manifest(out)["complete"]:
+        raise PT2Error(f"{out} is unfinished and has no {STATE} to go on from: use --overwrite")
+    artifact = Artifact.open(out)
+    record = artifact.manifest.get("refinement", {})
+    old = {"settings": artifact.manifest["settings"].get("refine"),
+           **{k: record.get(k) for k in ("source", "tokens_sha256", "versions")}}  # fmt: skip
+    difference = first_difference(old, json.loads(json.dumps(identity)), "refine")
+    if difference:
+        raise PT2Error(f"cannot resume {out}: {difference}; use the old settings, or --overwrite")
+    for index in range(artifact.n_blocks):
+        artifact.block(index)
+    artifact.replaced()
+    result = Refined(out, Held(**record["before"]), Held(**record["after"]))
+    if not (out / RUN).is_file():
+        write_json(out / RUN, _run_record(source, model, result))
+    return result
+
+
+def _mend_proof(
+    checkpoint: Checkpoint, source: Artifact, out: Path, device: str, reporter: Reporter
+) -> None:
+    """Make a finished refinement's proof again where its file is gone or damaged."""
+    artifact = Artifact.open(out)
+    with suppress(PT2Error):
+        if Proof.read(artifact) is not None or "proof" in artifact.manifest:
+            return
+    reporter.warn(f"{out / PROOF} is gone or damaged: making it again")
+    proof = renew_proof(checkpoint, source, artifact, device)
+    store_proof(ArtifactWriter(out, artifact.manifest), proof)
 
 
 class Run:
@@ -186,6 +260,32 @@ class Run:
         self.snapshot: dict[str, Tensor] = {}
         self.before: Held
         self.best: Held
+        self.ended = False  # whether all steps are done
+
+    def prepare(
+        self, model_config: Any, checkpoint: Checkpoint, source: Artifact, resumed: Path | None,
+        identity: dict[str, Any],
+    ) -> None:  # fmt: skip
+        """Be ready to train, or to write what an earlier run had trained to the end.
+
+        Args:
+            resumed: the folder with the state to go on from; None starts anew.
+
+        Raises:
+            PT2Error: there is no state, or it is of another run.
+        """
+        if resumed is None:
+            self.build(model_config, checkpoint, source)
+            return
+        tensors, record = load_state(resumed, identity)
+        if record.get("ended"):
+            restored = restored_linears(source, self.config.restore)
+            wanted = result_tensors(source, checkpoint, restored, tensors)
+        else:
+            self.build(model_config, checkpoint, source)
+            wanted = self._state_tensors()
+        check_tensors(resumed, tensors, wanted)
+        self.restore(tensors, record)
 
     def build(self, model_config: Any, checkpoint: Checkpoint, source: Artifact) -> None:
         """Load the teacher and make the student from an artifact's matrices."""
@@ -262,6 +362,7 @@ class Run:
             if self.step % config.save_every < config.eval_every and not ended:
                 save()
         self.reporter.done()
+        self.ended = True
 
     def elapsed(self) -> float:
         """Seconds of training so far, looks and stopped runs included."""
@@ -313,21 +414,33 @@ class Run:
                 tensors[f"{key}.{i}"] = self.adam.state[parameter][key]
         for i, latent in enumerate(self.latents):
             tensors |= {f"latent.{i}.{k}": getattr(latent, k) for k in ("z", "mean", "square")}
-        record = {
+        return {"tensors": tensors, "record": self._record()}
+
+    def result(self) -> dict[str, Any]:
+        """As :meth:`state`, at the end: only what is to be written."""
+        return {"tensors": {f"snapshot.{k}": v for k, v in self.snapshot.items()},
+                "record": self._record()}  # fmt: skip
+
+    def _record(self) -> dict[str, Any]:
+        return {
             "step": self.step, "looks_without_gain": self.looks_without_gain,
-            "elapsed": self.elapsed(), "history": self.history,
+            "elapsed": self.elapsed(), "history": self.history, "ended": self.ended,
             "before": vars(self.before), "best": vars(self.best),
         }  # fmt: skip
-        return {"tensors": tensors, "record": record}
 
-    def restore(self, out: Path, identity: dict[str, Any]) -> None:
-        """Go on from the last state in ``out``.
+    def restore(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+        """Go on from a state that :func:`load_state` has read."""
+        self.ended = bool(record.get("ended"))
+        if not self.ended:
+            self._restore_optimiser(tensors, record)
+        marks = {k: v for k, v in tensors.items() if k.startswith("snapshot.")}
+        self.snapshot = {k.removeprefix("snapshot."): v for k, v in marks.items()}
+        self.step, self.history = record["step"], record["history"]
+        self.elapsed_before = record["elapsed"]
+        self.looks_without_gain = record["looks_without_gain"]
+        self.before, self.best = Held(**record["before"]), Held(**record["best"])
 
-        Raises:
-            PT2Error: there is none, or it is of another run.
-        """
-        tensors, record = load_state(out, identity)
-        check_tensors(out, tensors, self._state_tensors())
+    def _restore_optimiser(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
         for i, parameter in enumerate(self._parameters()):
             with torch.no_grad():
                 parameter.copy_(tensors[f"parameter.{i}"])
@@ -338,12 +451,6 @@ class Run:
         for i, latent in enumerate(self.latents):
             for key in ("z", "mean", "square"):
                 getattr(latent, key).copy_(tensors[f"latent.{i}.{key}"])
-        marks = {k: v for k, v in tensors.items() if k.startswith("snapshot.")}
-        self.snapshot = {k.removeprefix("snapshot."): v for k, v in marks.items()}
-        self.step, self.history = record["step"], record["history"]
-        self.elapsed_before = record["elapsed"]
-        self.looks_without_gain = record["looks_without_gain"]
-        self.before, self.best = Held(**record["before"]), Held(**record["best"])
 
     def _state_tensors(self) -> dict[str, Tensor]:
         """Tensors of the names, shapes and dtypes that a state of this run has."""
@@ -439,14 +546,22 @@ def _tensors(m: TernaryMatrix) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             torch.from_numpy(m.perm).long())  # fmt: skip
 
 
-def _check_output(source: Artifact, out: Path, resume: bool, overwrite: bool) -> None:
+def _check_names(source: Artifact, out: Path, resume: bool, overwrite: bool) -> None:
     if resume and overwrite:
         raise PT2Error("--resume and --overwrite exclude each other")
     if out.resolve() == source.path.resolve():
         raise PT2Error(f"{out} is the artifact to be refined: name another folder with -o")
     if out.exists() and not out.is_dir():
         raise PT2Error(f"{out} is a file; name a folder for the artifact")
-    if (out / MANIFEST).exists() and not overwrite:
+
+
+def _check_output(out: Path, resume: bool, overwrite: bool) -> None:
+    """Refuse to replace what is there, or to forget a state, unless told to."""
+    if overwrite or resume:
+        return
+    if (out / STATE).is_file():
+        raise PT2Error(f"{out} holds the state of an unfinished run: use --resume or --overwrite")
+    if (out / MANIFEST).exists():
         state = "a complete" if read_manifest(out)["complete"] else "an unfinished"
         raise PT2Error(f"{out} holds {state} artifact already: use --overwrite")
 

@@ -11,7 +11,7 @@ from pt2_core.commands import command, resume_command
 from pt2_core.progress import open_reporter
 from quantize.common import ArgumentParser, run_cli
 from quantize.config import DEVICES, DTYPES
-from quantize.refine_config import CODES, RefineConfig
+from quantize.refine_config import CODES, STATE_FILE, RefineConfig
 
 DEFAULTS = RefineConfig()
 EPILOG = """\
@@ -40,7 +40,16 @@ def main(argv: list[str] | None = None) -> int:
     """The entry point; returns the exit code."""
     args = build_parser().parse_args(argv)
     resume = resume_command("pt2-refine", argv)
-    return run_cli("pt2-refine", lambda: _run(args), resume=lambda: resume)
+    return run_cli(
+        "pt2-refine",
+        lambda: _run(args),
+        lower="--micro-batch, --seqlen or --held-out",
+        resume=lambda: resume if (_out(args) / STATE_FILE).exists() else None,
+    )
+
+
+def _out(args: argparse.Namespace) -> Path:
+    return Path(args.out) if args.out else Path(f"{Path(args.artifact).resolve().name}-refined")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -117,7 +126,7 @@ def _switch(group: argparse._ArgumentGroup, name: str, text: str) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     config = RefineConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(DEFAULTS)})
-    out = Path(args.out) if args.out else Path(f"{Path(args.artifact).resolve().name}-refined")
+    out = _out(args)
 
     from quantize.refine import refine
 

@@ -7,9 +7,10 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from quantize.common import PT2Error
+from quantize.common import PT2Error, check_threads
 
 CODES = ("frozen", "ste", "soft")
+STATE_FILE = "refine-state.safetensors"  # of an unfinished run, in the result's folder
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ class RefineConfig:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise PT2Error(f"setting {name} must be at least {low}, not {getattr(self, name)}")
+        check_threads(self.threads)
         for name in ("lr", "lr_codes", "lr_tables", "tau"):
             if not 0 < getattr(self, name) <= 1:
                 raise PT2Error(f"setting {name} must be above 0 and at most 1")

@@ -15,10 +15,11 @@ from quantize.artifact import first_difference
 from quantize.common import PT2Error, atomic_path, parse_json
 from quantize.digest import sha256_content
 from quantize.manifest import HELD
+from quantize.refine_config import STATE_FILE
 from quantize.safetensors_file import read_header
-from quantize.schema import integer, number, optional, record, sequence, validate
+from quantize.schema import boolean, integer, number, optional, record, sequence, validate
 
-STATE = "refine-state.safetensors"
+STATE = STATE_FILE
 
 
 def save_state(out: Path, identity: dict[str, Any], state: dict[str, Any]) -> None:
@@ -49,7 +50,7 @@ def load_state(out: Path, identity: dict[str, Any]) -> tuple[dict[str, Tensor], 
     if not file.is_file():
         raise PT2Error(f"{out} has no state to resume from ({STATE}): start without --resume")
     read_header(file)
-    again = "start without --resume"
+    again = "start again with --overwrite"
     try:
         with safe_open(file, framework="pt") as f:
             notes = f.metadata() or {}
@@ -76,7 +77,8 @@ def load_state(out: Path, identity: dict[str, Any]) -> tuple[dict[str, Tensor], 
 _LOOK = {"step": integer(0), "tokens": integer(0), "kl": optional(number()), "held_out": HELD}
 _RECORD = record(
     {"step": integer(0), "looks_without_gain": integer(0), "elapsed": number(0),
-     "history": sequence(record(_LOOK)), "before": HELD, "best": HELD}
+     "history": sequence(record(_LOOK)), "before": HELD, "best": HELD},
+    {"ended": boolean},
 )  # fmt: skip
 
 
@@ -87,7 +89,9 @@ def check_tensors(out: Path, tensors: dict[str, Tensor], wanted: dict[str, Tenso
             None if t is None else (t.shape, t.dtype) for t in (wanted.get(name), tensors.get(name))
         )
         if ours != theirs:
-            raise PT2Error(f"{out / STATE}: {name} is not of this run; start without --resume")
+            raise PT2Error(
+                f"{out / STATE}: {name} is not of this run; start again with --overwrite"
+            )
 
 
 def _digest(content: dict[str, Any], tensors: dict[str, Tensor]) -> str:

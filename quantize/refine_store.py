@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from quantize.artifact import Artifact, ArtifactWriter, TernaryMatrix
+from quantize.checkpoint import Checkpoint
 from quantize.distill import Held
 from quantize.latent import round_codes
 from quantize.proof import Proof
@@ -87,12 +88,39 @@ def write_refined(
     replaced = {**source.replaced(), **others}
     if replaced:
         writer.write_replaced(replaced)
-    proof = prove(Artifact.open(out, allow_incomplete=True))
+    store_proof(writer, prove(Artifact.open(out, allow_incomplete=True)))
+
+
+def store_proof(writer: ArtifactWriter, proof: Proof | str) -> None:
+    """Write a proof, or why there is none; the artifact is complete then."""
     if isinstance(proof, Proof):
         writer.write_proof(proof.arrays(), proof.record())
     else:
         writer.manifest["proof"] = {"left_out": proof}
     writer.finish()
+
+
+def result_tensors(
+    source: Artifact, checkpoint: Checkpoint, restored: set[str], found: Iterable[str]
+) -> dict[str, Tensor]:
+    """Tensors of the names, shapes and dtypes that the state of a run has that was trained out.
+
+    Args:
+        restored: the linears that get their original weights back, and are not stored.
+        found: the state's names. Which norms and tables it has is not asked, only whether the
+            model has them.
+    """
+    wanted = {}
+    for index in range(source.n_blocks):
+        for name, m in source.block(index).items():
+            if name not in restored:
+                for part in ("ternary", "alpha", "mu"):
+                    wanted[f"snapshot.{name}.{part}"] = torch.from_numpy(getattr(m, part))
+    for key in found:
+        name = key.removeprefix("snapshot.")
+        if key not in wanted and name in checkpoint.tensors and key != name:
+            wanted[key] = torch.empty(checkpoint.info(name).shape, device="meta")
+    return wanted
 
 
 def changed_codes(source: Artifact, stored: dict[str, Tensor]) -> float:

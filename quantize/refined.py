@@ -6,13 +6,13 @@ import os
 from pathlib import Path
 
 from pt2_core.progress import Reporter
-from quantize.artifact import MANIFEST, Artifact, read_manifest
-from quantize.common import PT2Error
+from quantize.artifact import MANIFEST, read_manifest
+from quantize.common import PT2Error, sha256_file
 from quantize.config import CLOSED_FORM, Config
-from quantize.distill import Held
+from quantize.locks import folder_lock
 from quantize.machine import pick_device
 from quantize.pipeline import Preflight, Result, ternarize
-from quantize.refine import Refined, refine
+from quantize.refine import Refined, forget_state, refine
 from quantize.refine_config import RefineConfig
 from quantize.refine_state import STATE
 
@@ -60,28 +60,37 @@ def ternarize_and_refine(
     """
     out = Path(out_dir)
     closed = out / CLOSED_FORM
-    if resume and (out / MANIFEST).exists() and read_manifest(out)["complete"]:
-        result = ternarize(model_dir, closed, config, resume=True, reporter=reporter)
-        return result, _finished(out)
-    result = ternarize(
-        model_dir, closed, config, resume=resume, overwrite=overwrite, reporter=reporter,
-        command=command, preflight=preflight,
-    )  # fmt: skip
-    refined = refine(
-        closed, out, settings, model_dir=model_dir, overwrite=overwrite, reporter=reporter,
-        resume=resume and (out / STATE).is_file(),
-    )  # fmt: skip
+    with folder_lock(out):
+        if resume:
+            _refuse_unrefined(out)
+        if overwrite:
+            forget_state(out, reporter or Reporter())
+        result = ternarize(
+            model_dir, closed, config, resume=resume, overwrite=overwrite, reporter=reporter,
+            command=command, preflight=preflight,
+        )  # fmt: skip
+        go_on = resume and ((out / STATE).is_file() or _made_from(out, closed))
+        refined = refine(
+            closed, out, settings, model_dir=model_dir, reporter=reporter,
+            resume=go_on, overwrite=(resume and not go_on) or overwrite,
+        )  # fmt: skip
     result.path = out
     return result, refined
 
 
-def _finished(out: Path) -> Refined:
-    """What an earlier run made, checked."""
-    artifact = Artifact.open(out)
-    for index in range(artifact.n_blocks):
-        artifact.block(index)
-    artifact.replaced()
-    record = artifact.manifest.get("refinement")
-    if record is None:
+def _refuse_unrefined(out: Path) -> None:
+    """Raise PT2Error where another recipe's artifact would be replaced."""
+    if (out / MANIFEST).exists() and "refinement" not in read_manifest(out):
         raise PT2Error(f"{out} holds an artifact that was not refined: name another folder with -o")
-    return Refined(out, Held(**record["before"]), Held(**record["after"]))
+
+
+def _made_from(out: Path, closed: Path) -> bool:
+    """Whether ``out`` holds a complete refinement of this very closed form.
+
+    Another one is what a stopped ``--overwrite`` has not come to replace yet.
+    """
+    if not (out / MANIFEST).exists():
+        return False
+    manifest = read_manifest(out)
+    source = manifest.get("refinement", {}).get("source")
+    return bool(manifest["complete"]) and source == sha256_file(closed / MANIFEST)

@@ -12,6 +12,11 @@ text of the model's own training: what the student should imitate is the distrib
 
 from __future__ import annotations
 
+from quantize.stop import until_run_cli
+
+if __name__ == "__main__":
+    until_run_cli("quantize.selftext")
+
 import quantize.waiting  # noqa: F401  before torch is loaded
 
 # isort: split
@@ -113,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{ids.numel()} tokens in {args.out}; use them with --text {text}")
         return 0
 
-    return run_cli("quantize.selftext", body)
+    return run_cli("quantize.selftext", body, lower="--batch or --length")
 
 
 def _generate(args: object, reporter: Reporter) -> Tensor:

@@ -257,8 +257,6 @@ CASES: list[tuple[str, str, Break, list[str], str]] = [
     ("resume-other-model", Q, lambda w: poison(weights(w), 0.5), [*AGAIN, "--resume"], "model"),
     ("resume-manifest-truncated", Q, lambda w: truncate(w.artifact / "manifest.json"),
      [*AGAIN, "--resume"], "manifest.json"),
-    ("resume-block-flipped", Q, lambda w: flip(block(w), 0.9), [*AGAIN, "--resume"],
-     "block-00001"),
     # the artifact
     ("artifact-missing", E, lambda w: shutil.rmtree(w.artifact), EXPORT, "artifact"),
     ("artifact-none-here", E, lambda w: shutil.rmtree(w.artifact), ["{gguf}"], "--from"),

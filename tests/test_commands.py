@@ -97,7 +97,8 @@ def test_an_unfinished_artifact_says_how_to_finish_it(name, tmp_path):
     folder.mkdir(parents=True)
     manifest = {k: {} for k in ("files", "kept", "matrices", "model", "settings", "versions",
                                 "calibration")}  # fmt: skip
-    manifest |= {"format": "pt2-artifact", "format_version": 1, "complete": False}
+    manifest |= {"format": "pt2-artifact", "format_version": 1, "complete": False,
+                 "model": {"fingerprint": "0"}, "settings": {"block_size": 128}}  # fmt: skip
     (folder / "manifest.json").write_text(json.dumps(manifest))
     first = resume_command("pt2-quantize", ["a model", "-o", str(folder), "--samples", "3"])
     for run in ({}, {"resume": first}):

@@ -208,7 +208,7 @@ def test_full_disk(made, tmp_path, capfd, monkeypatch):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
     try:
-        check_refusal(argv, "disk is full", capfd)
+        check_refusal(argv, "ulimit -f), or the disk is full", capfd)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(tmp_path.iterdir()) == []

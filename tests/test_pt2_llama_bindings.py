@@ -52,7 +52,7 @@ def pip(monkeypatch):
         made.append(argv)
         return subprocess.CompletedProcess(argv, 0, "", "")
 
-    monkeypatch.setattr(bindings.subprocess, "run", run)
+    monkeypatch.setattr(bindings.children, "run", run)
     return made
 
 
@@ -114,7 +114,7 @@ def test_what_pip_says_and_a_library_that_does_not_load_are_one_line(
         status, text = next(answers)
         return subprocess.CompletedProcess(argv, status, "", text)
 
-    monkeypatch.setattr(bindings.subprocess, "run", run)
+    monkeypatch.setattr(bindings.children, "run", run)
     assert cli.main(["bindings", "--source", str(archive)]) == 2
     said = capsys.readouterr().err
     assert "pip could not install" in said and "externally-managed-environment" in said

@@ -8,14 +8,14 @@ they are, without the library that the package compiles otherwise: ``LLAMA_CPP_L
 from __future__ import annotations
 
 import importlib.metadata
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 from pt2_core.commands import command
 from pt2_core.progress import say
+from quantize import children
 from quantize.common import PT2Error
+from quantize.temporary import temporary_folder
 from third_party.pt2_llama import builds, pinned, source
 from third_party.pt2_llama.cache import Places, lock
 from third_party.pt2_llama.wheel import WHEEL, make_wheel
@@ -45,7 +45,7 @@ def install(where: Places, given: Path | None = None, force: bool = False) -> No
     wheel = ensure_wheel(where, given)
     options = ["--force-reinstall", "--no-deps"] if version == pinned.VERSION else []
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
-    done = subprocess.run([*pip, *options, str(wheel)], capture_output=True, text=True)
+    done = children.run([*pip, *options, str(wheel)], tree=True)
     if done.returncode != 0:
         raise PT2Error(source.explain_pip(done.stdout + done.stderr, "install", ""))
     importlib.invalidate_caches()
@@ -70,9 +70,9 @@ def check(where: Places) -> None:
     build = builds.find_build(where, "cpu")
     if build is None:
         return say(f"they need our library: {builds.build_command('cpu')}")
-    asked = subprocess.run(
+    asked = children.run(
         [sys.executable, "-c", "import llama_cpp; llama_cpp.llama_print_system_info()"],
-        env=build.env(), capture_output=True, text=True, cwd=build.bin_dir,
+        env=build.env(), cwd=build.bin_dir,
     )  # fmt: skip
     if asked.returncode != 0:
         last = (asked.stderr.strip().splitlines() or ["no message"])[-1]
@@ -97,8 +97,8 @@ def ensure_wheel(where: Places, given: Path | None = None) -> Path:
             source.check_archive(given)
             made = make_wheel(given, where.root)
         else:
-            with tempfile.TemporaryDirectory(prefix=".source-", dir=where.root) as name:
-                made = make_wheel(source.download(Path(name)), where.root)
+            with temporary_folder(where.root, source.TEMPORARY) as folder:
+                made = make_wheel(source.download(folder), where.root)
     if made is None:
         raise PT2Error(f"{given or pinned.SDIST_NAME} has no bindings in it")
     return made

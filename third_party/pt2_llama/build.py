@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from pt2_core.progress import say
 from quantize.common import PT2Error, human_seconds
+from quantize.temporary import temporary_folder
 from third_party.pt2_llama import builds, compile, pinned, smoke, source, toolchain
 from third_party.pt2_llama.builds import Build, Stamp
 from third_party.pt2_llama.cache import Places, check_disk, lock
@@ -198,8 +198,8 @@ def _compile_and_check(plan: Plan, where: Places, tree: Path) -> Build:
     describe = f"{plan.tc.cxx_version}, {plan.tc.generator}, {jobs} jobs"
     say(f"building {options.variant} of {source.describe_pin()} with {describe}; log: {log}")
     smoke_results: dict[str, float] = {}
-    with tempfile.TemporaryDirectory(prefix=".staged-", dir=where.builds) as name:
-        staged = Path(name) / "build"
+    with temporary_folder(where.builds, ".staged-") as work:
+        staged = work / "build"
 
         def compile_with(amx: bool) -> None:
             flags = [*plan.flags, *compile.amx_flags(objects, amx)]

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from quantize.common import PT2Error, read_json, write_json
 from quantize.schema import of, validate
-from third_party.pt2_llama import pinned
-from third_party.pt2_llama.cache import Places, lock
+from quantize.temporary import remove_dead
+from third_party.pt2_llama import pinned, source
+from third_party.pt2_llama.cache import Places, cache_root, lock
 from third_party.pt2_llama.overlay import load_overlay
 from third_party.pt2_llama.toolchain import cpu_signature
 
@@ -254,16 +255,19 @@ def amx_faults(where: Places) -> bool:
 def clean(where: Places, everything: bool) -> list[Path]:
     """Remove object folders and builds that do not match; with ``everything`` the whole cache.
 
+    What a killed build or a killed pt2-bench has left goes in any case.
+
     Returns what was removed.
     """
     with lock(where, "clean"):
         current = {b.folder for v in VARIANTS if (b := find_build(where, v))}
         folders = [where.objects]
-        if where.builds.is_dir():
+        if where.builds.is_dir() and not everything:
             folders += [f for f in sorted(where.builds.iterdir()) if f not in current]
+        folders += sorted(where.root.glob(f"{source.TEMPORARY}*"))
         if everything:
-            folders = [where.objects, where.builds, where.pristine, where.patched]
+            folders += [where.builds, where.pristine, where.patched]
         removed = [f for f in folders if f.exists()]
         for folder in removed:
             shutil.rmtree(folder)
-    return removed
+    return [*removed, *remove_dead(cache_root() / "bench")]

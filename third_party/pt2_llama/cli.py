@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pt2_core.commands import command
-from quantize.common import ArgumentParser, PT2Error, human_bytes, run_cli
+from quantize.common import ArgumentParser, PT2Error, check_threads, human_bytes, run_cli
 from third_party.pt2_llama import api, builds, source
 from third_party.pt2_llama.cache import cache_root, folder_bytes, places
 
@@ -100,8 +100,7 @@ def _add_variant(parser: argparse.ArgumentParser) -> None:
 def _build(args: argparse.Namespace) -> int:
     from third_party.pt2_llama.build import Options, build  # pulls in numpy and gguf
 
-    # A terminated build stops its compilers as an interrupted one does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    check_threads(args.jobs, "--jobs")
     if args.jobs is not None and args.jobs < 1:
         raise PT2Error(f"--jobs {args.jobs}: at least 1")
     variant = "cuda" if args.cuda else "stock" if args.stock else "cpu"
@@ -123,6 +122,8 @@ def _run(args: argparse.Namespace) -> int:
     build = api.require_build(args.variant)
     tool = build.tool(args.tool)
     sys.stdout.flush()
+    # Python ignores it, and a program would inherit that.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     os.execve(tool, [str(tool), *args.args], build.env())
 
 

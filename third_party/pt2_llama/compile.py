@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import signal
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pt2_core.progress import Reporter, open_reporter, say
+from quantize import children
 from quantize.common import PT2Error
 from third_party.pt2_llama import pinned
 from third_party.pt2_llama.toolchain import Cublas, Toolchain
@@ -178,28 +177,22 @@ def run_logged(
     with log.open("a", encoding="utf-8", errors="replace") as out:
         out.write("$ " + " ".join(command) + "\n")
         out.flush()
-        process = subprocess.Popen(
+        # The whole tree: a ninja that lives on would write into the next build's objects.
+        with children.child(
             command,
-            env=dict(env),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            env=env,
+            tree=True,
+            stdout=children.PIPE,
+            stderr=children.STDOUT,
             text=True,
             errors="replace",
-            start_new_session=True,
-        )
-        assert process.stdout is not None
-        try:
+        ) as process:
+            assert process.stdout is not None
             for line in process.stdout:
                 out.write(line)
                 if bar is not None and (step := parse_step(line)):
                     bar.reach(step[0], _object_name(step[2]), step[1])
             return process.wait()
-        finally:
-            if process.poll() is None:
-                # The whole group: a ninja that lives on would write into the next build's objects.
-                os.killpg(process.pid, signal.SIGTERM)
-                process.wait()
 
 
 def _object_name(action: str) -> str:

@@ -6,16 +6,16 @@ import importlib.util
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-from rich.console import Console
 from rich.table import Table
 
 from pt2_core.commands import command
+from quantize import children
 from quantize.common import PT2Error, human_bytes
+from quantize.words import screen
 from third_party.pt2_llama import builds, pinned, source, toolchain
 from third_party.pt2_llama.bindings import installed_version
 from third_party.pt2_llama.build import NO_CUDA_KERNELS
@@ -188,7 +188,7 @@ def kernel_path(build: Build) -> str:
     """
     library = next(iter(sorted(build.lib_dir.glob("libggml-cpu.*"))), build.lib_dir)
     command = [sys.executable, "-c", _ASK_PATH, str(library)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=build.env())
+    done = children.run(command, timeout=60, env=build.env())
     words = done.stdout.split()
     if done.returncode != 0 or not words:
         lines = [line for line in done.stderr.splitlines() if "GGML_TQ_CPU" in line]
@@ -220,7 +220,7 @@ def doctor(where: Places, as_json: bool = False) -> int:
         text = f"{mark}{f.value}" + (f"; {f.advice}" if f.advice else "")
         table.add_row(f.topic if f.topic != topic else "", f.name, text, style=colours[f.state])
         topic = f.topic
-    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
+    console = screen(width=None if sys.stdout.isatty() else 160)
     console.print(table)
     if missing:
         console.print(f"{len(missing)} needed: {'; '.join(f.advice or f.name for f in missing)}")

@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 import re
 import signal
-import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pt2_core.progress import open_reporter
+from quantize import children
 from quantize.common import PT2Error
+from quantize.temporary import temporary_folder
 from third_party.pt2_llama.tiny_model import tiny_text, write_tiny_model
 
 STOCK_TYPES: tuple[str, ...] = ("F16", "Q8_0", "Q4_0", "Q6_K", "Q4_K", "Q2_K", "TQ1_0", "TQ2_0")
@@ -56,17 +57,8 @@ class Failure:
 def run_program(command: Sequence[str], env: Mapping[str, str]) -> Outcome:
     """The real runner: run to the end, at most two minutes."""
     try:
-        done = subprocess.run(
-            command,
-            env=dict(env),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            timeout=TIMEOUT_S,
-        )
-    except subprocess.TimeoutExpired as e:
+        done = children.run(command, env=env, timeout=TIMEOUT_S, merge=True)
+    except children.TimeoutExpired as e:
         return Outcome(124, f"no end after {e.timeout:.0f} s")
     return Outcome(done.returncode, done.stdout)
 
@@ -109,10 +101,9 @@ def smoke_test(
     results: dict[str, float] = {}
     reporter = open_reporter()
     with (
-        tempfile.TemporaryDirectory(prefix="pt2-smoke-") as name,
+        temporary_folder(Path(tempfile.gettempdir()), "pt2-smoke-") as folder,
         reporter.phase("smoke test", len(types), "types") as bar,
     ):
-        folder = Path(name)
         base = write_tiny_model(folder / "F16.gguf")
         text = folder / "text.txt"
         text.write_text(tiny_text())

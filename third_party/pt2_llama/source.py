@@ -5,21 +5,22 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import subprocess
 import sys
 import tarfile
-import tempfile
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 
 from pt2_core.commands import command
 from pt2_core.progress import open_reporter
+from quantize import children
 from quantize.common import PT2Error, human_bytes, sha256_file
+from quantize.temporary import temporary_folder
 from third_party.pt2_llama import pinned
 from third_party.pt2_llama.wheel import make_wheel
 
 PATCH_STAMP = ".pt2-overlay.json"
+TEMPORARY = ".source-"  # begins the name of the folder that a source is fetched and unpacked in
 
 # pip insists on the metadata of what it downloads, and for a source package it gets them by
 # installing a build system and running the package's own build code: most of a minute, and before
@@ -198,21 +199,17 @@ def download(folder: Path) -> Path:
 def _run_watched(
     command: list[str], env: dict[str, str], tick: Callable[[], None]
 ) -> tuple[int, str]:
-    process = subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    lines: list[str] = []
-    assert process.stdout is not None
-    reader = threading.Thread(target=lines.extend, args=(process.stdout,), daemon=True)
-    reader.start()
-    try:
+    with children.child(
+        command, env=env, tree=True, stdout=children.PIPE, stderr=children.STDOUT, text=True
+    ) as process:
+        lines: list[str] = []
+        assert process.stdout is not None
+        reader = threading.Thread(target=lines.extend, args=(process.stdout,), daemon=True)
+        reader.start()
         while reader.is_alive():
             reader.join(0.2)
             tick()
         return process.wait(), "".join(lines)
-    finally:
-        if process.poll() is None:
-            process.terminate()
 
 
 def _largest_file(folder: Path) -> int:
@@ -288,8 +285,7 @@ def make_pristine(dest: Path, source: Path | None = None) -> None:
         PT2Error: as :func:`download`, :func:`check_given`, :func:`unpack`.
     """
     dest.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".source-", dir=dest.parent) as name:
-        tmp = Path(name)
+    with temporary_folder(dest.parent, TEMPORARY) as tmp:
         tree = tmp / "tree"
         if source is not None:
             check_given(source)

@@ -8,11 +8,11 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from quantize import children
 from quantize.common import PT2Error
 
 MIN_CMAKE = (3, 18)
@@ -45,8 +45,8 @@ class Cublas:
 def first_line(command: Sequence[str]) -> str:
     """First line a program prints, or "" when it cannot be run."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
+        done = children.run(command, timeout=30)
+    except children.CannotRun:
         return ""
     lines = (done.stdout or done.stderr).strip().splitlines()
     return lines[0].strip() if lines and done.returncode == 0 else ""
@@ -118,8 +118,8 @@ def find_nvcc() -> str | None:
 def nvcc_version(nvcc: str) -> str:
     """``13.0.88`` from ``nvcc --version``, "" when it cannot be read."""
     try:
-        done = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
+        done = children.run([nvcc, "--version"], timeout=30)
+    except children.CannotRun:
         return ""
     match = re.search(r"\bV(\d+\.\d+\.\d+)", done.stdout)
     return match.group(1) if match else ""
@@ -129,8 +129,8 @@ def toolkit_root(nvcc: str) -> Path:
     """The CUDA toolkit's folder, as nvcc itself names it (it may be a wrapper or a link)."""
     command = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
+        done = children.run(command, timeout=30)
+    except children.CannotRun:
         done = None
     match = re.search(r"^#\$ TOP=(.+)$", done.stderr + done.stdout, re.M) if done else None
     return Path(match.group(1)).resolve() if match else Path(nvcc).resolve().parents[1]
@@ -140,8 +140,8 @@ def gpus() -> list[tuple[str, str]]:
     """(name, compute capability as ``90``) of each visible NVIDIA GPU; empty without a driver."""
     query = ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
+        done = children.run(query, timeout=30)
+    except children.CannotRun:
         return []
     found = []
     for line in done.stdout.splitlines() if done.returncode == 0 else []:
@@ -248,8 +248,8 @@ def compiler_sees_amx(cc: str) -> bool:
     """Whether ``-march=native`` makes this compiler use AMX (so that ggml does)."""
     command = [cc, "-march=native", "-dM", "-E", "-x", "c", os.devnull]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
+        done = children.run(command, timeout=30)
+    except children.CannotRun:
         return False
     return "__AMX_INT8__" in done.stdout
 
