@@ -7,7 +7,6 @@ file's own values of the tensors that it rounds, and a word on what is unusual a
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +23,9 @@ from export.proof import KNOWN_GAPS, Programs, Verdict, check_file
 from export.source import TABLES, TernarySource
 from export.types import TERNARY_TYPES
 from export.writer import Metadata
-from quantize.common import PT2Error, read_json
+from quantize.common import PT2Error
 from quantize.proof import Proof, rope_type, ropes
-from quantize.proof_text import AFTER_SPECIAL, DECOMPOSED
+from quantize.proof_text import AFTER_SPECIAL, COMPOSED, DECOMPOSED
 
 STAGE = "proving in llama.cpp"
 KEYS = {
@@ -76,7 +75,7 @@ class Prover:
         proof = self._proof()
         model = self.source.model
         result = check_file(
-            self.files[0], proof, self.programs, gaps=known_gaps(model.path, self.files[0]),
+            self.files[0], proof, self.programs, gaps=known_gaps(proof, self.files[0]),
             renew=lambda: self._renew(proof), hint=unusual(model.settings),
         )  # fmt: skip
         self.progress(STAGE, 1, 1)
@@ -154,21 +153,20 @@ def row_error(values: NDArray[np.float32], original: NDArray[np.float32]) -> flo
     return float((off / np.maximum(size, 0.1 * size.mean() + 1e-30)).max())
 
 
-def known_gaps(model_dir: Path, file: Path) -> dict[str, str]:
+def known_gaps(proof: Proof, file: Path) -> dict[str, str]:
     """Lines whose tokens may differ, for llama.cpp is known to lack what this tokenizer does there.
 
     Args:
-        model_dir: whose tokenizer.json says whether it normalises letters.
+        proof: whose ids say whether the tokenizer composes letters.
         file: the GGUF file, whose metadata say whether llama.cpp puts spaces before words.
     """
-    given = model_dir / "tokenizer.json"
-    normalizer = read_json(given).get("normalizer") if given.is_file() else None
+    ids = {name: found for (name, _), found in zip(proof.lines, proof.ids, strict=True)}
     fields = gguf.GGUFReader(file).fields
     tokenizer = fields.get("tokenizer.ggml.model")
     space = fields.get("tokenizer.ggml.add_space_prefix")
     spaced = space is None or bool(space.contents())
     found = []
-    if re.search(r"'NFK?[CD]'", str(normalizer)):
+    if {COMPOSED, DECOMPOSED} <= ids.keys() and np.array_equal(ids[COMPOSED], ids[DECOMPOSED]):
         found.append(DECOMPOSED)
     if tokenizer is not None and tokenizer.contents() == "llama" and spaced:
         found.append(AFTER_SPECIAL)

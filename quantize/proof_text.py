@@ -7,6 +7,7 @@ the opposite, each with a name by which a difference is reported.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 
 PROSE = """\
@@ -43,7 +44,9 @@ first so softly that people on the square held out their hands to be sure of it,
 stop for nine days.
 """
 
+_LETTERS = "cafe\u0301 A\u030angstro\u0308m n\u0303 \u1112\u1161\u11ab \u0915\u093c"
 # name -> text. A name says what a tokenizer has to get right there.
+# A tokenizer that composes letters makes the same of the last two.
 LINES: tuple[tuple[str, str], ...] = (
     ("English", "It's 9 o'clock; they'll say we've DONE it -- haven't they?  (I'd guess so.)"),
     ("numbers", "0 1 12 123 1234 12345 3.14159 1,000,000 -7 1e-9 0x1F 2026-11-29 ½ ² ⅷ"),
@@ -59,11 +62,13 @@ LINES: tuple[tuple[str, str], ...] = (
     ("emoji", "😀 👍🏽 👩‍👩‍👧‍👦 🇩🇪 ❤️ ☺ 🏳️‍🌈 1️⃣"),
     ("symbols", "∀ε>0 ∃δ: |x−a|<δ ⇒ |f(x)−L|<ε … “quotes” ‘single’ «guillemets» – — € £ ¥ © ™ ·"),
     ("rare", "\u00ad\u200b\u200d\u2028\ufeff 𝕳𝖊𝖑𝖑𝖔 𐍈 \U0001f9ff ﷺ ﬁ"),
-    ("decomposed", "cafe\u0301 A\u030angstro\u0308m n\u0303 \u1112\u1161\u11ab \u0915\u093c"),
+    ("composed", unicodedata.normalize("NFC", _LETTERS)),
+    ("decomposed", _LETTERS),
 )
 
 MAX_SPECIALS = 48
-ALL, DECOMPOSED, AFTER_SPECIAL = "all scripts together", "decomposed", "words after special tokens"
+ALL, COMPOSED, DECOMPOSED = "all scripts together", "composed", "decomposed"
+AFTER_SPECIAL = "words after special tokens"
 
 
 def lines(specials: Sequence[str]) -> list[tuple[str, str]]:

@@ -205,7 +205,9 @@ def test_the_source_is_found_by_the_fingerprint(
         (folder / "manifest.json").write_text(json.dumps(manifest))
         (folder / "run.json").write_text(json.dumps({"model_dir": str(hf)}))
     found: list[Path] = []
-    monkeypatch.setattr("llamacpp_bench.baselines._convert", lambda s, f: found.append(s))
+    monkeypatch.setattr(
+        "llamacpp_bench.baselines._convert", lambda s, f, say, **given: found.append(s)
+    )
     with pytest.raises(PT2Error):
         bench([model], setup(source=None))
     assert found == [tmp_path / "hf-artifact"]
