@@ -141,12 +141,25 @@ def test_perplexity_is_the_cpus(
     on_cpu = final_perplexity(perplexity(build, models[kind], *text, *base, route=None))
     assert on_cpu is not None
     # -b as well: with -ub alone, several sequences at once take a token each
-    for tokens in (512, 40, 8, 3, 1) if route == "tiles" else (512, 1):
+    for tokens in (512, 64, 40, 16, 9, 8, 3, 1) if route == "tiles" else (512, 1):
         batch = ("-b", str(tokens), "-ub", str(tokens))
         output = perplexity(build, models[kind], *base, "--kl-divergence", *batch, route=route)
         found = dict(re.findall(r"(Mean PPL\(Q\)|Mean    KLD)\s*:\s*([-\d.e]+)", output))
         assert abs(float(found["Mean PPL(Q)"]) / on_cpu - 1) < 0.02, (tokens, output[-2000:])
         assert float(found["Mean    KLD"]) < 0.005, (tokens, output[-2000:])
+
+
+@pytest.mark.parametrize("kind", ["TQ2_1", "TQ2_1-128"])
+def test_several_sequences_at_once_are_as_right_as_one(
+    build, models: dict[str, Path], kind: str
+) -> None:
+    text = ("-f", str(EXAMPLES / "text" / "wiki.test.txt"), "--chunks", "8")
+    on_cpu = final_perplexity(perplexity(build, models[kind], *text, route=None))
+    assert on_cpu is not None
+    for tokens in (8, 16, 64):  # 1, 2 and 8 of each of the eight sequences that -b has room for
+        batch = ("-b", "4096", "-ub", str(tokens))
+        found = final_perplexity(perplexity(build, models[kind], *text, *batch, route="tiles"))
+        assert found is not None and abs(found / on_cpu - 1) < 0.01, tokens
 
 
 @pytest.mark.parametrize("kind", TYPES)

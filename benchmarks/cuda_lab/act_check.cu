@@ -49,6 +49,7 @@ struct reader {
     block_value get(int token, int block) const {
         block_value r;
         int isum = 0;
+        const int width = tq_record_width(act.n); // of a record
         for (int e = 0; e < TQ_BLOCK; e++) {
             const int p = e / 32, i32 = e % 32;
             size_t at;
@@ -65,7 +66,7 @@ struct reader {
             } else {
                 const int t = i32 / 8, h = i32 / 4 % 2, i = i32 % 4, k = token % 128;
                 const int chunk = 4 * (p % 2) + 2 * (i / 2) + h, byte = 4 * t + 2 * (i % 2) + p / 2;
-                at = ((size_t) (token / 128) * act.nb + block) * TQ_RECORD + chunk * 2048 + (k / 8) * 128 + (k % 8) * 16 + byte;
+                at = ((size_t) (token / 128) * act.nb + block) * tq_record_bytes(width) + chunk * 16 * width + (k / 8) * 128 + (k % 8) * 16 + byte;
             }
             r.q[e] = (int8_t) q[at];
             isum += r.q[e];
@@ -86,10 +87,10 @@ struct reader {
             }
         } else {
             const int group = token / 128, k = token % 128;
-            memcpy(&r.d, &q[((size_t) group * act.nb + block) * TQ_RECORD + 16384 + 4 * tq_record_d(k)], 4);
+            memcpy(&r.d, &q[((size_t) group * act.nb + block) * tq_record_bytes(width) + width * TQ_BLOCK + 4 * tq_record_d(k)], 4);
             float hi, lo;
-            memcpy(&hi, &aux[4 * tq_sums_at(group, act.nb, block, k)], 4);
-            memcpy(&lo, &aux[4 * tq_sums_at(group, act.nb, block, k) + 8], 4);
+            memcpy(&hi, &aux[4 * tq_sums_at(width, group, act.nb, block, k)], 4);
+            memcpy(&lo, &aux[4 * tq_sums_at(width, group, act.nb, block, k) + 8], 4);
             uint32_t bits;
             memcpy(&bits, &hi, 4);
             r.sum = (bits & 0x1fff) ? 1e30f : hi + lo; // hi must be exact in tf32

@@ -84,12 +84,12 @@ if [ "$PLAN" = core ]; then
     fi
 else
     step "batch-$SMALL" 30 60 --synthetic "$SMALL" --types $ALL --keep -p 0 -n 0 --pg none -r 2 --placement none \
-        --batch 1,2,4,8,16,32,64 --batch-prompt 16 --batch-gen 128
+        --batch 1,2,4,8,9,12,16,24,32,48,64 --batch-prompt 16 --batch-gen 128
     step "depth-$SMALL" 30 60 --synthetic "$SMALL" --types $CORE --keep -p 0 -n 256 --pg none -r 2 --placement none \
         --depth 0,1024,4096,16384
     clean
     step "batch-$BIG" 60 110 --synthetic "$BIG" --types $CORE -p 0 -n 0 --pg none -r 1 --placement none \
-        --batch 1,2,4,8,16,32,64 --batch-prompt 16 --batch-gen 128
+        --batch 1,2,4,8,9,12,16,24,32,48,64 --batch-prompt 16 --batch-gen 128
     for shape in $MIDDLE; do
         step "speed-$shape" 60 110 --synthetic "$shape" --types $ALL $plain -r "$ROUNDS" --placement none
     done

@@ -4,13 +4,13 @@
 #
 #   benchmarks/h200/sanitize.sh              # builds the programs with nvcc first (for this machine's GPU)
 #   benchmarks/h200/sanitize.sh FOLDER       # takes them from there: tile_check, act_check, attn_check, product,
-#                                            # prefill_product, and the last two with -DTQ_RACECHECK as NAME-racecheck
+#                                            # batch_product, prefill_product, and the last three with -DTQ_RACECHECK as NAME-racecheck
 #
 # racecheck gets that form, in which it can follow what orders the accesses (tq-decode-stream.cuh, tq-wgmma.cuh). Versions
 # that also ask for a fence between a lane's read and the bulk copy over it (fence.proxy.async) are told not to: the copy
 # waits at an mbarrier for those who have read, as in CUTLASS.
 # Exit status 1 if a program or a tool reports an error or runs past its time. Settings:
-#   PROGRAMS   which (default: all five)      TOOLS   (default: "memcheck racecheck")
+#   PROGRAMS   which (default: all six)      TOOLS   (default: "memcheck racecheck")
 #   LIMIT      seconds for each run (default: 60)
 #   SANITIZER  the tool, where another than the installed one is wanted
 #   ARCH       for nvcc (default: 90a where the GPU has 9.0, else native)
@@ -22,7 +22,7 @@ HERE=$(cd "$(dirname "$0")" && pwd)
 LAB=$HERE/../cuda_lab
 KERNELS=$HERE/../../third_party/llama.cpp/overlay/ggml/src/ggml-cuda
 OUT=${OUT:-sanitize} LIMIT=${LIMIT:-60} TOOLS=${TOOLS:-memcheck racecheck}
-PROGRAMS=${PROGRAMS:-tile_check act_check attn_check product prefill_product}
+PROGRAMS=${PROGRAMS:-tile_check act_check attn_check product batch_product prefill_product}
 SANITIZER=${SANITIZER:-$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2> /dev/null | tail -1)}
 [ -n "$SANITIZER" ] || { echo "there is no compute-sanitizer; it comes with the CUDA toolkit" >&2; exit 2; }
 "$SANITIZER" --version > /dev/null || { echo "$SANITIZER does not run" >&2; exit 2; }
@@ -44,6 +44,7 @@ build() {
     esac
     case $program in # as the head of each says; act_check.cu has what it checks by #include
         product) sources=("$KERNELS"/tq-act.cu) ;;
+        batch_product) sources=("$KERNELS"/tq-prefill.cu "$KERNELS"/tq-prefill-wgmma.cu "$KERNELS"/tq-act.cu) ;;
         prefill_product) sources=("$KERNELS"/tq-prefill.cu "$KERNELS"/tq-prefill-wgmma.cu) ;;
         tile_check) sources=("$KERNELS"/tq-tile.cu) ;;
         attn_check) sources=("$KERNELS"/tq-act.cu -use_fast_math) ;;
@@ -100,13 +101,14 @@ for program in $PROGRAMS; do
             continue
         fi
         case $program in
-            product | prefill_product)
+            product | batch_product | prefill_product)
                 path=$(find_program "${1:-}" "$program" "$program-racecheck" -DTQ_RACECHECK) || { FAILED=1; continue; } ;;
         esac
         case $program in
             product) # one thread block by itself, then two, which wait for one another
                 racecheck product-racecheck-1 tq_decode 16 "$path" check tiny 1
                 racecheck product-racecheck-2 tq_decode 16 "$path" check tiny 2 ;;
+            batch_product) racecheck batch_product-racecheck tq_batch_kernel 16 "$path" check tiny ;;
             prefill_product) racecheck prefill_product-racecheck prefill_ 64 "$path" check tiny ;;
             attn_check) racecheck attn_check-racecheck attention_kernel 1 "$path" check tiny ;;
             act_check) racecheck act_check-racecheck _kernel 0 "$path" check tiny ;;

@@ -151,15 +151,16 @@ static __device__ __forceinline__ void tq_write_block(const tq_act & out, int to
     }
 
     if constexpr (PREFILL) {
+        const int width = min(out.cols, TQ_PREFILL_BN);
         const int group = token / TQ_PREFILL_BN;
         const int k     = token % TQ_PREFILL_BN;
-        uint8_t * record = out.q + ((size_t) group * out.nb + block) * TQ_RECORD;
-        *reinterpret_cast<int *>(record + tq_record_q(4 * s + 0, k)) = words[0];
-        *reinterpret_cast<int *>(record + tq_record_q(4 * s + 2, k)) = words[1];
+        uint8_t * record = out.q + ((size_t) group * out.nb + block) * tq_record_bytes(width);
+        *reinterpret_cast<int *>(record + tq_record_q(width, 4 * s + 0, k)) = words[0];
+        *reinterpret_cast<int *>(record + tq_record_q(width, 4 * s + 2, k)) = words[1];
         if (s == 0) {
-            reinterpret_cast<float *>(record + TQ_PREFILL_BN * TQ_BLOCK)[tq_record_d(k)] = d;
+            reinterpret_cast<float *>(record + width * TQ_BLOCK)[tq_record_d(k)] = d;
             const unsigned high = __float_as_uint(sum) & ~0x1fffu;
-            float * sums = static_cast<float *>(out.aux) + tq_sums_at(group, out.nb, block, k);
+            float * sums = static_cast<float *>(out.aux) + tq_sums_at(width, group, out.nb, block, k);
             sums[0] = __uint_as_float(high);
             sums[2] = (high & 0x7f800000u) == 0x7f800000u ? 0.0f : sum - __uint_as_float(high);
         }

@@ -44,9 +44,9 @@ void attn_check(cudaError_t err, const char * what) {
     }
 }
 
-// Grid (thread blocks of a cluster; heads of k; queries / QUERIES). Query x of a head of k is token x / ratio, head x % ratio of
-// those that share it.
-__global__ void __launch_bounds__(THREADS, BLOCKS_SM) attention_kernel(const tq_attention a, const tq_act act) {
+// Grid (thread blocks of a cluster; heads of k; streams x `groups` of QUERIES queries). Query x of a head of k is token x / ratio of
+// its stream, head x % ratio of those that share it. Streams that do not exist are those of missing tokens.
+template <bool PREFILL> __global__ void __launch_bounds__(THREADS, BLOCKS_SM) attention_kernel(const tq_attention a, const tq_act act, const int groups, const int columns) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     extern __shared__ __align__(16) float shared[];
     tq_pdl_launch();
@@ -55,8 +55,9 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_SM) attention_kernel(const tq_
     const int rank_bits = 31 - __clz(ranks);
     const int kv_head = blockIdx.y;
     const int ratio   = a.heads / a.heads_kv;
-    const int first   = blockIdx.z * QUERIES;
-    const int queries = min(QUERIES, act.cols * ratio - first);
+    const int stream  = blockIdx.z / groups;
+    const int first   = blockIdx.z % groups * QUERIES;
+    const int queries = min(QUERIES, columns * ratio - first);
     const int slots   = (queries + ranks - 1) >> rank_bits; // queries that a thread block finishes: rank, rank + ranks ..
     const int warp    = threadIdx.x / 32;
     const int lane    = threadIdx.x % 32;
@@ -68,12 +69,12 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_SM) attention_kernel(const tq_
 
     const int  token = (first + g) / ratio;
     const int  head  = kv_head * ratio + (first + g) % ratio;
-    const bool query = g < queries && token < a.tokens;
-    const uint8_t * const k    = reinterpret_cast<const uint8_t *>(a.k) + kv_head * a.k_head;
-    const uint8_t * const v    = reinterpret_cast<const uint8_t *>(a.v) + kv_head * a.v_head;
-    const uint8_t * const q    = reinterpret_cast<const uint8_t *>(a.q) + (query ? token * a.q_token + head * a.q_head : 0) + 32 * t;
-    const half    * const mask = a.mask ? reinterpret_cast<const half *>(reinterpret_cast<const uint8_t *>(a.mask) + (query ? token * a.mask_token : 0)) : nullptr;
-    const int  end   = first / ratio < a.tokens ? a.keys : 0; // nobody asks: no keys
+    const bool query = g < queries && token < a.tokens && stream < a.streams;
+    const uint8_t * const k    = reinterpret_cast<const uint8_t *>(a.k) + kv_head * a.k_head + stream * a.k_stream;
+    const uint8_t * const v    = reinterpret_cast<const uint8_t *>(a.v) + kv_head * a.v_head + stream * a.v_stream;
+    const uint8_t * const q    = reinterpret_cast<const uint8_t *>(a.q) + (query ? token * a.q_token + head * a.q_head + stream * a.q_stream : 0) + 32 * t;
+    const half    * const mask = a.mask ? reinterpret_cast<const half *>(reinterpret_cast<const uint8_t *>(a.mask) + (query ? token * a.mask_token + stream * a.mask_stream : 0)) : nullptr;
+    const int  end   = first / ratio < a.tokens && stream < a.streams ? a.keys : 0; // nobody asks: no keys
     const int  step  = ranks * WARPS * KEYS;
     int  at   = (rank * WARPS + warp) * KEYS;
     bool here = at < end;
@@ -277,7 +278,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_SM) attention_kernel(const tq_
     const int  lane_of  = threadIdx.x % TQ_ACT_LANES;
     const int  x        = slot * ranks + rank;
     const bool write    = x < queries;
-    const int  to_token = (first + x) / ratio;
+    const int  in_stream = (first + x) / ratio;
+    const int  to_token = stream * a.tokens + in_stream;
     const int  to_head  = kv_head * ratio + (first + x) % ratio;
 #if __CUDA_ARCH__ >= 900
     if (ranks > 1) {
@@ -317,10 +319,10 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_SM) attention_kernel(const tq_
             y[i] *= by;
         }
     }
-    if (write && a.out && to_token < a.tokens) {
+    if (write && a.out && in_stream < a.tokens && stream < a.streams) {
         tq_store8(a.out + ((int64_t) to_token * a.heads + to_head) * TQ_HEAD + 4 * lane_of, true, y);
     }
-    tq_write_block<false>(act, to_token, to_head, lane_of, y, write);
+    tq_write_block<PREFILL>(act, to_token, to_head, lane_of, y, write && to_token < (PREFILL ? act.n : act.cols));
 #endif
 }
 
@@ -341,7 +343,7 @@ const device_facts & facts() {
     }
     if (!known[device]) {
         cudaFuncAttributes attr = {};
-        attn_check(cudaFuncGetAttributes(&attr, attention_kernel), "cudaFuncGetAttributes");
+        attn_check(cudaFuncGetAttributes(&attr, attention_kernel<false>), "cudaFuncGetAttributes");
         all[device].sm90 = attr.ptxVersion >= 90;
         attn_check(cudaDeviceGetAttribute(&all[device].multiprocessors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
         known[device] = true;
@@ -361,15 +363,19 @@ int ranks_for(const device_facts & d, int clusters, int keys) {
 // `forced`: ranks, where not 0 (the lab)
 void launch_attention(const tq_attention & a, const tq_act & act, int forced, cudaStream_t stream) {
     const device_facts & d = facts();
-    const int all_queries  = act.cols * (a.heads / a.heads_kv);
+    const bool prefill     = act.layout == TQ_ACT_PREFILL;
+    // of a stream; one alone also has the columns of missing tokens, of several these are streams that do not exist
+    const int columns      = a.streams == 1 && !prefill ? act.cols : a.tokens;
+    const int streams      = a.streams == 1 || prefill ? a.streams : (act.cols + a.tokens - 1) / a.tokens;
+    const int all_queries  = columns * (a.heads / a.heads_kv);
     const int queries      = std::min(all_queries, QUERIES);
     const int groups       = (all_queries + QUERIES - 1) / QUERIES;
-    const int ranks        = forced && d.sm90 ? forced : ranks_for(d, a.heads_kv * groups, a.keys);
+    const int ranks        = forced && d.sm90 ? forced : ranks_for(d, a.heads_kv * groups * streams, a.keys);
     const int slots        = (queries + ranks - 1) / ranks;
 
     cudaLaunchAttribute attrs[2] = {};
     cudaLaunchConfig_t  config   = {};
-    config.gridDim          = dim3(ranks, a.heads_kv, groups);
+    config.gridDim          = dim3(ranks, a.heads_kv, groups * streams);
     config.blockDim         = dim3(THREADS);
     config.dynamicSmemBytes = (WARPS * queries + ranks * slots) * PART * sizeof(float);
     config.stream           = stream;
@@ -384,7 +390,7 @@ void launch_attention(const tq_attention & a, const tq_act & act, int forced, cu
         attrs[config.numAttrs].val.clusterDim.y = 1;
         attrs[config.numAttrs++].val.clusterDim.z = 1;
     }
-    attn_check(cudaLaunchKernelEx(&config, attention_kernel, a, act), "launch");
+    attn_check(cudaLaunchKernelEx(&config, prefill ? attention_kernel<true> : attention_kernel<false>, a, act, groups, columns), "launch");
 }
 
 } // namespace
@@ -392,10 +398,12 @@ void launch_attention(const tq_attention & a, const tq_act & act, int forced, cu
 bool tq_attention_fits(const tq_attention & a) {
     const auto aligned = [](const void * p, int64_t stride, int64_t other) { return ((uintptr_t) p | (uintptr_t) stride | (uintptr_t) other) % 16 == 0; };
     const int64_t most = (int64_t) 1 << 31; // bytes of k and v that a head reaches over
-    return a.tokens >= 1 && a.tokens <= TQ_DECODE_MAX && a.keys >= 1 && a.keys <= TQ_ATTENTION_KEYS &&
+    return a.tokens >= 1 && a.tokens <= TQ_DECODE_MAX && a.streams >= 1 && a.tokens * a.streams <= TQ_BATCH_MAX && a.keys >= 1 && a.keys <= TQ_ATTENTION_KEYS &&
         a.k_key > 0 && a.v_key > 0 && a.k_key < most / TQ_ATTENTION_KEYS && a.v_key < most / TQ_ATTENTION_KEYS &&
         a.heads_kv >= 1 && a.heads_kv <= 65535 && a.heads % a.heads_kv == 0 && a.mask_token % (int64_t) sizeof(half) == 0 &&
-        aligned(a.q, a.q_token, a.q_head) && aligned(a.k, a.k_key, a.k_head) && aligned(a.v, a.v_key, a.v_head) && aligned(a.out, 0, 0);
+        a.mask_stream % (int64_t) sizeof(half) == 0 &&
+        aligned(a.q, a.q_token, a.q_head) && aligned(a.k, a.k_key, a.k_head) && aligned(a.v, a.v_key, a.v_head) &&
+        aligned(nullptr, a.q_stream, a.k_stream | a.v_stream) && aligned(a.out, 0, 0);
 }
 
 void tq_quantize_attention(const tq_attention & a, const tq_act & act, cudaStream_t stream) {

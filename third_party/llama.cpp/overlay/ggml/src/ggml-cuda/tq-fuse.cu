@@ -214,7 +214,7 @@ bool plan_attention(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, 
     }
     site.kind   = STEP_ATTENTION;
     site.last   = i;
-    site.tokens = site.attention.tokens;
+    site.tokens = (int64_t) site.attention.tokens * site.attention.streams;
     site.nb     = site.attention.heads;
     return true;
 }

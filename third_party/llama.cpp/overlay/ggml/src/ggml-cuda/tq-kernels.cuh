@@ -56,7 +56,8 @@ __host__ __device__ constexpr uint32_t tq_tile_codes(uint32_t values) { return v
 __host__ __device__ constexpr uint32_t tq_tile_values(uint32_t codes) { return codes & ~(codes >> 1 & 0x55555555); }
 
 constexpr int TQ_DECODE_MAX = 8;    // tokens that the decode kernels take at once
-constexpr int TQ_PREFILL_BN = 128;  // tokens of a record of prefill activations
+constexpr int TQ_BATCH_MAX  = 64;   // tokens up to which sm_90 and newer take the batch kernels
+constexpr int TQ_PREFILL_BN = 128;  // tokens of a group of prefill activations
 constexpr int TQ_MAX_SEGMENTS = 3;  // matrices that share one input (q, k, v)
 
 // ---- activations --------------------------------------------------------------------------------
@@ -80,28 +81,30 @@ __host__ __device__ constexpr int tq_digit(int q, int t) { return t == 3 ? q >> 
 //   q:    [block][half 0..1][token][t 0..3] 16 bytes; element e of the block, with plane p = e / 32 and
 //         i = e % 32, is in half p / 2, t = i / 8, byte 8*(p % 2) + i % 8
 //   head: [block][token]
-// Prefill layout, tokens in groups of TQ_PREFILL_BN (missing tokens may hold anything). Token k of its group, k = 0..127:
-//   records [group][block] of TQ_RECORD bytes: q as wgmma wants it (core matrices of 8 tokens x 16 bytes), then d.
+// Prefill layout, tokens in groups of TQ_PREFILL_BN (missing tokens may hold anything). A record has room for `width` tokens:
+// up to 64 tokens are one group of 16, 32 or 64, so that a record is one copy; more are groups of 128. Token k of its group:
+//   records [group][block] of tq_record_bytes(width): q as wgmma wants it (core matrices of 8 tokens x 16 bytes), then d.
 //     Element e = 32p + 8t + 4h + i of the block (p, t, i = 0..3, h = 0..1) is byte
-//       chunk*16*BN + (k/8)*128 + (k%8)*16 + byte,  chunk = 4*(p%2) + 2*(i/2) + h,  byte = 4t + 2*(i%2) + p/2
+//       chunk*16*width + (k/8)*128 + (k%8)*16 + byte,  chunk = 4*(p%2) + 2*(i/2) + h,  byte = 4t + 2*(i%2) + p/2
 //     (tq_record_q below): the order in which one PRMT for each four weights leaves the codes as -1, 0, 1.
-//     d of token k is float tq_record_d(k) after the BN*TQ_BLOCK bytes of q.
+//     d of token k is float tq_record_d(k) after the width*TQ_BLOCK bytes of q.
 //   sums: the sum of the x of each block and token, as the B fragments of mma.m16n8k8 in two tf32 terms:
 //     hi = the sum with its lowest 13 bits cleared, lo = sum - hi (exact), at floats tq_sums_at(...) and
 //     tq_sums_at(...) + 2. Blocks beyond the last (nb % 8 != 0) need not be written.
-constexpr int TQ_RECORD = TQ_PREFILL_BN * TQ_BLOCK + TQ_PREFILL_BN * 4;
+__host__ __device__ constexpr int tq_record_width(int n) { return n <= 16 ? 16 : n <= 32 ? 32 : n <= 64 ? 64 : TQ_PREFILL_BN; }
+__host__ __device__ constexpr int tq_record_bytes(int width) { return width * (TQ_BLOCK + 4); }
 
 // Byte of a record where element e of token k (in its group) lies. Elements e, e + 1, e + 64, e + 65 (e even, e % 64 < 32)
 // are bytes 0, 2, 1, 3 of one word. With lane s = 4p + t of 16 holding elements 32p + 8t .. + 7 packed in lo (h = 0) and hi
 // (h = 1): other = shfl_xor(p < 2 ? hi : lo, 8), x = p < 2 ? lo : other, z = p < 2 ? other : hi, h = p / 2, then
 // byte_perm(x, z, 0x5140) is the word of chunk 4*(p%2) + h and byte_perm(x, z, 0x7362) that of chunk 4*(p%2) + 2 + h, at 4t.
-__host__ __device__ constexpr int tq_record_q(int e, int k) {
+__host__ __device__ constexpr int tq_record_q(int width, int e, int k) {
     int p = e / 32, t = e % 32 / 8, h = e % 8 / 4, i = e % 4;
-    return (4 * (p % 2) + 2 * (i / 2) + h) * 16 * TQ_PREFILL_BN + k * 16 + 4 * t + 2 * (i % 2) + p / 2;
+    return (4 * (p % 2) + 2 * (i / 2) + h) * 16 * width + k * 16 + 4 * t + 2 * (i % 2) + p / 2;
 }
 __host__ __device__ constexpr int tq_record_d(int k) { return k / 16 * 16 + k % 8 / 2 * 4 + k / 8 % 2 * 2 + k % 2; }
-__host__ __device__ constexpr size_t tq_sums_at(int group, int nb, int block, int k) {
-    return (((size_t) group * ((nb + 7) / 8) + block / 8) * TQ_PREFILL_BN + k) * 16 + block % 4 * 4 + block % 8 / 4;
+__host__ __device__ constexpr size_t tq_sums_at(int width, int group, int nb, int block, int k) {
+    return (((size_t) group * ((nb + 7) / 8) + block / 8) * width + k) * 16 + block % 4 * 4 + block % 8 / 4;
 }
 
 // Whether one column is kept as bits: where tensor cores take these. From sm_100 on they are emulated, and one column has the
@@ -120,17 +123,19 @@ enum tq_act_layout { TQ_ACT_DECODE, TQ_ACT_PREFILL };
 struct tq_act {
     tq_act_layout layout;
     int       n;     // tokens
-    int       cols;  // decode: columns of the layout (1, 2, 4, 8); prefill: tokens rounded up to BN
+    int       cols;  // decode: columns of the layout (1, 2, 4, 8); prefill: tokens that the records have room for
     int       nb;    // blocks of a token: columns / 128
     uint8_t * q;     // decode: q; prefill: records
     void    * aux;   // decode: tq_act_head; prefill: sums (16-byte aligned)
 };
 
 static inline int tq_act_cols(int n) {
-    return n <= 2 ? n : n <= 4 ? 4 : n <= 8 ? 8 : (n + TQ_PREFILL_BN - 1) / TQ_PREFILL_BN * TQ_PREFILL_BN;
+    const int width = tq_record_width(n);
+    return n <= 2 ? n : n <= 4 ? 4 : n <= 8 ? 8 : (n + width - 1) / width * width;
 }
 static inline size_t tq_act_q_bytes(int n, int nb) {
-    return n <= TQ_DECODE_MAX ? (size_t) tq_act_cols(n) * nb * TQ_BLOCK : (size_t) (tq_act_cols(n) / TQ_PREFILL_BN) * nb * TQ_RECORD;
+    const int width = tq_record_width(n);
+    return n <= TQ_DECODE_MAX ? (size_t) tq_act_cols(n) * nb * TQ_BLOCK : (size_t) (tq_act_cols(n) / width) * nb * tq_record_bytes(width);
 }
 static inline size_t tq_act_aux_bytes(int n, int nb) {
     return n <= TQ_DECODE_MAX ? (size_t) tq_act_cols(n) * nb * sizeof(tq_act_head) : (size_t) tq_act_cols(n) * ((nb + 7) / 8) * 64;
@@ -174,7 +179,13 @@ struct tq_experts {
 };
 void tq_decode_experts(const tq_experts & e, cudaStream_t stream);
 
-// tq-prefill.cu (mma.sync, sm_80 and newer) and tq-prefill-wgmma.cu (sm_90a): more than 8 tokens.
+// tq-batch.cu: 9 to 64 tokens, up to 3 matrices with the same input, one launch; sm_90 and newer. `scratch`: as above, of
+// tq_batch_scratch_bytes(), which is 0 where the device or the build does not have these kernels. Results repeat to the bit.
+size_t tq_batch_scratch_bytes();
+void tq_batch(const tq_segment * segments, int n_segments, const tq_act & act, void * scratch, cudaStream_t stream);
+
+// tq-prefill.cu (mma.sync, sm_80 and newer) and tq-prefill-wgmma.cu (sm_90a): more than 8 tokens, any number; where there is
+// tq_batch, more than 64.
 // `sms`: multiprocessors. tq_prefill chooses between the two; returns what it chose.
 const char * tq_prefill(const tq_segment * segments, int n_segments, const tq_act & act, int cc, int sms, cudaStream_t stream);
 

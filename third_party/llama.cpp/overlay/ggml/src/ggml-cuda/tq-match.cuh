@@ -106,7 +106,7 @@ bool match_glu(const ggml_tensor * node, glu_match & m) {
     return m.ld_gate > 0 && m.ld_up > 0;
 }
 
-// Attention as tq-attn.cu computes it: one sequence, keys and values in F16, one mask for all heads, nothing else.
+// Attention as tq-attn.cu computes it: keys and values in F16, one mask for all heads of a stream, nothing else.
 bool match_attention(const ggml_tensor * node, tq_attention & a) {
     const ggml_tensor * q    = node->src[0];
     const ggml_tensor * k    = node->src[1];
@@ -119,27 +119,32 @@ bool match_attention(const ggml_tensor * node, tq_attention & a) {
     const int32_t few_keys = ggml_get_op_params_i32(node, 4); // sparse attention
     if (node->src[4] || max_bias != 0.0f || softcap != 0.0f || few_keys != 0 || !is_f32(node) || !ggml_is_contiguous(node) || !is_f32(q) ||
             k->type != GGML_TYPE_F16 || v->type != GGML_TYPE_F16 || q->nb[0] != sizeof(float) || k->nb[0] != sizeof(half) || v->nb[0] != sizeof(half) ||
-            q->ne[0] != TQ_HEAD || k->ne[0] != TQ_HEAD || v->ne[0] != TQ_HEAD || q->ne[3] != 1 || k->ne[3] != 1 || v->ne[3] != 1 ||
-            v->ne[1] != k->ne[1] || v->ne[2] != k->ne[2] || q->ne[1] > TQ_DECODE_MAX || k->ne[1] > TQ_ATTENTION_KEYS) {
+            q->ne[0] != TQ_HEAD || k->ne[0] != TQ_HEAD || v->ne[0] != TQ_HEAD || k->ne[3] != q->ne[3] || v->ne[3] != q->ne[3] ||
+            v->ne[1] != k->ne[1] || v->ne[2] != k->ne[2] || q->ne[1] > TQ_DECODE_MAX || q->ne[3] > TQ_BATCH_MAX || k->ne[1] > TQ_ATTENTION_KEYS) {
         return false;
     }
     if (mask && (mask->type != GGML_TYPE_F16 || mask->nb[0] != sizeof(half) || mask->ne[0] < k->ne[1] || mask->ne[1] < q->ne[1] ||
-            mask->ne[2] != 1 || mask->ne[3] != 1)) {
+            mask->ne[2] != 1 || mask->ne[3] != q->ne[3])) {
         return false;
     }
     a.q          = (const float *) q->data;
     a.q_token    = (int64_t) q->nb[1];
     a.q_head     = (int64_t) q->nb[2];
+    a.q_stream   = (int64_t) q->nb[3];
     a.k          = (const half *) k->data;
     a.k_key      = (int64_t) k->nb[1];
     a.k_head     = (int64_t) k->nb[2];
+    a.k_stream   = (int64_t) k->nb[3];
     a.v          = (const half *) v->data;
     a.v_key      = (int64_t) v->nb[1];
     a.v_head     = (int64_t) v->nb[2];
+    a.v_stream   = (int64_t) v->nb[3];
     a.mask       = mask ? (const half *) mask->data : nullptr;
     a.mask_token = mask ? (int64_t) mask->nb[1] : 0;
+    a.mask_stream = mask ? (int64_t) mask->nb[3] : 0;
     a.scale      = scale;
     a.tokens     = (int) q->ne[1];
+    a.streams    = (int) q->ne[3];
     a.heads      = (int) q->ne[2];
     a.heads_kv   = (int) k->ne[2];
     a.keys       = (int) k->ne[1];

@@ -48,22 +48,24 @@ static void * tq_allocate(ggml_cuda_tq_state & state, size_t size) {
     return data;
 }
 
-// tq_decode's, of the current stream.
-static void * tq_scratch(ggml_backend_cuda_context & ctx) {
+static size_t tq_aligned(size_t bytes) {
+    return GGML_PAD(bytes, 128);
+}
+
+// tq_decode's, of the current stream, and behind it tq_batch's: each leaves its own as it found it, but for what it handed over.
+struct tq_scratch_memory { uint8_t * decode, * batch; };
+static tq_scratch_memory tq_scratch(ggml_backend_cuda_context & ctx) {
     ggml_cuda_tq_state & state = ggml_cuda_tq_get(ctx);
     void *& scratch = state.scratch[ctx.curr_stream_no];
+    const size_t decode = tq_aligned(tq_decode_scratch_bytes());
     if (scratch == nullptr) {
-        const size_t size = std::max(tq_decode_scratch_bytes(), (size_t) 1);
+        const size_t size = std::max(decode + tq_batch_scratch_bytes(), (size_t) 1);
         scratch = tq_allocate(state, size);
         // not on the context's stream: a graph that is being recorded there would zero it again whenever it runs
         CUDA_CHECK(cudaMemsetAsync(scratch, 0, size, cudaStreamPerThread));
         CUDA_CHECK(cudaStreamSynchronize(cudaStreamPerThread));
     }
-    return scratch;
-}
-
-static size_t tq_aligned(size_t bytes) {
-    return GGML_PAD(bytes, 128);
+    return { (uint8_t *) scratch, (uint8_t *) scratch + decode };
 }
 
 static size_t tq_act_bytes(int n, int nb) {
@@ -124,7 +126,9 @@ static const uint8_t * tq_matrix(const ggml_tensor * t, int64_t offset) {
 
 static void tq_product(ggml_backend_cuda_context & ctx, const tq_segment * segments, int n_segments, const tq_act & act) {
     if (act.layout == TQ_ACT_DECODE) {
-        tq_decode(segments, n_segments, act, tq_scratch(ctx), ctx.stream());
+        tq_decode(segments, n_segments, act, tq_scratch(ctx).decode, ctx.stream());
+    } else if (act.n <= TQ_BATCH_MAX && tq_batch_scratch_bytes() > 0) {
+        tq_batch(segments, n_segments, act, tq_scratch(ctx).batch, ctx.stream());
     } else {
         const auto & device = ggml_cuda_info().devices[ctx.device];
         tq_prefill(segments, n_segments, act, device.cc, device.nsm, ctx.stream());

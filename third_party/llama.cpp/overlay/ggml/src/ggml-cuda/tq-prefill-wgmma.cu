@@ -239,7 +239,7 @@ void tq_prefill_wgmma(const tq_segment * segments, int n_segments, const tq_act 
                       cudaStream_t stream) {
     // A last group of few tokens gets a launch of its own with a narrower kernel.
     const int rest  = act.n % TQ_PREFILL_BN;
-    const int width = tq_prefill_width(rest);
+    const int width = tq_record_width(rest);
     const int whole = plan ? tq_ceil(act.n, TQ_PREFILL_BN) : act.n / TQ_PREFILL_BN + (rest && width == TQ_PREFILL_BN);
     if (whole) {
         launch_groups(segments, n_segments, act, 0, whole, TQ_PREFILL_BN, plan, stream);

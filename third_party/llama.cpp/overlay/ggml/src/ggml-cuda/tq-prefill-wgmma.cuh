@@ -81,8 +81,9 @@ template <class S> constexpr bool d_apart = RACECHECK && S::tokens < TQ_PREFILL_
 template <class S>
 __device__ __forceinline__ void produce(const tq_prefill_args & args, int group, int lo, int hi, uint8_t * shared,
                                         const barriers & bar) {
-    const uint8_t * record = args.records + ((size_t) group * args.nb + lo) * TQ_RECORD;
-    const uint8_t * sums   = args.sums + ((size_t) group * tq_ceil(args.nb, 8) + lo / 8) * (TQ_PREFILL_BN * 64);
+    const int width = S::tokens == TQ_PREFILL_BN ? S::tokens : args.width; // of a record
+    const uint8_t * record = args.records + ((size_t) group * args.nb + lo) * tq_record_bytes(width);
+    const uint8_t * sums   = args.sums + ((size_t) group * tq_ceil(args.nb, 8) + lo / 8) * (width * 64);
     ring<S::stages> at;
     ring<2> at_sums;
     // Weights do not depend on the kernel before, activations do. The next launch may begin when they are there: where it is
@@ -91,28 +92,28 @@ __device__ __forceinline__ void produce(const tq_prefill_args & args, int group,
         tq_pdl_wait();
     }
     tq_pdl_launch();
-    for (int block = lo; block < hi; block++, record += TQ_RECORD) {
+    for (int block = lo; block < hi; block++, record += tq_record_bytes(width)) {
         if (block == lo || block % 8 == 0) {
             barrier_wait(bar.empty_sums + at_sums.slot, at_sums.phase ^ 1);
             barrier_expect(bar.full_sums + at_sums.slot, S::sums);
             bulk_copy(shared + S::at_sums + at_sums.slot * S::sums, sums, S::sums, bar.full_sums + at_sums.slot);
-            sums += TQ_PREFILL_BN * 64;
+            sums += width * 64;
             at_sums.next();
         }
         barrier_wait(bar.empty + at.slot, at.phase ^ 1);
         barrier_expect(bar.full + at.slot, d_apart<S> ? S::q : S::record);
         uint8_t * dst = shared + at.slot * S::record;
-        if (S::tokens == TQ_PREFILL_BN) {
-            bulk_copy(dst, record, TQ_RECORD, bar.full + at.slot);
+        if (width == S::tokens && !d_apart<S>) {
+            bulk_copy(dst, record, S::record, bar.full + at.slot);
         } else {
 #pragma unroll
             for (int i = 0; i < 8; i++) {
-                bulk_copy(dst + i * (S::tokens * 16), record + i * (TQ_PREFILL_BN * 16), S::tokens * 16, bar.full + at.slot);
+                bulk_copy(dst + i * (S::tokens * 16), record + i * (width * 16), S::tokens * 16, bar.full + at.slot);
             }
             if (d_apart<S>) {
                 barrier_expect(bar.full_d + at.slot, S::tokens * 4);
             }
-            bulk_copy(dst + S::q, record + TQ_PREFILL_BN * TQ_BLOCK, S::tokens * 4, (d_apart<S> ? bar.full_d : bar.full) + at.slot);
+            bulk_copy(dst + S::q, record + width * TQ_BLOCK, S::tokens * 4, (d_apart<S> ? bar.full_d : bar.full) + at.slot);
         }
         at.next();
     }
@@ -189,11 +190,12 @@ template <class S> struct consumer {
     ring<2>         sums;
     float           acc[NJ][4];
     tq_prefill_mu   mu;
+    uint32_t        table; // of codes
 
     __device__ __forceinline__ void load(operand & o) {
         uint4 w;
         stream.read(w, o.scales, lane);
-        tq_prefill_codes(o.a, w);
+        tq_prefill_codes(o.a, w, table);
         hold(o.a);
     }
 
@@ -299,6 +301,7 @@ template <class S> struct consumer {
             acc[j][0] = acc[j][1] = acc[j][2] = acc[j][3] = 0.0f;
         }
         mu.clear();
+        table = tq_prefill_table(lane);
         int c0[W / 2], c1[W / 2];
         operand o0;
         load(o0);

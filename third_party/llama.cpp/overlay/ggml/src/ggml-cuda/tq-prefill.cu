@@ -59,6 +59,7 @@ template <class S> struct loader {
     const uint8_t * records;
     uint8_t       * shared;
     int             nb, tiles; // tiles that exist
+    int             width;     // of a record
     int             token0;    // of the group, a multiple of 16
 
     __device__ __forceinline__ void copy_weights(int b) const {
@@ -71,12 +72,12 @@ template <class S> struct loader {
     }
     __device__ __forceinline__ void copy_activations(int b) const {
         uint8_t * dst = shared + b % S::stages * S::stage + S::weights;
-        const uint8_t * src = records + (size_t) b * TQ_RECORD;
+        const uint8_t * src = records + (size_t) b * tq_record_bytes(width);
         for (int i = threadIdx.x; i < 8 * S::tokens; i += WARPS * 32) {
-            copy16(dst + i * 16, src + (i / S::tokens * TQ_PREFILL_BN + token0 + i % S::tokens) * 16);
+            copy16(dst + i * 16, src + (i / S::tokens * width + token0 + i % S::tokens) * 16);
         }
         for (int i = threadIdx.x; i < S::tokens / 4; i += WARPS * 32) {
-            copy16(dst + S::q + i * 16, src + TQ_PREFILL_BN * TQ_BLOCK + token0 * 4 + i * 16);
+            copy16(dst + S::q + i * 16, src + width * TQ_BLOCK + token0 * 4 + i * 16);
         }
     }
 };
@@ -98,12 +99,13 @@ __global__ void __launch_bounds__(WARPS * 32) prefill_mma(const __grid_constant_
 
     loader<S> load;
     load.weights = seg.w + (size_t) tile * S::tiles * nb * TQ_TILE_BYTES;
-    load.records = args.records + (size_t) group * nb * TQ_RECORD;
+    load.width   = args.width;
+    load.records = args.records + (size_t) group * nb * tq_record_bytes(args.width);
     load.shared  = shared;
     load.nb      = nb;
     load.tiles   = min(S::tiles, tq_ceil(seg.rows, TQ_TILE_ROWS) - tile * S::tiles);
     load.token0  = token_part;
-    const uint8_t * sums = args.sums + ((size_t) group * tq_ceil(nb, 8) * TQ_PREFILL_BN + token_part + col0) * 64;
+    const uint8_t * sums = args.sums + ((size_t) group * tq_ceil(nb, 8) * args.width + token_part + col0) * 64;
 
     tq_pdl_launch();
     for (int b = 0; b < S::stages - 1 && b < nb; b++) {
@@ -118,6 +120,7 @@ __global__ void __launch_bounds__(WARPS * 32) prefill_mma(const __grid_constant_
     }
 
     float acc[RT][NJ][4] = {};
+    const uint32_t table = tq_prefill_table(lane);
     tq_prefill_mu mu[RT];
 #pragma unroll
     for (int m = 0; m < RT; m++) {
@@ -138,7 +141,7 @@ __global__ void __launch_bounds__(WARPS * 32) prefill_mma(const __grid_constant_
 #pragma unroll
         for (int m = 0; m < RT; m++) {
             const uint8_t * w = stage + (warp_row * RT + m) * TQ_TILE_BYTES;
-            tq_prefill_codes(a[m], *reinterpret_cast<const uint4 *>(w + lane * 16));
+            tq_prefill_codes(a[m], *reinterpret_cast<const uint4 *>(w + lane * 16), table);
             const uint2 s = *reinterpret_cast<const uint2 *>(w + TQ_TILE_SCALES + g * 8);
             alpha[m][0] = __low2float(*reinterpret_cast<const half2 *>(&s.x));
             alpha[m][1] = __low2float(*reinterpret_cast<const half2 *>(&s.y));
@@ -180,7 +183,7 @@ __global__ void __launch_bounds__(WARPS * 32) prefill_mma(const __grid_constant_
         if (b % 8 == 7 || b == nb - 1) {
 #pragma unroll
             for (int m = 0; m < RT; m++) {
-                mu[m].add(acc[m], sums + (size_t) (b / 8) * (TQ_PREFILL_BN * 64), lane, nb - b / 8 * 8);
+                mu[m].add(acc[m], sums + (size_t) (b / 8) * (args.width * 64), lane, nb - b / 8 * 8);
                 mu[m].clear();
             }
         }
@@ -284,10 +287,10 @@ void tq_prefill_mma(const tq_segment * segments, int n_segments, const tq_act & 
                     cudaStream_t stream) {
     // A last group of few tokens gets a launch of its own with a narrower kernel.
     const int rest  = act.n % TQ_PREFILL_BN;
-    const int width = tq_prefill_width(rest);
+    const int width = tq_record_width(rest);
     const int whole = act.n / TQ_PREFILL_BN + (rest && (plan || width == TQ_PREFILL_BN));
     if (whole) {
-        launch_groups(segments, n_segments, act, 0, whole, plan ? tq_prefill_width(act.n) : TQ_PREFILL_BN, sms, plan, stream);
+        launch_groups(segments, n_segments, act, 0, whole, plan ? tq_record_width(act.n) : TQ_PREFILL_BN, sms, plan, stream);
     }
     if (!plan && rest && width < TQ_PREFILL_BN) {
         launch_groups(segments, n_segments, act, act.n / TQ_PREFILL_BN, 1, width, sms, nullptr, stream);

@@ -4,6 +4,7 @@
 
 #include "tq-kernels.cuh"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 
@@ -25,6 +26,7 @@ struct tq_prefill_args {
     const uint8_t * sums;
     int             nb;
     int             n;      // tokens in all
+    int             width;  // of a record
     int             group0; // first group of this launch
     int             tile0;  // first tile of this launch
     bool            second; // the launch before is the first part of the same product
@@ -74,14 +76,10 @@ static inline tq_prefill_args tq_prefill_describe(const tq_segment * segments, i
     args.sums    = static_cast<const uint8_t *>(act.aux);
     args.nb      = act.nb;
     args.n       = act.n;
+    args.width   = std::min(act.cols, TQ_PREFILL_BN);
     args.group0  = group0;
     args.split   = split;
     return args;
-}
-
-// The smallest width of the kernels (16, 32, 64, 128) that takes n tokens.
-static inline int tq_prefill_width(int n) {
-    return n <= 16 ? 16 : n <= 32 ? 32 : n <= 64 ? 64 : TQ_PREFILL_BN;
 }
 
 #ifdef __CUDACC__
@@ -99,17 +97,26 @@ __device__ __forceinline__ const tq_segment & tq_prefill_find(const tq_prefill_a
     return args.segment[2];
 }
 
+// A constant in a register of its own: a shuffle hides it from the compiler, which would move it there before every use.
+__device__ __forceinline__ uint32_t tq_prefill_constant(uint32_t value, int lane, int from = 0) {
+    return __shfl_sync(~0u, lane == from ? value : 0, from);
+}
+// The bytes (-1, 0, 0, 1) that a code (0, 1 or 3) picks from.
+__device__ __forceinline__ uint32_t tq_prefill_table(int lane) {
+    return tq_prefill_constant(0x010000ff, lane);
+}
+
 // Sixteen bytes of a lane in tile form to the A words of four m..k32, as int8 -1, 0, 1: a[4u + v] is register v of step u.
-// A nibble holds two codes (0, 1 or 3), and PRMT takes four nibbles as indices into the bytes (-1, 0, 0, 1).
-__device__ __forceinline__ void tq_prefill_codes(uint32_t (&a)[16], const uint4 & w) {
+// A nibble holds two codes, of which one is masked, and PRMT takes four nibbles as indices into the table.
+__device__ __forceinline__ void tq_prefill_codes(uint32_t (&a)[16], const uint4 & w, uint32_t table) {
     const uint32_t word[4] = {w.x, w.y, w.z, w.w};
 #pragma unroll
     for (int v = 0; v < 4; v++) {
 #pragma unroll
         for (int odd = 0; odd < 2; odd++) { // planes 0 and 2, then 1 and 3
             const uint32_t index = (word[v] >> (2 * odd)) & 0x33333333;
-            asm("prmt.b32 %0, %1, %1, %2;" : "=r"(a[4 * (2 * odd) + v]) : "r"(0x010000ff), "r"(index));
-            asm("prmt.b32 %0, %1, %1, %2;" : "=r"(a[4 * (2 * odd + 1) + v]) : "r"(0x010000ff), "r"(index >> 16));
+            asm("prmt.b32 %0, %1, %2, %3;" : "=r"(a[4 * (2 * odd) + v]) : "r"(table), "n"(0), "r"(index));
+            asm("prmt.b32 %0, %1, %2, %3;" : "=r"(a[4 * (2 * odd + 1) + v]) : "r"(table), "n"(0), "r"(index >> 16));
         }
     }
 }

@@ -96,6 +96,7 @@ template <int N> __device__ __forceinline__ uint64_t b_descriptor(const void * p
                  : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(SUM))
 #define TQ_R8   "%0,%1,%2,%3,%4,%5,%6,%7"
 #define TQ_R16  TQ_R8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define TQ_R24  TQ_R16 ",%16,%17,%18,%19,%20,%21,%22,%23"
 #define TQ_R32  TQ_R16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define TQ_R64  TQ_R32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55," \
                 "%56,%57,%58,%59,%60,%61,%62,%63"
@@ -106,6 +107,9 @@ template <int SUM> __device__ __forceinline__ void wgmma(int (&c)[8], const uint
 }
 template <int SUM> __device__ __forceinline__ void wgmma(int (&c)[16], const uint32_t * a, uint64_t b) {
     TQ_WGMMA("32", TQ_R16, "%16", "%17", "%18", "%19", "%20", "%21", TQ_C16(0));
+}
+template <int SUM> __device__ __forceinline__ void wgmma(int (&c)[24], const uint32_t * a, uint64_t b) {
+    TQ_WGMMA("48", TQ_R24, "%24", "%25", "%26", "%27", "%28", "%29", TQ_C16(0), TQ_C8(16));
 }
 template <int SUM> __device__ __forceinline__ void wgmma(int (&c)[32], const uint32_t * a, uint64_t b) {
     TQ_WGMMA("64", TQ_R32, "%32", "%33", "%34", "%35", "%36", "%37", TQ_C32(0));
@@ -120,6 +124,7 @@ template <int SUM> __device__ __forceinline__ void wgmma(int (&c)[64], const uin
 #undef TQ_C32
 #undef TQ_R8
 #undef TQ_R16
+#undef TQ_R24
 #undef TQ_R32
 #undef TQ_R64
 #undef TQ_WGMMA
