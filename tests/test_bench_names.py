@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 from bench_support import Setup, calls, write_gguf
+from quantize_support import tiny_model
 
-from llamacpp_bench import baselines, bench, cli
+from export import converter
+from llamacpp_bench import bench, cli
 from llamacpp_bench.baselines import Wanted, cache_name, check_name, find_source, source_gguf
 from quantize.common import PT2Error
 
@@ -27,21 +29,20 @@ def test_a_model_s_folder_may_have_any_name(
     setup()
     seen = []
 
-    def convert(argv, env, log):
-        seen.append([str(a) for a in argv])
-        Path(argv[-1]).write_bytes((tmp_path / "source.gguf").read_bytes())
+    def convert(source_dir, checkpoint, out, options, log):
+        seen.append((checkpoint.path, out))
+        out.write_bytes((tmp_path / "source.gguf").read_bytes())
+        return []
 
-    monkeypatch.setattr(baselines, "run_tool", convert)
+    monkeypatch.setattr(converter, "convert_whole", convert)
     monkeypatch.setattr("third_party.pt2_llama.api.source_dir", lambda: tmp_path)
     monkeypatch.chdir(tmp_path)
     for name in ("-rf", "{v}", "a,b", "[b]x", "mön 模型"):
-        folder = tmp_path / name
-        folder.mkdir()
-        (folder / "config.json").write_text("{}")
+        folder = tiny_model(tmp_path / name)
         made = source_gguf(find_source([], name), lambda text: None)
-        source, out = seen[-1][2], seen[-1][-1]
-        assert source == str(folder), "absolute, so that it is not taken for an option"
-        assert not set(",{}") & set(Path(out).name) and made.path.is_file()
+        source, out = seen[-1]
+        assert source == folder, "absolute, so that it is not taken for an option"
+        assert not set(",{}") & set(out.name) and made.path.is_file()
     assert cache_name("-a,b {v}") == "_a_b _v_"
     assert check_name(Path("-x.gguf")) == tmp_path / "-x.gguf"
 

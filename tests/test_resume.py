@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from export_support import make_model
 from quantize_support import SAMPLES, SEQLEN, artifact_bytes, tiny_model, token_file
 from safetensors.torch import save_file
 
 from pt2_core.progress import Reporter
 from quantize import measure
-from quantize.artifact import Artifact, read_manifest
+from quantize.artifact import PROOF, Artifact, block_file, read_manifest
 from quantize.cli import main as quantize_main
 from quantize.common import PT2Error
 from quantize.config import Config
@@ -105,7 +106,65 @@ def test_resume_makes_again_what_is_gone_or_damaged(
         assert "quantising again from block 1 on" in said
 
 
+@pytest.fixture(scope="module")
+def proven_model(tmp_path_factory) -> Path:
+    return make_model(tmp_path_factory.mktemp("proven") / "model")
+
+
+@pytest.fixture(scope="module")
+def proven(proven_model, config, tmp_path_factory) -> Path:
+    path = ternarize(proven_model, tmp_path_factory.mktemp("proven") / "a", config).path
+    assert PROOF in read_manifest(path)["files"]
+    return path
+
+
+@pytest.mark.parametrize("fault", ["gone", "damaged", "of blocks that are made again"])
+def test_resume_makes_a_proof_again(
+    fault, proven_model, proven, config, tmp_path, monkeypatch
+) -> None:
+    out = tmp_path / "a"
+    shutil.copytree(proven, out)
+    if fault == "gone":
+        (out / PROOF).unlink()
+    else:
+        path = out / (PROOF if fault == "damaged" else block_file(1))
+        path.write_bytes(path.read_bytes()[:-1] + b"\x77")
+    names = stop_at(monkeypatch, 10**6, Killed())
+    reporter = Reporter()
+    ternarize(proven_model, out, config, resume=True, reporter=reporter)
+    assert PROOF in names and artifact_bytes(out) == artifact_bytes(proven)
+    assert (block_file(1) in names) == (fault not in ("gone", "damaged"))
+    assert f"{PROOF} is {fault}" in reporter.warnings[0] or block_file(1) in reporter.warnings[0]
+
+
+def test_resume_finishes_an_artifact_that_only_its_proof_lacks(
+    proven_model, proven, config, tmp_path, monkeypatch
+) -> None:
+    with monkeypatch.context() as patch:
+        names = stop_at(patch, 10**6, Killed())
+        ternarize(proven_model, tmp_path / "whole", config)
+    out = tmp_path / "a"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        stop_at(patch, names.index(PROOF), Killed())
+        ternarize(proven_model, out, config)
+    assert not read_manifest(out)["complete"] and not (out / PROOF).exists()
+    ternarize(proven_model, out, config, resume=True)
+    assert artifact_bytes(out) == artifact_bytes(proven)
+
+
 # pt2-refine ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", ["gone", "damaged"])
+def test_a_finished_refinement_s_proof_is_made_again(fault, proven, text, tmp_path) -> None:
+    settings = RefineConfig(**REFINE, text=text)
+    out = refine(proven, tmp_path / "r", settings).path
+    want = artifact_bytes(out)
+    data = (out / PROOF).read_bytes()
+    (out / PROOF).unlink() if fault == "gone" else (out / PROOF).write_bytes(data[:-1] + b"\x77")
+    reporter = Reporter()
+    refine(proven, out, settings, resume=True, reporter=reporter)
+    assert artifact_bytes(out) == want and PROOF in reporter.warnings[0]
 
 
 def test_a_refinement_stopped_at_any_write_is_resumed_to_the_same_bytes(
