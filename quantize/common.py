@@ -45,13 +45,11 @@ class PT2Error(Exception):
 
 
 def one_line(text: str) -> str:
-    """``text`` on one line of printable characters, its middle left out if it is very long."""
-    # Blanks and tabs within a path stay as they are: it may be in a command that is to be pasted.
+    """``text`` on one line of printable characters and tabs, its middle left out if it is long."""
+    if len(text) > MAX_MESSAGE:
+        text = f"{text[: MAX_MESSAGE // 2]} ... {text[-MAX_MESSAGE // 2 :]}"
+    # Blanks and tabs within a path stay as they are, for a command in a message is pasted.
     line = re.sub(r"\s*[^\S \t]\s*", " ", text).strip()
-    if len(line) > MAX_MESSAGE:
-        line = f"{line[: MAX_MESSAGE // 2]} ... {line[-MAX_MESSAGE // 2 :]}"
-    if line.isprintable():
-        return line
     return "".join(c if c.isprintable() or c == "\t" else ascii(c)[1:-1] for c in line)
 
 
