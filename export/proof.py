@@ -279,7 +279,10 @@ def predictions(values: NDArray[np.uint16], proof: Proof) -> tuple[F32, I32]:
 
 def _run(programs: Programs, tool: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [str(programs.tool(tool)), *map(str, arguments)]
-    done = children.run(command, env=programs.env())
+    for _ in range(5):  # llama.cpp can exit before its log's thread has said why it fails
+        done = children.run(command, env=programs.env())
+        if done.returncode == 0 or done.stdout.strip() or done.stderr.strip():
+            break
     if done.returncode:
         raise PT2Error(f"llama.cpp cannot use the file: {_words(tool, done)}")
     return done

@@ -31,6 +31,8 @@ from bench_support import TENSORS, fake_tools, write_gguf
 from pt2_llama_support import stand_in_places
 from quantize_support import tiny_model, token_file
 
+from quantize.proof_text import PROSE
+
 MARK = "PT2_KILL_EVERYTHING"  # in the environment of every program that a run starts
 SIGNALS = {n: getattr(signal, f"SIG{n}") for n in ("INT", "TERM", "HUP", "KILL")}
 END_SECONDS = 60.0
@@ -309,7 +311,8 @@ def bench_command(work: Path) -> Command:
     tool = bin_dir / "llama-quantize"
     slow = "Path(target).write_bytes(bytes(99)); time.sleep(0.3); Path(target).write_bytes"
     tool.write_text(tool.read_text().replace("Path(target).write_bytes", slow))
-    (work / "text.txt").write_text("some words " * 200)
+    words = random.Random(0).choices(PROSE.split(), k=300)
+    (work / "text.txt").write_text(" ".join(words))
     write_gguf(work / "fast.gguf")
     write_gguf(work / "full.gguf",
                [(n, s, "F16" if len(s) > 1 else "F32") for n, s, _ in TENSORS])  # fmt: skip

@@ -67,11 +67,23 @@ def test_a_terminal_shows_a_bar_with_both_times(width, now):
         now[0] += 30
         reporter.step(LONG, 12)
         reporter._live.refresh()
-        reporter.warn("[not] markup")
+        reporter.warn("[not] markup, [b]x[/b] :smile:")
     shown = screen.getvalue()
     assert "elapsed 0:30  left 1:30" in shown and "━" in shown and "25%" in shown
-    assert "warning: [not] markup" in shown and reporter.warnings == ["[not] markup"]
+    assert "warning: [not] markup, [b]x[/b] :smile:" in shown and len(reporter.warnings) == 1
     assert "\x1b[?25h" in shown  # the cursor is there again
+
+
+def test_names_in_the_bar_are_no_markup(now):
+    screen = io.StringIO()
+    console = Console(file=screen, width=120, force_terminal=True, color_system=None)
+    with TerminalReporter(console) as reporter:
+        reporter.start("[b]x[/b]", 4)
+        reporter.step("[red]y :smile:")
+        reporter._live.refresh()
+        reporter.note("[b]z[/b] :smile:")
+    assert "[b]x[/b]  [red]y :smile:" in screen.getvalue()
+    assert "[b]z[/b] :smile:" in screen.getvalue()
 
 
 def test_a_log_gets_plain_lines_with_the_time_left(now):
