@@ -265,8 +265,9 @@ def _write(
     if config.proof_tokens:
         longest = _options(config, source.artifact).max_context
         prover = Prover(
-            source, items, files, ggml, api.require_build(), config.proof_tokens, longest, progress
-        )
+            source, items, files, {k: v[0] for k, v in carrier.fields.items()}, ggml,
+            api.require_build(), config.proof_tokens, longest, progress,
+        )  # fmt: skip
         verdict = prover.verdict()
         if verdict.problem is not None:
             raise PT2Error(verdict.problem + _kept(files, out, config))

@@ -7,6 +7,7 @@ file's own values of the tensors that it rounds, and a word on what is unusual a
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from quantize.proof import Proof, rope_type, ropes
 from quantize.proof_text import AFTER_SPECIAL, COMPOSED, DECOMPOSED
 
 STAGE = "proving in llama.cpp"
+HEAD_BYTES = 1 << 27  # metadata with the largest vocabulary, and room
 KEYS = {
     "pt2.proof.kl": gguf.GGUFValueType.FLOAT32,
     "pt2.proof.same_top": gguf.GGUFValueType.FLOAT32,
@@ -49,6 +51,7 @@ class Prover:
         source: the artifact and its model.
         items: the file's tensors and their types.
         files: the GGUF file or its splits, the one to load first.
+        fields: the file's metadata.
         ggml: llama.cpp's library.
         programs: its programs.
         tokens: to be run at most, in whole windows.
@@ -59,6 +62,7 @@ class Prover:
     source: TernarySource
     items: Sequence[Item]
     files: Sequence[Path]
+    fields: Mapping[str, Any]
     ggml: Ggml
     programs: Programs
     tokens: int
@@ -75,7 +79,7 @@ class Prover:
         proof = self._proof()
         model = self.source.model
         result = check_file(
-            self.files[0], proof, self.programs, gaps=known_gaps(proof, self.files[0]),
+            self.files[0], proof, self.programs, gaps=known_gaps(proof, self.fields),
             renew=lambda: self._renew(proof), hint=unusual(model.settings),
         )  # fmt: skip
         self.progress(STAGE, 1, 1)
@@ -153,22 +157,19 @@ def row_error(values: NDArray[np.float32], original: NDArray[np.float32]) -> flo
     return float((off / np.maximum(size, 0.1 * size.mean() + 1e-30)).max())
 
 
-def known_gaps(proof: Proof, file: Path) -> dict[str, str]:
+def known_gaps(proof: Proof, fields: Mapping[str, Any]) -> dict[str, str]:
     """Lines whose tokens may differ, for llama.cpp is known to lack what this tokenizer does there.
 
     Args:
         proof: whose ids say whether the tokenizer composes letters.
-        file: the GGUF file, whose metadata say whether llama.cpp puts spaces before words.
+        fields: the file's metadata, which say whether llama.cpp puts spaces before words.
     """
     ids = {name: found for (name, _), found in zip(proof.lines, proof.ids, strict=True)}
-    fields = gguf.GGUFReader(file).fields
-    tokenizer = fields.get("tokenizer.ggml.model")
-    space = fields.get("tokenizer.ggml.add_space_prefix")
-    spaced = space is None or bool(space.contents())
+    spaced = bool(fields.get("tokenizer.ggml.add_space_prefix", True))
     found = []
     if {COMPOSED, DECOMPOSED} <= ids.keys() and np.array_equal(ids[COMPOSED], ids[DECOMPOSED]):
         found.append(DECOMPOSED)
-    if tokenizer is not None and tokenizer.contents() == "llama" and spaced:
+    if fields.get("tokenizer.ggml.model") == "llama" and spaced:
         found.append(AFTER_SPECIAL)
     return {name: KNOWN_GAPS[name] for name in found}
 
@@ -206,8 +207,11 @@ def write_figures(file: Path, verdict: Verdict) -> None:
         "pt2.proof.same_top": round(d.same_top, 2),
         "pt2.proof.tokens": d.tokens,
     }
-    reader = gguf.GGUFReader(file, "r+")
-    for key, value in figures.items():
-        field = reader.fields[key]
-        field.parts[field.data[0]][0] = value
-    reader.data.flush()
+    with file.open("r+b") as f:
+        head = f.read(HEAD_BYTES)
+        for key, value in figures.items():
+            # A key stands behind its length and before its type and value.
+            mark = struct.pack("<Q", len(key)) + key.encode() + struct.pack("<I", KEYS[key])
+            at = head.index(mark) + len(mark)
+            f.seek(at)
+            f.write(struct.pack("<f" if KEYS[key] == gguf.GGUFValueType.FLOAT32 else "<I", value))

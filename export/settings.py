@@ -31,11 +31,14 @@ class Finding:
         setting: its name, with dots for what is inside of another.
         said: what is wrong with it, as the end of a sentence that begins with the name.
         within: tokens up to which it changes nothing; 0 where it always does.
+        extends: whether it is there to go on beyond the context that the model states, so that
+            this context alone limits nothing.
     """
 
     setting: str
     said: str
     within: int = 0
+    extends: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ def _factor(config: Mapping[str, Any], graph: Graph) -> Iterable[Finding]:
 def _dynamic(config: Mapping[str, Any], graph: Graph) -> Iterable[Finding]:
     limit = config.get("max_position_embeddings") or 0
     said = f"is 'dynamic', {_graph(graph)} no frequencies that change with the length"
-    yield Finding("rope_parameters.rope_type", said, within=limit)
+    yield Finding("rope_parameters.rope_type", said, within=limit, extends=True)
 
 
 def _factors(config: Mapping[str, Any], graph: Graph) -> Iterable[Finding]:
@@ -278,8 +281,8 @@ def judge(findings: Iterable[Finding], context: int, max_context: int) -> list[s
     for f in findings:
         if not f.within:
             raise Unsupported(f"{f.setting} {f.said}: the file would compute something else")
-        if used and used <= f.within:
-            if used < context:
+        if used and used <= f.within and (max_context or not f.extends):
+            if used < context or f.extends:
                 notes.append(f"{f.setting} {f.said}: right up to {used} tokens (--max-context)")
             continue
         raise Unsupported(

@@ -106,8 +106,9 @@ def verify_file(
         items = _compare_tensors(carrier, tensors, source, ggml, findings, progress)
         if proof_tokens:
             prover = Prover(
-                source, items, files, ggml, programs, proof_tokens, options.max_context, progress
-            )
+                source, items, files, fields, ggml, programs, proof_tokens, options.max_context,
+                progress,
+            )  # fmt: skip
             findings.proof = prover.verdict()
             if findings.proof.problem is not None:
                 findings.problems.append(findings.proof.problem)

@@ -109,7 +109,11 @@ WITHIN = {
 @pytest.mark.parametrize("name", WITHIN)
 def test_what_matters_beyond_some_tokens_is_accepted_with_max_context(name):
     kind, changes, within = WITHIN[name]
-    if within < SMALL["max_position_embeddings"]:
+    if name == "dynamic":
+        with pytest.raises(Unsupported, match=f"--max-context {within}$"):
+            tried(kind, **changes)
+        assert f"up to {within} tokens" in tried(kind, within, **changes)[0]
+    elif within < SMALL["max_position_embeddings"]:
         with pytest.raises(Unsupported, match=f"--max-context {within}$"):
             tried(kind, **changes)
         with pytest.raises(Unsupported, match=f"up to {within} tokens"):
