@@ -50,6 +50,7 @@ from quantize.hf_model import StreamedModel
 from quantize.locks import folder_lock
 from quantize.machine import arithmetic, pick_device, versions
 from quantize.proof_run import ProofRun, start_proof
+from quantize.ternary import check_range
 
 # Tries what comes after a run: (model, shapes of the ternary tensors by name) -> notes.
 Preflight = Callable[[Checkpoint, Mapping[str, tuple[int, int]]], list[str]]
@@ -473,6 +474,18 @@ class _Run:
             )
         return perm
 
+    def _check_ranges(self, layer: torch.nn.Module, index: int) -> None:
+        """Refuse weights of a block that cannot become ternary, before the first one is made so."""
+        for linear in (name for site in self.model.adapter.sites for name in site.linears):
+            name = self.model.linear_name(index, linear)
+            if name in self.writer.manifest["kept"]:
+                continue
+            try:
+                weight = layer.get_parameter(f"{linear}.weight")
+                check_range(weight, self.config.block_size)
+            except PT2Error as e:
+                raise PT2Error(f"{name}: {e}") from e
+
     def _residual_energy(self, tokens: Tensor) -> Tensor:
         """Mean square of each channel at the inputs that read the residual stream.
 
@@ -487,6 +500,7 @@ class _Run:
         total = torch.zeros(self.model.hidden_size, dtype=torch.float64)
         for index in range(self.model.n_blocks):
             layer = self.model.load_block(index)
+            self._check_ranges(layer, index)
             sums: dict[int, Tensor] = {}
 
             def take(number: int, x: Tensor, sums: dict[int, Tensor] = sums) -> None:

@@ -149,6 +149,20 @@ def positive_alpha(grid: Grid, t: Tensor) -> tuple[Grid, Tensor]:
     return Grid(grid.alpha.abs(), grid.mu), t * sign[:, None]
 
 
+def check_range(weight: Tensor, block_size: int) -> None:
+    """Refuse a weight ``[rows, cols]`` of which a block's alpha is certain not to fit into float16.
+
+    Alpha is the mean size of a block's larger weights, so at least that of all of them.
+
+    Raises:
+        PT2Error: with the size of the block.
+    """
+    blocks = weight.float().view(weight.shape[0], -1, block_size)
+    largest = float((blocks - blocks.mean(-1, keepdim=True)).abs().mean(-1).max())
+    if largest > torch.finfo(torch.float16).max:
+        raise PT2Error(f"weights of about {largest:.3g} are too large for alpha in float16 (65504)")
+
+
 def store_grid(grid: Grid) -> Grid:
     """Round alpha and mu to what is stored, float16, and return them as float32.
 

@@ -180,3 +180,10 @@ def test_inputs_that_are_always_zero_leave_the_weights_to_decide():
 def test_weights_too_large_for_float16_are_refused():
     with pytest.raises(PT2Error, match="float16"):
         store_grid(Grid(torch.tensor([1e6]), torch.tensor([0.0])))
+
+
+def test_weights_too_large_for_alpha_are_refused_by_their_size():
+    weight = torch.randn(4, 256, generator=torch.Generator().manual_seed(0))
+    ternary.check_range(weight * 3e4, 128)
+    with pytest.raises(PT2Error, match="too large for alpha in float16"):
+        ternary.check_range(weight * 2e5, 128)

@@ -54,7 +54,7 @@ class _Watch(Reporter):
     begun = False
 
     def start(self, title: str, *args: object, **more: object) -> None:
-        self.begun = self.begun or title.startswith(("ternarising", "ordering"))
+        self.begun = self.begun or title.startswith("ternarising")
         super().start(title, *args, **more)  # type: ignore[arg-type]
 
 

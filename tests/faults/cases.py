@@ -292,11 +292,11 @@ def templates() -> dict[str, Maker]:
 def ranges() -> dict[str, Maker]:
     """c30: values beyond half precision, tiny ones, and dead channels."""
 
-    def values(scale: float) -> Callable[[Any], None]:
+    def values(scale: float, back: float) -> Callable[[Any], None]:
         def go(model: Any) -> None:
             for layer in model.model.layers:
                 layer.self_attn.v_proj.weight.mul_(scale)
-                layer.self_attn.o_proj.weight.mul_(1 / scale)
+                layer.self_attn.o_proj.weight.mul_(back)
 
         return go
 
@@ -313,8 +313,9 @@ def ranges() -> dict[str, Maker]:
     full = {"dtype": torch.float32}
     return {
         "c30big": made(change=down(3000.0)), "c30huge": made(change=down(1e5)),
-        "c30tiny": made(change=values(1e-6), **full), "c30tiny4": made(change=values(1e-4), **full),
-        "c30tiny2": made(change=values(2e-6), **full), "c30same": made(**full),
+        "c30tiny": made(change=values(1e-6, 1e6), **full),
+        "c30tiny4": made(change=values(1e-4, 1e4), **full),
+        "c30tiny2": made(change=values(2e-6, 2e5), **full), "c30same": made(**full),
         "c30dead": made(change=dead),
     }  # fmt: skip
 
