@@ -19,6 +19,7 @@ import re
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +38,7 @@ MAX_KL = 0.01
 MIN_SAME_TOP = 0.75
 PERPLEXITY, TOKENIZE = "llama-perplexity", "llama-tokenize"
 _MAGIC = b"_logits_"
+WORDLESS_TRIES, WORDLESS_SECONDS = 30, 20.0
 # Lines that llama.cpp is known to take apart otherwise, where a tokenizer does what it does not.
 KNOWN_GAPS = {
     DECOMPOSED: "llama.cpp composes no letters (Unicode NFC), this tokenizer does",
@@ -279,9 +281,13 @@ def predictions(values: NDArray[np.uint16], proof: Proof) -> tuple[F32, I32]:
 
 def _run(programs: Programs, tool: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [str(programs.tool(tool)), *map(str, arguments)]
-    for _ in range(5):  # llama.cpp can exit before its log's thread has said why it fails
+    began = time.monotonic()
+    # llama.cpp can exit before its log's thread has said why it fails, on a busy machine every other
+    # time. What fails at loading fails at once, so that asking again costs little.
+    for _ in range(WORDLESS_TRIES):
         done = children.run(command, env=programs.env())
-        if done.returncode == 0 or done.stdout.strip() or done.stderr.strip():
+        said = done.stdout.strip() or done.stderr.strip()
+        if done.returncode == 0 or said or time.monotonic() - began > WORDLESS_SECONDS:
             break
     if done.returncode:
         raise PT2Error(f"llama.cpp cannot use the file: {_words(tool, done)}")
