@@ -282,8 +282,8 @@ def predictions(values: NDArray[np.uint16], proof: Proof) -> tuple[F32, I32]:
 def _run(programs: Programs, tool: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [str(programs.tool(tool)), *map(str, arguments)]
     began = time.monotonic()
-    # llama.cpp can exit before its log's thread has said why it fails, on a busy machine every other
-    # time. What fails at loading fails at once, so that asking again costs little.
+    # llama.cpp can exit before its log's thread has said why it fails, on a busy machine every
+    # other time. What fails at loading fails at once, so that asking again costs little.
     for _ in range(WORDLESS_TRIES):
         done = children.run(command, env=programs.env())
         said = done.stdout.strip() or done.stderr.strip()
