@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantize.common import PT2Error
-from third_party.pt2_llama.edits import Edit, apply_edits, find_anchor, parse_edits
-from third_party.pt2_llama.overlay import (
+from pt2_core.errors import PT2Error
+from pt2_llama.edits import Edit, apply_edits, find_anchor, parse_edits
+from pt2_llama.overlay import (
     Overlay,
     load_overlay,
     patched_files,
