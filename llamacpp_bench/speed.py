@@ -5,26 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from llamacpp_bench.ggml_types import PT2_LAYOUT_KEYS
-from llamacpp_bench.gguf_info import GGUFInfo
 from llamacpp_bench.results import Model, Sample
-from llamacpp_bench.runner import (
-    Load,
+from llamacpp_bench.run.ggml_types import PT2_LAYOUT_KEYS
+from llamacpp_bench.run.gguf_info import GGUFInfo
+from llamacpp_bench.run.llama_bench import (
     batched_command,
     bench_command,
     interleave,
-    probe_placement,
     run_batched,
     run_bench,
     test_name,
 )
+from llamacpp_bench.run.load import Load
+from llamacpp_bench.run.placement import probe_placement
+from llamacpp_bench.session import Session
 from pt2_core.errors import PT2Error
 from pt2_core.files import human_seconds
-
-if TYPE_CHECKING:
-    from llamacpp_bench.pipeline import Session
 
 
 def measure_group(session: Session, group: str) -> None:

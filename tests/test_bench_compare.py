@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamacpp_bench import cli
-from llamacpp_bench.compare import compare, remarks, verdict
-from llamacpp_bench.gguf_info import read_gguf
-from llamacpp_bench.perplexity import plan, standard_error
 from llamacpp_bench.results import paired_ratio, summarise, token_bytes
-from llamacpp_bench.runner import interleave
+from llamacpp_bench.run.gguf_info import read_gguf
+from llamacpp_bench.run.llama_bench import interleave
+from llamacpp_bench.run.perplexity import plan, standard_error
+from llamacpp_bench.show.compare import compare, remarks, verdict
 from pt2_core.errors import PT2Error
 
 

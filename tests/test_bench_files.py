@@ -14,10 +14,10 @@ from bench_support import METADATA, TENSORS, write_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamacpp_bench import synthetic
-from llamacpp_bench.ggml_types import BY_NAME, FILE_TYPES
-from llamacpp_bench.gguf_info import header_bytes, read_gguf
-from llamacpp_bench.synthetic import (
+from llamacpp_bench.run import synthetic
+from llamacpp_bench.run.ggml_types import BY_NAME, FILE_TYPES
+from llamacpp_bench.run.gguf_info import header_bytes, read_gguf
+from llamacpp_bench.run.synthetic import (
     SHAPES,
     Shape,
     check_disk,

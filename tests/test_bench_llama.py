@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from llamacpp_bench import Config, load_results
-from llamacpp_bench.synthetic import LABEL, SHAPES
-from llamacpp_bench.synthetic_bench import bench_synthetic
-from llamacpp_bench.tools import open_toolbox
+from llamacpp_bench.bench_synthetic import bench_synthetic
+from llamacpp_bench.run.synthetic import LABEL, SHAPES
+from llamacpp_bench.run.tools import open_toolbox
 from pt2_core.errors import PT2Error
 from pt2_llama.api import find_build
 

@@ -10,7 +10,7 @@ from quantize_support import tiny_model
 
 from export import converter
 from llamacpp_bench import bench, cli
-from llamacpp_bench.baselines import Wanted, cache_name, check_name, find_source, source_gguf
+from llamacpp_bench.run.baselines import Wanted, cache_name, check_name, find_source, source_gguf
 from pt2_core.errors import PT2Error
 
 

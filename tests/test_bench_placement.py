@@ -10,10 +10,10 @@ import pytest
 from bench_support import METADATA, TENSORS, Setup, calls, write_gguf
 
 from llamacpp_bench import bench, speed
-from llamacpp_bench.baselines import Wanted
-from llamacpp_bench.gguf_info import read_gguf
 from llamacpp_bench.results import Placement
-from llamacpp_bench.runner import parse_placement
+from llamacpp_bench.run.baselines import Wanted
+from llamacpp_bench.run.gguf_info import read_gguf
+from llamacpp_bench.run.placement import parse_placement
 from pt2_core.errors import PT2Error
 
 
@@ -61,7 +61,7 @@ def test_a_graph_that_was_only_asked_about_is_not_counted(tmp_path: Path) -> Non
 
 def test_strict_refuses_it(tmp_path: Path, setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "llamacpp_bench.runner.parse_placement",
+        "llamacpp_bench.run.placement.parse_placement",
         lambda log, info: _placement_with_cpu(),
     )
     config = setup(baselines=(), perplexity=False)

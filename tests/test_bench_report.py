@@ -9,12 +9,20 @@ import pytest
 from bench_support import make_results
 
 from llamacpp_bench import cli, load_results
-from llamacpp_bench.fill import fill
-from llamacpp_bench.merge import merge
-from llamacpp_bench.plots import quality_figure, write_plots
-from llamacpp_bench.report import batch_rows, depth_rows, markdown, sections, to_csv, write_reports
 from llamacpp_bench.results import Results, Sample
-from llamacpp_bench.speedup import load_published, ratio_rows, shape_rows, speedup_figure
+from llamacpp_bench.show.fill import fill
+from llamacpp_bench.show.merge import merge
+from llamacpp_bench.show.plots import quality_figure
+from llamacpp_bench.show.published import load_published
+from llamacpp_bench.show.speedup import ratio_rows, shape_rows, speedup_figure
+from llamacpp_bench.show.tables import (
+    batch_rows,
+    depth_rows,
+    markdown,
+    sections,
+    to_csv,
+)
+from llamacpp_bench.show.write import write_plots, write_reports
 from pt2_core.errors import PT2Error
 
 ROOT = Path(__file__).parent.parent

@@ -9,11 +9,33 @@ from typing import Any
 import pytest
 from bench_support import METADATA, TENSORS, Setup, calls, write_gguf
 
-from llamacpp_bench import bench, cli, load_results, speed
-from llamacpp_bench.baselines import Wanted, parse_baselines
-from llamacpp_bench.report import caption
+from llamacpp_bench import Config, bench, cli, load_results, speed
 from llamacpp_bench.results import to_json
+from llamacpp_bench.run.baselines import Wanted, parse_baselines
+from llamacpp_bench.show.look import caption
 from pt2_core.errors import PT2Error
+from pt2_core.options import option_values
+
+
+def test_options_and_configuration_are_one_list():
+    """Without options the command has the library's defaults; each word reaches its field."""
+
+    def given(*words: str) -> Config:
+        return Config(**option_values(cli.make_parser().parse_args(words), Config))
+
+    assert given() == Config()
+    changed = given(
+        *("-p", "64", "-n", "32", "--depth", "0,512", "--batch", "1,8", "--baseline", "iq1_m,none"),
+        *("--pg", "1,2", "--pg", "3,4", "--no-repack", "--bandwidth", "2.5", "--no-report"),
+    )
+    assert (changed.prompt, changed.gen, changed.depths) == (64, 32, (0, 512))
+    assert changed.batches == (1, 8) and changed.baselines == (Wanted(type="IQ1_M"),)
+    assert changed.bandwidth == 2.5e9 and not changed.repack and not changed.report
+    load = changed.load()
+    assert load.pg == ((1, 2), (3, 4)) and (load.batch_prompt, load.batch_gen) == (64, 32)
+    assert given("-p", "64", "-n", "32").load().pg == ((64, 32),)
+    assert given("-p", "64", "-n", "0").load().pg == ()
+    assert given("--pg", "none").load().pg == ()
 
 
 def test_runs_are_interleaved_and_summed_up(tmp_path: Path, setup: Setup) -> None:
@@ -206,7 +228,7 @@ def test_the_source_is_found_by_the_fingerprint(
         (folder / "run.json").write_text(json.dumps({"model_dir": str(hf)}))
     found: list[Path] = []
     monkeypatch.setattr(
-        "llamacpp_bench.baselines._convert", lambda s, f, say, **given: found.append(s)
+        "llamacpp_bench.run.baselines._convert", lambda s, f, say, **given: found.append(s)
     )
     with pytest.raises(PT2Error):
         bench([model], setup(source=None))

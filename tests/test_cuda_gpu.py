@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from llamacpp_bench.gguf_info import read_gguf
-from llamacpp_bench.runner import parse_placement
+from llamacpp_bench.run.gguf_info import read_gguf
+from llamacpp_bench.run.placement import parse_placement
 from pt2_llama import api, toolchain
 from pt2_llama.smoke import final_perplexity
 

@@ -14,7 +14,7 @@ from test_export_predictions import BUILD, divergence
 
 from export import ExportConfig, export_gguf
 from export.encode import check_group_size
-from llamacpp_bench.baselines import _convert
+from llamacpp_bench.run.baselines import _convert
 from pt2_core.artifact.folder import Artifact, ArtifactWriter
 from pt2_core.errors import PT2Error
 from pt2_core.model.checkpoint import Checkpoint

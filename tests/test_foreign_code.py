@@ -60,7 +60,7 @@ QUANTIZE = "from quantize.cli import main; sys.exit(main())"
 EXPORT = "from export.cli import main; sys.exit(main())"
 BASELINE = """
 from pathlib import Path
-from llamacpp_bench import baselines
+from llamacpp_bench.run import baselines
 from pt2_core.cli import run_cli
 def body():
     baselines._convert(Path(sys.argv[1]), Path(sys.argv[2]), print)

@@ -119,12 +119,12 @@ ROBBED = [
     ("sensitivity", 300, "pt2_core.artifact.sensitivity", "sha256_content", lambda *a: ANY),
     ("refine-state", 300, "quantize.refinement.state", "_digest", lambda *a: ANY),
     ("refine-state", 300, "quantize.refinement.state", "validate", lambda *a: None),
-    ("gguf-tq2_1", 600, "llamacpp_bench.gguf_info", "_check_extent", lambda *a: None),
-    ("gguf-tq2_1", 600, "llamacpp_bench.gguf_info", "_check_kinds", lambda *a: None),
+    ("gguf-tq2_1", 600, "llamacpp_bench.run.gguf_info", "_check_extent", lambda *a: None),
+    ("gguf-tq2_1", 600, "llamacpp_bench.run.gguf_info", "_check_kinds", lambda *a: None),
     ("results", 600, "llamacpp_bench.results", "validate", lambda *a: None),
     ("results", 600, "llamacpp_bench.results", "_disagreement", lambda results: None),
     ("recipe", 600, "quantize.config", "_typed", lambda name, value, kind: value),
-    ("published", 600, "llamacpp_bench.speedup", "_PUBLISHED", lambda *a: None),
+    ("published", 600, "llamacpp_bench.show.published", "_PUBLISHED", lambda *a: None),
 ]
 
 

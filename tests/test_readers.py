@@ -22,10 +22,10 @@ from safetensors.numpy import load_file, save_file
 
 from export.config import parse_size
 from export.fold import Heads
-from llamacpp_bench.gguf_info import read_gguf
-from llamacpp_bench.merge import merge
 from llamacpp_bench.results import load_results
-from llamacpp_bench.speedup import load_published
+from llamacpp_bench.run.gguf_info import read_gguf
+from llamacpp_bench.show.merge import merge
+from llamacpp_bench.show.published import load_published
 from pt2_core.artifact import sensitivity
 from pt2_core.artifact.folder import MANIFEST, Artifact, read_manifest
 from pt2_core.errors import PT2Error

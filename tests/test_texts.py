@@ -81,7 +81,7 @@ def test_a_text_has_the_same_characters_however_its_lines_end(tmp_path, way):
 @pytest.fixture(scope="module")
 def gguf_model(tmp_path_factory) -> Path:
     """The example model as llama.cpp's converter writes it."""
-    from llamacpp_bench import baselines
+    from llamacpp_bench.run import baselines
 
     folder = tmp_path_factory.mktemp("gguf")
     with pytest.MonkeyPatch.context() as patch:

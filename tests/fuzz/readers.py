@@ -23,12 +23,12 @@ from safetensors.numpy import load, load_file
 
 from export.config import parse_size
 from export.fold import Heads
-from llamacpp_bench.compare import compare, remarks
-from llamacpp_bench.gguf_info import read_gguf
-from llamacpp_bench.merge import merge
-from llamacpp_bench.report import markdown
 from llamacpp_bench.results import load_results, to_json
-from llamacpp_bench.speedup import load_published
+from llamacpp_bench.run.gguf_info import read_gguf
+from llamacpp_bench.show.compare import compare, remarks
+from llamacpp_bench.show.merge import merge
+from llamacpp_bench.show.published import load_published
+from llamacpp_bench.show.tables import markdown
 from pt2_core.artifact import sensitivity
 from pt2_core.artifact.folder import MANIFEST, PROOF, RUN, Artifact, read_manifest, sha256_array
 from pt2_core.artifact.manifest import check_errors

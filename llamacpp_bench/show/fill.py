@@ -15,14 +15,15 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from llamacpp_bench.report import (
+from llamacpp_bench.results import Results
+from llamacpp_bench.show.published import Published
+from llamacpp_bench.show.speedup import conditions, ratio_rows, shape_rows
+from llamacpp_bench.show.tables import (
     batch_rows,
     depth_rows,
     markdown_table,
-    write_text,
 )
-from llamacpp_bench.results import Results
-from llamacpp_bench.speedup import Published, conditions, ratio_rows, shape_rows
+from llamacpp_bench.show.write import write_text
 from pt2_core.errors import PT2Error
 
 _PLACE = re.compile(r"(<!-- pt2-bench: ([a-z]+) -->\n).*?(<!-- end -->)", re.DOTALL)

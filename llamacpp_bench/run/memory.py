@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llamacpp_bench.process import run_tool
+from llamacpp_bench.run.process import run_tool
 from pt2_core.errors import PT2Error
 
 MIN_BUFFER = 1 << 30

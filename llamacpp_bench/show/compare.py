@@ -10,8 +10,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from llamacpp_bench.report import figure
 from llamacpp_bench.results import Model, Results, load_results
+from llamacpp_bench.show.look import digits
 from pt2_core.errors import PT2Error
 from pt2_core.files import human_bytes
 from pt2_core.words import screen
@@ -128,6 +128,6 @@ def _shown(d: Difference) -> tuple[str, str]:
     if d.what.startswith("size"):
         return human_bytes(d.a), human_bytes(d.b)
     return tuple(  # type: ignore[return-value]
-        figure(v) + ("" if e is None else f" ± {figure(e)}")
+        digits(v) + ("" if e is None else f" ± {digits(e)}")
         for v, e in ((d.a, d.error_a), (d.b, d.error_b))
     )

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from llamacpp_bench import pipeline, speed
-from llamacpp_bench.baselines import check_name
-from llamacpp_bench.gguf_info import read_gguf
+from llamacpp_bench import speed
+from llamacpp_bench.config import Config
 from llamacpp_bench.results import Results
-from llamacpp_bench.synthetic import (
+from llamacpp_bench.run.baselines import check_name
+from llamacpp_bench.run.gguf_info import read_gguf
+from llamacpp_bench.run.synthetic import (
     LABEL,
     Shape,
     check_disk,
@@ -18,14 +20,13 @@ from llamacpp_bench.synthetic import (
     recipe,
     write_synthetic,
 )
-from llamacpp_bench.tools import open_toolbox
+from llamacpp_bench.run.tools import open_toolbox
+from llamacpp_bench.session import Session, add_model, finish, start
 from pt2_core.errors import PT2Error
 from pt2_core.files import human_bytes, human_seconds, make_folder
 
 
-def bench_synthetic(
-    shapes: Sequence[Shape], types: Sequence[str], config: pipeline.Config
-) -> Results:
+def bench_synthetic(shapes: Sequence[Shape], types: Sequence[str], config: Config) -> Results:
     """Measure the speed of every type in every shape; one shape's files exist at a time.
 
     Ratios refer to Q2_K if it is among the types, else to the first type that is not ours.
@@ -33,12 +34,13 @@ def bench_synthetic(
     Raises:
         PT2Error: too little disk, a type the build cannot read, or a failing tool.
     """
-    config = pipeline.synthetic_config(config)
+    # Random weights have no perplexity and no baselines but each other.
+    config = replace(config, perplexity=False, text=None, baselines=())
     tools = open_toolbox(config.variant, config.bin_dir)
     tools.tool("llama-quantize")  # tells which tensor gets which type
     if not tools.knows_pt2 and (ours := [t for t in types if t in ("TQ2_1", "TQ1_1")]):
         raise PT2Error(f"an unmodified llama.cpp cannot run {ours[0]}; use --variant cpu")
-    session = pipeline.start(config, tools, "synthetic-" + "-".join(s.name for s in shapes))
+    session = start(config, tools, "synthetic-" + "-".join(s.name for s in shapes))
     session.results.config["synthetic"] = LABEL
     work = Path(config.work) if config.work else session.out / "models"
     make_folder(check_name(work))
@@ -48,12 +50,10 @@ def bench_synthetic(
     finally:
         if not config.keep and work == session.out / "models" and not any(work.iterdir()):
             work.rmdir()
-    return pipeline.finish(session)
+    return finish(session)
 
 
-def measure_shape(
-    session: pipeline.Session, shape: Shape, types: Sequence[str], work: Path
-) -> None:
+def measure_shape(session: Session, shape: Shape, types: Sequence[str], work: Path) -> None:
     """Write, measure and (unless they are to be kept) delete the files of one shape.
 
     Files kept by an earlier run are used if they fit, and stay.
@@ -64,7 +64,7 @@ def measure_shape(
         write_shape(session, shape, files)
         for kind, path in files.items():
             name = f"{shape.name} {kind}"
-            pipeline.add_model(session, read_gguf(path), name, LABEL, shape.name, hashed=False)
+            add_model(session, read_gguf(path), name, LABEL, shape.name, hashed=False)
         session.results.baseline[shape.name] = f"{shape.name} {reference(types)}"
         speed.measure_group(session, shape.name)
     finally:
@@ -80,7 +80,7 @@ def reference(types: Sequence[str]) -> str:
     return next((t for t in types if t not in ("TQ2_1", "TQ1_1")), types[0])
 
 
-def write_shape(session: pipeline.Session, shape: Shape, files: dict[str, Path]) -> None:
+def write_shape(session: Session, shape: Shape, files: dict[str, Path]) -> None:
     """Write the files of one shape, after a check that the disk holds all of them."""
     recipes = {kind: recipe(session.tools, shape, kind, session.logs) for kind in files}
     plans = {kind: plan_file(shape, kind, recipes[kind]) for kind in files}

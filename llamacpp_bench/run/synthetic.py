@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from llamacpp_bench.ggml_types import BY_NAME, FILE_TYPES, PT2_LAYOUT_KEYS, PT2_LAYOUTS
-from llamacpp_bench.gguf_info import Tensor, header_bytes, padded
-from llamacpp_bench.machine import usable_cores
-from llamacpp_bench.process import run_tool
-from llamacpp_bench.tools import ToolBox
+from llamacpp_bench.run.ggml_types import BY_NAME, FILE_TYPES, PT2_LAYOUT_KEYS, PT2_LAYOUTS
+from llamacpp_bench.run.gguf_info import Tensor, header_bytes, padded
+from llamacpp_bench.run.machine import usable_cores
+from llamacpp_bench.run.process import run_tool
+from llamacpp_bench.run.tools import ToolBox
 from pt2_core.errors import PT2Error
 from pt2_core.files import atomic_path, human_bytes
 

@@ -8,58 +8,30 @@ have published stands beside it, from a YAML file like benchmarks/h200/published
 from __future__ import annotations
 
 import textwrap
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from llamacpp_bench.plots import COLOURS, add_caption, add_legend, short_name, test_title
-from llamacpp_bench.report import Rows, caption, decode_reads, figure, plain_tests
 from llamacpp_bench.results import Model, Results
+from llamacpp_bench.show.look import (
+    COLOURS,
+    caption,
+    digits,
+    plain_tests,
+    short_name,
+    test_title,
+)
+from llamacpp_bench.show.plots import add_caption, add_legend
+from llamacpp_bench.show.published import Published
+from llamacpp_bench.show.tables import Rows, decode_reads
 from pt2_core.errors import PT2Error
 from pt2_core.files import human_bytes
-from pt2_core.schema import Mismatch, mapping, number, record, text
-from pt2_core.yaml_file import read_yaml
 
 OURS = ("TQ2_1", "TQ1_1")
 OURS_COLOURS = (COLOURS[0], COLOURS[5])
 OTHER_COLOURS = ("#9A9A9A", "#BDBDBD", "#D9D9D9", "#777777")
 PAPER_COLOUR = COLOURS[1]
-
-
-@dataclass(frozen=True)
-class Published:
-    """Speeds relative to a 2-bit baseline that others state: `speedup[shape][test]`."""
-
-    name: str
-    source: str
-    what: str
-    speedup: dict[str, dict[str, float]]
-
-
-_PUBLISHED = record(
-    {"name": text(), "source": text(), "what": text(), "speedup": mapping(mapping(number(0, 1e6)))}
-)
-
-
-def load_published(path: str | Path) -> Published:
-    """Read such a file.
-
-    Raises:
-        PT2Error: it is not there, not YAML, or something is missing or not a number.
-    """
-    if not Path(path).is_file():
-        raise PT2Error(f"{path}: No such file")
-    raw = read_yaml(path)
-    try:
-        _PUBLISHED(raw, "")
-    except Mismatch as e:
-        wanted = "name, source, what and speedup (shape: test: number)"
-        raise PT2Error(f"{path} needs {wanted}: {e}") from e
-    speedup = {s: {t: float(v) for t, v in tests.items()} for s, tests in raw["speedup"].items()}
-    return Published(raw["name"], raw["source"], raw["what"], speedup)
 
 
 # ------------------------------------------------------------------------------------------ figure
@@ -178,7 +150,7 @@ def speed_and_ratio(results: Results, model: Model, test: str) -> str:
     if not results.values(model.name, test):
         return "-"
     ratio = results.ratio(model, test)
-    shown = figure(results.summary(model.name, test).mean)
+    shown = digits(results.summary(model.name, test).mean)
     is_base = model.name == results.baseline.get(model.group)
     return shown if ratio is None or is_base else f"{shown} ({ratio.median:.2f}x)"
 

@@ -1,82 +1,33 @@
-"""Figures: speed bars and size against perplexity. Okabe-Ito colours, which the colour-blind see
-apart; the baseline is grey."""
+"""Figures: bars of speed, decode over depth or sequences, and size against perplexity."""
 
 from __future__ import annotations
 
 import itertools
 import textwrap
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")
+matplotlib.use("Agg")  # before pyplot looks for a screen
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from llamacpp_bench.report import caption, figure, perplexity_of, plain_tests, protocols
 from llamacpp_bench.results import Model, Results
-from pt2_core.files import atomic_path
+from llamacpp_bench.show.look import (
+    BASE_COLOUR,
+    COLOURS,
+    caption,
+    digits,
+    perplexity_of,
+    plain_tests,
+    protocols,
+    short_name,
+    test_title,
+)
 
-if TYPE_CHECKING:
-    from llamacpp_bench.speedup import Published
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#B8A800", "#000000")
-BASE_COLOUR = "#8A8A8A"
-STYLE: dict[str, Any] = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "figure.dpi": 100,
-    "savefig.dpi": 200,
-}
 MARKERS = "os^DvP*X"
 ERRORS: dict[str, Any] = {"capsize": 2, "error_kw": {"elinewidth": 1.0, "ecolor": "#333333"}}
-
-
-def write_plots(results: Results, out: Path, published: Published | None = None) -> list[Path]:
-    """Write speed.png, and the other plots of what was measured.
-
-    These are speedup.png (several shapes with ratios), depth.png, batch.png, size-perplexity.png.
-
-    Returns:
-        The files written.
-    """
-    written = []
-    with matplotlib.rc_context(rc=STYLE):  # type: ignore[arg-type]  # its keys are literals
-        if plain_tests(results):
-            written.append(_save(speed_figure(results), out / "speed.png"))
-            if published is not None or len(results.groups()) > 1:
-                from llamacpp_bench.speedup import speedup_figure
-
-                fig = speedup_figure(results, published)
-                written.append(_save(fig, out / "speedup.png"))
-        for mark, name in (("@d", "depth.png"), ("@b", "batch.png")):
-            if any(scaling_points(results, m, mark)[0][1:] for m in results.models):
-                written.append(_save(scaling_figure(results, mark), out / name))
-        if protocols(results):
-            written.append(_save(quality_figure(results), out / "size-perplexity.png"))
-    return written
-
-
-def _save(fig: Figure, path: Path) -> Path:
-    with atomic_path(path) as tmp:
-        fig.savefig(tmp, format="png", bbox_inches="tight")
-    plt.close(fig)
-    return path
-
-
-def test_title(test: str) -> str:
-    """`pp128+tg256` -> `End to end: 128 + 256 tokens`."""
-    parts = [p[2:] for p in test.split("+")]
-    if len(parts) == 2:
-        return f"End to end: {parts[0]} + {parts[1]} tokens"
-    kind = "Prefill" if test.startswith("pp") else "Decode"
-    return f"{kind}: {parts[0]} tokens"
 
 
 def colour_of(results: Results) -> dict[str, str]:
@@ -89,11 +40,6 @@ def colour_of(results: Results) -> dict[str, str]:
         if name not in colours:
             colours[name] = BASE_COLOUR if name in bases else next(free)
     return colours
-
-
-def short_name(model: Model) -> str:
-    """The name within its group: of `7b TQ2_1` in group `7b` it is `TQ2_1`."""
-    return model.name.removeprefix(f"{model.group} ") if model.group else model.name
 
 
 def speed_figure(results: Results) -> Figure:
@@ -138,7 +84,7 @@ def single_panel(ax: Any, results: Results, test: str) -> None:
         is_base = m.name == results.baseline.get(m.group)
         extra = "" if ratio is None or is_base else f"  {ratio.median:.2f}x"
         end = s.mean + s.stdev
-        ax.text(end + 0.02 * top, y, f"{figure(s.mean)}{extra}", va="center", fontsize=8)
+        ax.text(end + 0.02 * top, y, f"{digits(s.mean)}{extra}", va="center", fontsize=8)
     ax.set_yticks(range(len(models)), [short_name(m) for m in models])
     ax.set_ylim(len(models) - 0.4, -0.6)
     ax.set_xlim(0, 1.5 * top)
@@ -165,7 +111,7 @@ def grouped_panel(ax: Any, results: Results, test: str) -> None:
             xs.append(g + (i - (len(names) - 1) / 2) * width)
             heights.append(ratio.median)
             errors.append(ratio.stdev)
-            texts.append(figure(results.summary(m.name, test).mean))
+            texts.append(digits(results.summary(m.name, test).mean))
         ax.bar(xs, heights, width * 0.94, yerr=errors, color=colours[name], label=name, **ERRORS)
         for x, h, e, text in zip(xs, heights, errors, texts, strict=True):
             ax.annotate(

@@ -4,35 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from llamacpp_bench.results import Model, Perplexity, Results, paired_ratio, token_bytes
-from pt2_core.files import atomic_path, human_bytes
+from llamacpp_bench.show.look import caption, digits, perplexity_of, plain_tests, protocols
+from pt2_core.files import human_bytes
 from pt2_core.words import screen
 
-if TYPE_CHECKING:
-    from llamacpp_bench.speedup import Published
-
 Rows = list[list[str]]
-
-
-def write_reports(results: Results, out: Path, published: Published | None = None) -> None:
-    """Write results.md, results.csv and the plots into the folder `out`."""
-    from llamacpp_bench.plots import write_plots  # matplotlib only when it is needed
-
-    plots = write_plots(results, out, published)
-    write_text(out / "results.md", markdown(results, [p.name for p in plots]))
-    write_text(out / "results.csv", to_csv(results))
-
-
-def write_text(path: Path, text: str) -> None:
-    with atomic_path(path) as tmp:
-        tmp.write_text(text, encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------- cells
@@ -43,7 +25,7 @@ def speed_cell(results: Results, model: Model, test: str) -> str:
     if not results.values(model.name, test):
         return "-"
     s = results.summary(model.name, test)
-    return figure(s.mean) + (f" ± {figure(s.stdev)}" if s.n > 1 else "")
+    return digits(s.mean) + (f" ± {digits(s.stdev)}" if s.n > 1 else "")
 
 
 def ratio_cell(results: Results, model: Model, test: str) -> str:
@@ -55,17 +37,6 @@ def ratio_cell(results: Results, model: Model, test: str) -> str:
     return "1x" if is_base else f"{ratio.median:.2f}x"
 
 
-def figure(value: float) -> str:
-    """A number with three or four significant digits: `12345`, `135.2`, `7.31`."""
-    if value >= 1000:
-        return f"{value:.0f}"
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-
-
-def perplexity_of(model: Model, protocol: str) -> Perplexity | None:
-    return next((p for p in model.perplexity if p.protocol == protocol), None)
-
-
 def perplexity_cell(p: Perplexity | None) -> str:
     if p is None:
         return "-"
@@ -73,18 +44,7 @@ def perplexity_cell(p: Perplexity | None) -> str:
     return f"{p.ppl:.{digits}f}" + ("" if p.error is None else f" ± {p.error:.{digits}f}")
 
 
-def protocols(results: Results) -> list[tuple[str, int]]:
-    """The protocols measured, with their window lengths."""
-    found = [(p.protocol, p.context) for m in results.models for p in m.perplexity]
-    return list(dict.fromkeys(found))
-
-
 # -------------------------------------------------------------------------------------------- rows
-
-
-def plain_tests(results: Results) -> list[str]:
-    """The tests at depth 0 and batch 1."""
-    return [t for t in results.tests() if "@" not in t]
 
 
 def depth_tests(results: Results) -> list[str]:
@@ -134,7 +94,7 @@ def batch_cell(results: Results, model: Model, test: str) -> str:
     if not results.values(model.name, test):
         return "-"
     times = batch_gain(results, model, test)
-    shown = figure(results.summary(model.name, test).mean)
+    shown = digits(results.summary(model.name, test).mean)
     return shown if times is None else f"{shown} ({times:.2f}x)"
 
 
@@ -210,39 +170,6 @@ def placement_cell(model: Model, kind: str, ops: dict[str, dict[str, int]]) -> s
             parts.append(f"{op} on {backend} ({note})")
     path = model.placement.kernels.get(kind)
     return "; ".join(parts) + (f"; kernel: {path}" if path else "")
-
-
-def caption(results: Results) -> list[str]:
-    """What the figures were measured on, in sentences."""
-    m, c = results.machine, results.config
-    gpu = f", {', '.join(m['gpus'])}" if m.get("gpus") else ""
-    ram = human_bytes(m["ram_bytes"])
-    lines = [f"{m['cpu']}, {m['cores']} cores, {ram} RAM{gpu}; {m['system']}; {m['date']}."]
-    b = results.build
-    threads = f"{c['threads']} thread{'s' if c['threads'] != 1 else ''}"
-    repack = "" if c.get("repack", True) else ", no repacking"
-    repeats = int(c.get("repeats", 1))
-    least = int(c.get("repeats_least", repeats))
-    passes = f" of {f'{least} to ' if least < repeats else ''}{repeats} passes"
-    passes = passes if repeats > 1 else ""
-    lines.append(
-        f"llama.cpp {b.get('build_commit') or '?'} ({b['description']}, {b.get('backends') or '?'}"
-        f"), {threads}{repack}, {c['rounds']} interleaved rounds{passes}."
-    )
-    rate = float(results.bandwidth.get("bytes_per_second", 0))
-    if rate:
-        method = results.bandwidth["method"]
-        known = "given" if method == "given" else f"measured in this run: {method}"
-        lines.append(f"Memory can be read at {rate / 1e9:.1f} GB/s ({known}).")
-    if c.get("text"):
-        lines.append(f"Perplexity on {c['text']}{_chunks(c.get('chunks'))}.")
-    if results.synthetic:
-        lines.insert(0, f"Synthetic models, {c['synthetic']}.")
-    return lines
-
-
-def _chunks(chunks: int | None) -> str:
-    return "" if chunks is None else f", its first {chunks} windows of 512 tokens"
 
 
 # ----------------------------------------------------------------------------------------- outputs

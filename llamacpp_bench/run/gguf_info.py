@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llamacpp_bench.ggml_types import BY_NAME, PT2_LAYOUT_KEYS, PT2_LAYOUTS, TYPES, GGMLType
+from llamacpp_bench.run.ggml_types import BY_NAME, PT2_LAYOUT_KEYS, PT2_LAYOUTS, TYPES, GGMLType
 from pt2_core.errors import PT2Error
 from pt2_core.files import first_double
 
