@@ -14,6 +14,7 @@ from quantize.temporary import temporary_folder
 from third_party.pt2_llama import builds, compile, pinned, smoke, source, toolchain
 from third_party.pt2_llama.builds import Build, Stamp
 from third_party.pt2_llama.cache import Places, check_disk, lock
+from third_party.pt2_llama.edits import EditsDoNotFit
 from third_party.pt2_llama.overlay import Overlay, load_overlay, stamp_digest, sync_patched
 
 DISK_BYTES = {"cpu": 1_000_000_000, "stock": 600_000_000, "cuda": 5_000_000_000}
@@ -135,7 +136,13 @@ def ensure_pristine(where: Places, given: Path | None = None) -> Path:
 def ensure_patched(where: Places, overlay: Overlay, given: Path | None = None) -> Path:
     """The patched source in the cache, in step with the overlay. Needs the lock."""
     pristine = ensure_pristine(where, given)
-    changed = sync_patched(pristine, where.patched, overlay)
+    try:
+        changed = sync_patched(pristine, where.patched, overlay)
+    except EditsDoNotFit as e:
+        if len(e.misfits) > 1:  # one is the message itself, of many it may show a part
+            for misfit in e.misfits:
+                say(str(misfit))
+        raise
     if changed:
         say(f"overlay and edits applied: {changed} files changed in {where.patched}")
     return where.patched
