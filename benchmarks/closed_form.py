@@ -6,7 +6,8 @@
 FILE holds token ids ``calibration`` and ``valid``, ``[n, 512]`` each. Three parts, all printed as
 they come and written to OUT/closed_form.json:
 
-1. the inner loop of the descent as a CUDA graph (``quantize.descent.RECORD``): equal to the plain
+1. the inner loop of the descent as a CUDA graph (``quantize.method.descent.RECORD``): equal to the
+plain
    loop, bit for bit, and how much faster; the rest goes on without it where it is not;
 2. the recipes paper, fast and best one after the other, alone on the machine: perplexity and time,
    for the rule that best takes at most ten times paper's; best's artifact goes to OUT/best.tar, in
@@ -30,14 +31,14 @@ from typing import Any
 
 import torch
 
-from quantize import descent
-from quantize.common import write_json
+from pt2_core.files import write_json
 from quantize.config import load_recipe
 from quantize.evaluate import perplexity, windows
-from quantize.gptq import Method, damp, quantize_matrix
-from quantize.machine import arithmetic
+from quantize.method import descent
+from quantize.method.gptq import Method, damp, quantize_matrix
+from quantize.method.ternary import Grid
+from quantize.model.torch_setup import arithmetic
 from quantize.pipeline import ternarize
-from quantize.ternary import Grid
 
 VARIANTS: list[dict[str, Any]] = [
     {"recipe": "best", "stream": 0.0},

@@ -18,7 +18,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from quantize.common import ArgumentParser, PT2Error, atomic_path, run_cli, write_json
+from pt2_core.cli import ArgumentParser, run_cli
+from pt2_core.errors import PT2Error
+from pt2_core.files import atomic_path, write_json
 
 LIMITS = {"tq2_1": 0.005, "tq1_1": 0.005, "q2_k": 0.02}
 PATHS = ("generic", "avx2", "avx512")
@@ -40,7 +42,7 @@ def llama_perplexity(
     variant: str, file: Path, text: str, chunks: int, path: str | None, tries: int = 3
 ) -> float:
     """Final estimate of llama-perplexity; its last line is lost now and then, so it is retried."""
-    from third_party.pt2_llama.api import require_build
+    from pt2_llama.api import require_build
 
     build = require_build(variant)
     env = {**build.env(), **({"GGML_TQ_CPU": path} if path else {})}

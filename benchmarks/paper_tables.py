@@ -16,7 +16,7 @@ figures beside ours.
 
 from __future__ import annotations
 
-import quantize.waiting  # noqa: F401  before torch is loaded
+import quantize.model.waiting  # noqa: F401  before torch is loaded
 
 # isort: split
 
@@ -27,23 +27,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pt2_core.cli import ArgumentParser, run_cli
+from pt2_core.errors import PT2Error
+from pt2_core.files import atomic_path, human_seconds, read_json, write_json
 from pt2_core.progress import open_reporter
-from pt2_core.texts import Text, read_text, split_sources
-from pt2_core.tokens import check_context, paper_windows
+from pt2_core.texts.sources import Text, read_text, split_sources
+from pt2_core.texts.tokens import check_context, paper_windows
 from pt2_eval.measure import perplexity
 from pt2_eval.models import open_model
 from pt2_eval.tasks import PAPER_TASKS, zero_shot
-from quantize.common import (
-    ArgumentParser,
-    PT2Error,
-    atomic_path,
-    human_seconds,
-    read_json,
-    run_cli,
-    write_json,
-)
 from quantize.config import DEVICES, DTYPES, load_recipe
-from quantize.machine import arithmetic
+from quantize.model.torch_setup import arithmetic
 from quantize.pipeline import ternarize
 
 RESULTS, PAGE = "tables.json", "tables.md"

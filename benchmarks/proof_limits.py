@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from export import ExportConfig, export_gguf, proof
-from quantize.common import PT2Error
+from pt2_core.errors import PT2Error
 
 TABLES = {"F32": {"embedding_type": "f32", "output_type": "f32"}, "default": {}}
 

@@ -10,7 +10,7 @@ the tokens that an hour would hold at this rate.
 
 from __future__ import annotations
 
-import quantize.waiting  # noqa: F401  before torch is loaded
+import quantize.model.waiting  # noqa: F401  before torch is loaded
 
 # isort: split
 
@@ -23,13 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pt2_core.cli import ArgumentParser, run_cli
+from pt2_core.files import human_bytes
 from pt2_core.progress import Reporter
-from quantize.common import ArgumentParser, human_bytes, run_cli
 from quantize.config import DEVICES, DTYPES
-from quantize.machine import arithmetic, pick_device
-from quantize.refine import Run
-from quantize.refine_config import CODES, RefineConfig
-from quantize.student import build_teacher, ternary_maker
+from quantize.model.student import build_teacher, ternary_maker
+from quantize.model.torch_setup import arithmetic, pick_device
+from quantize.refinement.config import CODES, RefineConfig
+from quantize.refinement.loop import Run
 
 # LLaMA's shapes: width, blocks, heads, feed-forward width, vocabulary; "tiny" is for tests.
 SHAPES = {

@@ -16,7 +16,7 @@ benchmarks/refine_schedules.sh runs it for wiki-llama-82m and packs the result i
 
 from __future__ import annotations
 
-import quantize.waiting  # noqa: F401  before torch is loaded
+import quantize.model.waiting  # noqa: F401  before torch is loaded
 
 # isort: split
 
@@ -33,20 +33,22 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pt2_core.cli import ArgumentParser, run_cli
+from pt2_core.errors import PT2Error
+from pt2_core.files import atomic_path, write_json
+from pt2_core.model.checkpoint import Checkpoint
 from pt2_core.progress import Reporter
-from pt2_core.texts import read_text
-from pt2_core.tokens import encode, load_tokenizer
-from quantize.checkpoint import Checkpoint
-from quantize.common import ArgumentParser, PT2Error, atomic_path, run_cli, write_json
+from pt2_core.texts.sources import read_text
+from pt2_core.texts.tokens import encode, load_tokenizer
 from quantize.config import DEVICES, load_recipe
 from quantize.evaluate import perplexity, windows
-from quantize.hf_model import StreamedModel
-from quantize.machine import arithmetic, pick_device
+from quantize.model.streamed import StreamedModel
+from quantize.model.student import build_teacher
+from quantize.model.torch_setup import arithmetic, pick_device
 from quantize.pipeline import ternarize
-from quantize.refine import Refined, refine
-from quantize.refine_config import RefineConfig
-from quantize.selftext import prompt_windows, write_text
-from quantize.student import build_teacher
+from quantize.refinement.config import RefineConfig
+from quantize.refinement.loop import Refined, refine
+from quantize.refinement.selftext import prompt_windows, write_text
 
 CONTEXT = 512
 TAIL_SECONDS = 20  # for the measurements after the long run

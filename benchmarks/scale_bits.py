@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from quantize.artifact import Array
-from quantize.common import ArgumentParser, run_cli, write_json
+from pt2_core.artifact.folder import Array
+from pt2_core.cli import ArgumentParser, run_cli
+from pt2_core.files import write_json
 from quantize.evaluate import GridChange, perplexity, windows
 
 

@@ -21,7 +21,9 @@ from typing import Any
 
 from llamacpp_bench import load_results
 from llamacpp_bench.results import Model, Results
-from quantize.common import ArgumentParser, PT2Error, atomic_path, read_json, run_cli, write_json
+from pt2_core.cli import ArgumentParser, run_cli
+from pt2_core.errors import PT2Error
+from pt2_core.files import atomic_path, read_json, write_json
 
 BASE, RIVAL, OURS = "bf16", "llama-quantize", "pt2"
 PROTOCOL = "llama.cpp"

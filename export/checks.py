@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from export.config import ExportConfig
-from quantize.artifact import MANIFEST, RUN, Artifact
-from quantize.checkpoint import Checkpoint
-from quantize.common import PT2Error, human_bytes, read_json, reason
-from quantize.temporary import SUFFIX, temporary_folder
+from pt2_core.artifact.folder import MANIFEST, RUN, Artifact
+from pt2_core.errors import PT2Error, reason
+from pt2_core.files import human_bytes, read_json
+from pt2_core.model.checkpoint import Checkpoint
+from pt2_core.process.temporary import SUFFIX, temporary_folder
 
 # Metadata, tokenizer and padding beside the tensors, when guessing what the disk must hold.
 SPARE_BYTES = 32 << 20

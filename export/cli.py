@@ -14,9 +14,11 @@ from export.config import (
     ExportConfig,
     parse_size,
 )
+from pt2_core.cli import ArgumentParser, run_cli
 from pt2_core.commands import command
-from quantize.common import ArgumentParser, PT2Error, human_bytes, read_json, run_cli
-from quantize.words import screen
+from pt2_core.errors import PT2Error
+from pt2_core.files import human_bytes, read_json
+from pt2_core.words import screen
 
 if TYPE_CHECKING:
     from export.pipeline import ExportReport
@@ -30,7 +32,8 @@ examples:
   pt2-export model.gguf --embedding-type q4_k --output-type q6_k
   pt2-export model.gguf --type tq1_1 --target-bpw 2.1
                                                 the most sensitive tensors in Q2_K to Q4_K, chosen
-                                                by what python -m quantize.measure has measured
+                                                by what python -m quantize.sensitivities has
+                                                measured
   pt2-export model.gguf --split-max-size 2G     model-00001-of-0000N.gguf
   pt2-export verify model.gguf --artifact DIR   is a file what its artifact says?
 
@@ -161,7 +164,7 @@ def newest_artifact(folder: Path) -> Path:
         return max(complete)[2].parent
     if found:
         last = max(found)[2].parent
-        from quantize.artifact import Artifact
+        from pt2_core.artifact.folder import Artifact
 
         Artifact.open(last)  # says how to finish it
     raise PT2Error("no artifact in this folder: give one with --from DIR, made by pt2-quantize")

@@ -6,7 +6,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from quantize.common import PT2Error
+from pt2_core.errors import PT2Error
 
 TYPES = ("tq2_1", "tq1_1", "q2_k")
 

@@ -25,12 +25,13 @@ from numpy.typing import NDArray
 from export import converter_driver
 from export.converter_driver import MARK, REFUSED, check_arrived, check_rows, stand_in_number
 from export.fold import FoldPlan
-from quantize import children
-from quantize.checkpoint import Checkpoint
-from quantize.common import PT2Error, read_json, reason
-from quantize.isolated import child_env, isolated, search_path
-from quantize.model_view import view_folder, write_view
-from quantize.temporary import temporary_folder
+from pt2_core.errors import PT2Error, reason
+from pt2_core.files import read_json
+from pt2_core.model.checkpoint import Checkpoint
+from pt2_core.model.view import view_folder, write_view
+from pt2_core.process import children
+from pt2_core.process.isolated import child_env, isolated, search_path
+from pt2_core.process.temporary import temporary_folder
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
 _READ_ONLY_KEYS = ("GGUF.version", "GGUF.tensor_count", "GGUF.kv_count", "general.architecture")

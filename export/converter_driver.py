@@ -1,8 +1,9 @@
 """Runs llama.cpp's own converter on a model whose ternary weights are replaced by row numbers.
 
 A process of its own (``python -I converter_driver.py JOB.json``), because the converter brings its
-own version of the ``gguf`` package, and apart from the working folder (:mod:`quantize.isolated`).
-Python code of the model's folder is never run (:mod:`quantize.foreign_code`).
+own version of the ``gguf`` package, and apart from the working folder
+(:mod:`pt2_core.process.isolated`). Python code of the model's folder is never run
+(:mod:`pt2_core.process.foreign_code`).
 
 It writes a *carrier*: a GGUF file with the model's metadata, tokenizer and chat template, all other
 tensors folded and in float32, and for each ternary weight ``[rows, cols]`` a stand-in ``[rows, 3]``
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> int:
     search_first(job)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     from export.settings import Unsupported
-    from quantize.common import PT2Error
+    from pt2_core.errors import PT2Error
 
     notes: list[str] = []
     try:
@@ -65,7 +66,6 @@ def search_first(job: dict[str, Any]) -> None:
     # Their folders are known from here on, so that the root may go.
     import export  # noqa: F401
     import pt2_core  # noqa: F401
-    import quantize  # noqa: F401
 
     own = [job["source"], str(Path(job["source"]) / "gguf-py")]
     sys.path[:] = [*own, *job["path"]]
@@ -77,7 +77,7 @@ def run(job: dict[str, Any], notes: list[str]) -> None:
     Args:
         notes: is added to: what was mended or ignored, in words.
     """
-    from quantize import foreign_code
+    from pt2_core.process import foreign_code
 
     folder = Path(job["model"])
     foreign_code.forbid()

@@ -18,9 +18,9 @@ from export.fold import FoldPlan
 from export.ggml import Ggml, type_of
 from export.mixed import Choice
 from export.types import BLOCK, F16, TERNARY_TYPES, U8, weights
-from quantize.artifact import TernaryMatrix
-from quantize.common import PT2Error
-from quantize.widths import width_problem
+from pt2_core.artifact.folder import TernaryMatrix
+from pt2_core.errors import PT2Error
+from pt2_core.model.widths import width_problem
 
 F32_TYPE = gguf.GGMLQuantizationType.F32
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"

@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantize.common import PT2Error
-from quantize.schema import shown
+from pt2_core.errors import PT2Error
+from pt2_core.schema import shown
 
 Order = NDArray[np.int32]
 

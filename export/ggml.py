@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from quantize.common import PT2Error
+from pt2_core.errors import PT2Error
 
 _CHUNK_VALUES = 1 << 22
 _LIBRARIES = ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll")

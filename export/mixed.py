@@ -2,8 +2,8 @@
 
 Every ternary linear may become Q2_K, Q3_K or Q4_K of its original weights instead, and embeddings
 and head may take any of these types up to Q8_0. What a choice gains is estimated from the figures
-of ``python -m quantize.measure``: a linear whose restoration lowers the KL divergence by ``gain``,
-and whose output error falls from ``error`` (ternary) to ``e`` in another type, gains
+of ``python -m quantize.sensitivities``: a linear whose restoration lowers the KL divergence by
+``gain``, and whose output error falls from ``error`` (ternary) to ``e`` in another type, gains
 ``gain * (1 - e / error)``; embeddings and head cost their measured slope times the relative error
 of the type. The choices of least divergence that fit into the budget are a multiple-choice
 knapsack, solved exactly but for sizes rounded up to 1/8192 of what there is to spend.
@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from export.config import ExportConfig
 from export.ggml import Ggml, type_of
-from quantize.common import PT2Error, human_bytes
-from quantize.sensitivity import Sensitivity
+from pt2_core.artifact.sensitivity import Sensitivity
+from pt2_core.errors import PT2Error
+from pt2_core.files import human_bytes
 
 LINEAR_TYPES = ("q2_k", "q3_k", "q4_k")
 TABLE_TYPES = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q8_0")
@@ -141,7 +142,9 @@ def choose(
         step()
     for table, name in tables.items():
         if table not in sensitivity.tables:
-            raise PT2Error(f"the {table} has not been measured; run python -m quantize.measure")
+            raise PT2Error(
+                f"the {table} has not been measured; run python -m quantize.sensitivities"
+            )
         fixed = config.embedding_type if table == "embedding" else config.output_type
         kinds = (fixed,) if fixed else TABLE_TYPES
         items.append(_table_options(kinds, original(name), sensitivity.tables[table], ggml))
@@ -167,7 +170,9 @@ def _linear_options(
     options = [Option(ternary, rows * ggml.row_size(type_of(ternary), cols), 0.0)]
     figures = sensitivity.linears.get(module)
     if figures is None:
-        raise PT2Error(f"{module} has not been measured; run python -m quantize.measure again")
+        raise PT2Error(
+            f"{module} has not been measured; run python -m quantize.sensitivities again"
+        )
     if figures.gain <= 0:
         return options
     sample = _sample(original(f"{module}.weight"))

@@ -40,10 +40,10 @@ from export.q2k import WeightError
 from export.source import HF_EMBEDDING, HF_HEAD, TernarySource
 from export.verify import verify_files
 from export.writer import Metadata, write_gguf
-from quantize.artifact import Artifact
-from quantize.checkpoint import Checkpoint
-from quantize.common import PT2Error
-from third_party.pt2_llama import api
+from pt2_core.artifact.folder import Artifact
+from pt2_core.errors import PT2Error
+from pt2_core.model.checkpoint import Checkpoint
+from pt2_llama import api
 
 PT2_VERSION = 1
 HEADER_SPARE = 8192  # our own metadata and the padding between tensors

@@ -13,8 +13,8 @@ import numpy as np
 
 from export.converter import TOKENIZERS, Options, try_converter
 from export.fold import Heads, fold_plan
-from quantize.checkpoint import Checkpoint
-from quantize.common import PT2Error
+from pt2_core.errors import PT2Error
+from pt2_core.model.checkpoint import Checkpoint
 
 
 class NoSource(PT2Error):
@@ -45,7 +45,7 @@ def preflight(
         NoSource: llama.cpp's source is not there and cannot be fetched.
         PT2Error: what the exporter would refuse, with the file at fault and what to do.
     """
-    from third_party.pt2_llama import api
+    from pt2_llama import api
 
     try:
         source = api.source_dir()

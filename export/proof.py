@@ -28,11 +28,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from quantize import children
-from quantize.common import PT2Error
-from quantize.proof import F32, I32, Difference, Proof, difference, scored
-from quantize.proof_text import AFTER_SPECIAL, DECOMPOSED
-from quantize.temporary import temporary_folder
+from pt2_core.artifact.proof import F32, I32, Difference, Proof, difference, scored
+from pt2_core.artifact.proof_text import AFTER_SPECIAL, DECOMPOSED
+from pt2_core.errors import PT2Error
+from pt2_core.process import children
+from pt2_core.process.temporary import temporary_folder
 
 MAX_KL = 0.01
 MIN_SAME_TOP = 0.75

@@ -24,9 +24,9 @@ from export.proof import KNOWN_GAPS, Programs, Verdict, check_file
 from export.source import TABLES, TernarySource
 from export.types import TERNARY_TYPES
 from export.writer import Metadata
-from quantize.common import PT2Error
-from quantize.proof import Proof, rope_type, ropes
-from quantize.proof_text import AFTER_SPECIAL, COMPOSED, DECOMPOSED
+from pt2_core.artifact.proof import Proof, rope_type, ropes
+from pt2_core.artifact.proof_text import AFTER_SPECIAL, COMPOSED, DECOMPOSED
+from pt2_core.errors import PT2Error
 
 STAGE = "proving in llama.cpp"
 HEAD_BYTES = 1 << 27  # metadata with the largest vocabulary, and room

@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 from export.checks import Progress, check_shapes
 from export.encode import EMBEDDING, HEAD, Item, TernaryRows, row_order
 from export.fold import FoldPlan, Heads, fold_plan
-from quantize import sensitivity
-from quantize.artifact import Artifact, TernaryMatrix
-from quantize.checkpoint import Checkpoint
+from pt2_core.artifact import sensitivity
+from pt2_core.artifact.folder import Artifact, TernaryMatrix
+from pt2_core.model.checkpoint import Checkpoint
 
 HF_EMBEDDING, HF_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TABLES = {EMBEDDING: HF_EMBEDDING, HEAD: HF_HEAD}

@@ -14,7 +14,7 @@ from export.encode import Item, TernaryRows
 from export.ggml import Ggml
 from export.types import TERNARY_TYPES
 from export.writer import digest
-from quantize.common import PT2Error
+from pt2_core.errors import PT2Error
 
 _VALUES_AT_ONCE = 1 << 24
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from quantize.common import ArgumentParser, PT2Error, run_cli
+from pt2_core.cli import ArgumentParser, run_cli
+from pt2_core.errors import PT2Error
 
 NAME = "pt2-export verify"
 _EPILOG = """\

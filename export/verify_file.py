@@ -29,11 +29,11 @@ from export.prove import MAX_ROW_ERROR, Prover, row_error
 from export.source import TernarySource
 from export.types import TERNARY_TYPES
 from export.verify import compare_weights
-from quantize.artifact import Artifact
-from quantize.checkpoint import Checkpoint
-from quantize.common import PT2Error
-from quantize.temporary import temporary_folder
-from third_party.pt2_llama import api
+from pt2_core.artifact.folder import Artifact
+from pt2_core.errors import PT2Error
+from pt2_core.model.checkpoint import Checkpoint
+from pt2_core.process.temporary import temporary_folder
+from pt2_llama import api
 
 # Relative RMS error of a row of Q2_K's encoding of a ternary weight (0.5 to 4% were seen).
 MAX_TERNARY_ERROR = 0.15

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from export.converter import Carrier
 from export.encode import Item
-from quantize.common import PT2Error, reason
+from pt2_core.errors import PT2Error, reason
 
 Metadata = dict[str, tuple[Any, gguf.GGUFValueType, gguf.GGUFValueType | None]]
 

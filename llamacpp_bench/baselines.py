@@ -17,8 +17,9 @@ from typing import Any
 from llamacpp_bench.gguf_info import GGUFInfo, read_gguf
 from llamacpp_bench.process import run_tool
 from llamacpp_bench.tools import ToolBox, cache_dir
-from pt2_core.texts import CHARACTERS_PER_TOKEN, Text
-from quantize.common import PT2Error, atomic_path, read_json
+from pt2_core.errors import PT2Error
+from pt2_core.files import atomic_path, read_json
+from pt2_core.texts.sources import CHARACTERS_PER_TOKEN, Text
 
 # The names llama-quantize takes (tools/quantize/quantize.cpp), upper case.
 QUANTIZE_TYPES = (
@@ -179,10 +180,10 @@ def _convert(source: Path, final: Path, say: Say, **given: Any) -> None:
         given: what the files to compare with were given for the tokenizer and the context.
     """
     from export.converter import Options, convert_whole
-    from quantize.architectures import ADAPTERS
-    from quantize.checkpoint import Checkpoint
-    from quantize.expected import load_config, settle
-    from third_party.pt2_llama.api import source_dir
+    from pt2_core.model.architectures import ADAPTERS
+    from pt2_core.model.checkpoint import Checkpoint
+    from pt2_core.model.expected import load_config, settle
+    from pt2_llama.api import source_dir
 
     checkpoint = Checkpoint.open(source)
     if checkpoint.architecture in ADAPTERS:

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantize.common import ArgumentParser, PT2Error, check_threads, make_folder, run_cli
+from pt2_core.cli import ArgumentParser, check_threads, run_cli
+from pt2_core.errors import PT2Error
+from pt2_core.files import make_folder
 
 if TYPE_CHECKING:
     from llamacpp_bench.pipeline import Config

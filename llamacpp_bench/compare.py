@@ -12,8 +12,9 @@ from rich.table import Table
 
 from llamacpp_bench.report import figure
 from llamacpp_bench.results import Model, Results, load_results
-from quantize.common import PT2Error, human_bytes
-from quantize.words import screen
+from pt2_core.errors import PT2Error
+from pt2_core.files import human_bytes
+from pt2_core.words import screen
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from llamacpp_bench.report import (
 )
 from llamacpp_bench.results import Results
 from llamacpp_bench.speedup import Published, conditions, ratio_rows, shape_rows
-from quantize.common import PT2Error
+from pt2_core.errors import PT2Error
 
 _PLACE = re.compile(r"(<!-- pt2-bench: ([a-z]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from llamacpp_bench.ggml_types import BY_NAME, PT2_LAYOUT_KEYS, PT2_LAYOUTS, TYPES, GGMLType
-from quantize.common import PT2Error, first_double
+from pt2_core.errors import PT2Error
+from pt2_core.files import first_double
 
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32

@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from quantize import children
+from pt2_core.process import children
 
 
 def describe_machine() -> dict[str, Any]:

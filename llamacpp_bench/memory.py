@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from llamacpp_bench.process import run_tool
-from quantize.common import PT2Error
+from pt2_core.errors import PT2Error
 
 MIN_BUFFER = 1 << 30
 GPU_BUFFER = 4 << 30

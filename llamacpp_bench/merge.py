@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from llamacpp_bench.results import Model, Results
-from quantize.common import PT2Error
+from pt2_core.errors import PT2Error
 
 SAME_MACHINE = ("cpu", "cores", "gpus")
 SAME_BUILD = ("build_commit", "variant", "backends")

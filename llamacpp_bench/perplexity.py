@@ -27,8 +27,8 @@ from llamacpp_bench.process import run_tool
 from llamacpp_bench.results import Perplexity
 from llamacpp_bench.runner import LOST_LINE_TRIES, Load
 from llamacpp_bench.tools import ToolBox
-from pt2_core.texts import DATA_SETS, Text, read_text, split_sources
-from quantize.common import PT2Error
+from pt2_core.errors import PT2Error
+from pt2_core.texts.sources import DATA_SETS, Text, read_text, split_sources
 
 LLAMA_WINDOW = 512
 PAPERS_WINDOW = 2048

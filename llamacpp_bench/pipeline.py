@@ -39,9 +39,10 @@ from llamacpp_bench.report import write_reports
 from llamacpp_bench.results import Model, Results
 from llamacpp_bench.runner import Load, shown_command
 from llamacpp_bench.tools import ToolBox, cache_dir, open_toolbox
+from pt2_core.errors import PT2Error
+from pt2_core.files import human_bytes, make_folder, sha256_file
 from pt2_core.progress import Reporter, open_reporter
-from pt2_core.texts import Text, read_text, source_name
-from quantize.common import PT2Error, human_bytes, make_folder, sha256_file
+from pt2_core.texts.sources import Text, read_text, source_name
 
 MIN_ROUNDS = 5
 

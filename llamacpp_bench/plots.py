@@ -17,7 +17,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from llamacpp_bench.report import caption, figure, perplexity_of, plain_tests, protocols
 from llamacpp_bench.results import Model, Results
-from quantize.common import atomic_path
+from pt2_core.files import atomic_path
 
 if TYPE_CHECKING:
     from llamacpp_bench.speedup import Published

@@ -12,8 +12,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantize import children
-from quantize.common import PT2Error
+from pt2_core.errors import PT2Error
+from pt2_core.process import children
 
 POLL_SECONDS = 0.02
 _ERROR_WORDS = ("error", "failed", "invalid", "unable", "abort", "assert", "cannot")

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from llamacpp_bench.results import Model, Perplexity, Results, paired_ratio, token_bytes
-from quantize.common import atomic_path, human_bytes
-from quantize.words import screen
+from pt2_core.files import atomic_path, human_bytes
+from pt2_core.words import screen
 
 if TYPE_CHECKING:
     from llamacpp_bench.speedup import Published

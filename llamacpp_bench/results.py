@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from pt2_core.tokens import OLD_NAMES
-from quantize.common import PT2Error, read_json, write_json
-from quantize.schema import (
+from pt2_core.errors import PT2Error
+from pt2_core.files import read_json, write_json
+from pt2_core.schema import (
     boolean,
     integer,
     number,
@@ -23,6 +23,7 @@ from quantize.schema import (
     text,
     validate,
 )
+from pt2_core.texts.tokens import OLD_NAMES
 
 SCHEMA = "pt2-bench"
 SCHEMA_VERSION = 1

@@ -18,7 +18,7 @@ from llamacpp_bench.gguf_info import GGUFInfo
 from llamacpp_bench.process import Finished, run_tool
 from llamacpp_bench.results import Placement
 from llamacpp_bench.tools import ToolBox
-from quantize.common import PT2Error
+from pt2_core.errors import PT2Error
 
 # Tools with a log thread may exit before it has written the last line (docs/design.md).
 LOST_LINE_TRIES = 4

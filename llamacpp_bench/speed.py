@@ -20,7 +20,8 @@ from llamacpp_bench.runner import (
     run_bench,
     test_name,
 )
-from quantize.common import PT2Error, human_seconds
+from pt2_core.errors import PT2Error
+from pt2_core.files import human_seconds
 
 if TYPE_CHECKING:
     from llamacpp_bench.pipeline import Session

@@ -22,7 +22,8 @@ from llamacpp_bench.gguf_info import Tensor, header_bytes, padded
 from llamacpp_bench.machine import usable_cores
 from llamacpp_bench.process import run_tool
 from llamacpp_bench.tools import ToolBox
-from quantize.common import PT2Error, atomic_path, human_bytes
+from pt2_core.errors import PT2Error
+from pt2_core.files import atomic_path, human_bytes
 
 POOL_BLOCKS = 1 << 16
 PIECE_BYTES = 64 << 20  # what one thread writes in one go

@@ -19,7 +19,8 @@ from llamacpp_bench.synthetic import (
     write_synthetic,
 )
 from llamacpp_bench.tools import open_toolbox
-from quantize.common import PT2Error, human_bytes, human_seconds, make_folder
+from pt2_core.errors import PT2Error
+from pt2_core.files import human_bytes, human_seconds, make_folder
 
 
 def bench_synthetic(

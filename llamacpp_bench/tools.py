@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantize import children
-from quantize.common import PT2Error, make_folder
-from quantize.temporary import remove_dead
+from pt2_core.errors import PT2Error
+from pt2_core.files import make_folder
+from pt2_core.process import children
+from pt2_core.process.temporary import remove_dead
 
 _ASK_PATH = """
 import ctypes, sys
@@ -80,7 +81,7 @@ def open_toolbox(variant: str = "cpu", bin_dir: str | os.PathLike[str] | None = 
         if not (folder / "llama-bench").is_file():
             raise PT2Error(f"there is no llama-bench in {folder}; give the bin folder of a build")
         return ToolBox(folder, dict(os.environ), f"llama.cpp in {folder.name}", variant)
-    from third_party.pt2_llama.api import require_build
+    from pt2_llama.api import require_build
 
     build = require_build(variant)
     knows_pt2 = variant != "stock"
@@ -93,7 +94,7 @@ def cache_dir() -> Path:
     Raises:
         PT2Error: it cannot be made.
     """
-    from third_party.pt2_llama.api import cache_root
+    from pt2_llama.api import cache_root
 
     folder = cache_root() / "bench"
     try:

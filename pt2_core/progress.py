@@ -24,7 +24,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.text import Text
 
-from quantize.words import screen
+from pt2_core.words import screen
 
 # Between two plain lines that only differ in how much is done, unless that is a twentieth.
 SAME_TEXT_S = 15.0

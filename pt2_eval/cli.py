@@ -8,23 +8,17 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pt2_core.cli import ArgumentParser, check_threads, run_cli
+from pt2_core.errors import PT2Error
+from pt2_core.files import atomic_path, make_folder, write_json
 from pt2_core.progress import Reporter, open_reporter
-from pt2_core.texts import Text, read_text, split_sources
-from pt2_core.tokens import (
+from pt2_core.texts.sources import Text, read_text, split_sources
+from pt2_core.texts.tokens import (
     PROTOCOLS,
     check_context,
     llama_windows,
     paper_windows,
     refuse_degenerate_tokens,
-)
-from quantize.common import (
-    ArgumentParser,
-    PT2Error,
-    atomic_path,
-    check_threads,
-    make_folder,
-    run_cli,
-    write_json,
 )
 from quantize.config import DEVICES, DTYPES
 
@@ -106,13 +100,13 @@ def _run(args: argparse.Namespace) -> int:
     if args.out is not None:
         make_folder(args.out)
     texts = _texts(args)
-    import quantize.waiting  # noqa: F401  before torch is loaded
+    import quantize.model.waiting  # noqa: F401  before torch is loaded
 
     # isort: split
 
     from pt2_eval.table import markdown
     from pt2_eval.tasks import PAPER_TASKS
-    from quantize.machine import arithmetic
+    from quantize.model.torch_setup import arithmetic
 
     tasks = list(PAPER_TASKS) if args.tasks == "paper" else (args.tasks or "").split(",")
     rows: list[Row] = []

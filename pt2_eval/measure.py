@@ -1,5 +1,5 @@
-"""Perplexity in two protocols (:data:`pt2_core.tokens.PROTOCOLS`), KL divergence and agreement with
-a reference.
+"""Perplexity in two protocols (:data:`pt2_core.texts.tokens.PROTOCOLS`), KL divergence and
+agreement with a reference.
 
 Divergence and agreement are taken at the positions that the llama.cpp protocol scores, as
 llama-perplexity --kl-divergence does.
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pt2_core.errors import PT2Error
 from pt2_eval.models import Model
-from quantize.common import PT2Error
 
 
 @dataclass(frozen=True)

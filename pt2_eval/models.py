@@ -11,14 +11,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pt2_core.tokens import bos_token, context_limit, encoder, load_tokenizer
-from quantize.artifact import MANIFEST, Artifact
-from quantize.checkpoint import Checkpoint, torch_dtype
-from quantize.common import PT2Error
-from quantize.hf_model import StreamedModel
-from quantize.machine import pick_device
-from quantize.manifest import block_of
-from quantize.student import build_teacher
+from pt2_core.artifact.folder import MANIFEST, Artifact
+from pt2_core.artifact.manifest import block_of
+from pt2_core.errors import PT2Error
+from pt2_core.model.checkpoint import Checkpoint, torch_dtype
+from pt2_core.texts.tokens import bos_token, context_limit, encoder, load_tokenizer
+from quantize.model.streamed import StreamedModel
+from quantize.model.student import build_teacher
+from quantize.model.torch_setup import pick_device
 
 
 class Model(Protocol):
@@ -174,7 +174,7 @@ def _stated_context(metadata: Mapping[str, str]) -> int | None:
 
 def _bindings() -> Any:
     """``llama_cpp.Llama`` on the libraries of our build."""
-    from third_party.pt2_llama import api
+    from pt2_llama import api
 
     # The bindings load their library when they are imported, from where this points to.
     if "LLAMA_CPP_LIB_PATH" not in os.environ:

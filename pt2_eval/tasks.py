@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from pt2_core.errors import PT2Error
 from pt2_eval.models import Model
-from quantize.common import PT2Error
 
 # The paper's seven, by the harness' names. It reports their plain accuracy ("acc").
 PAPER_TASKS = (

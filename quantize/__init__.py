@@ -9,14 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from quantize.artifact import Artifact
+    from pt2_core.artifact.folder import Artifact
     from quantize.config import Config, load_recipe
     from quantize.pipeline import ternarize
 
 __all__ = ["Artifact", "Config", "load_recipe", "ternarize"]
 
 _HOME = {
-    "Artifact": "quantize.artifact",
+    "Artifact": "pt2_core.artifact.folder",
     "Config": "quantize.config",
     "load_recipe": "quantize.config",
     "ternarize": "quantize.pipeline",

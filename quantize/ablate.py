@@ -20,22 +20,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pt2_core.cli import ArgumentParser, check_threads, run_cli
 from pt2_core.commands import command
+from pt2_core.errors import PT2Error
+from pt2_core.files import atomic_path, human_seconds, read_json, write_json
+from pt2_core.process.locks import folder_lock
+from pt2_core.process.temporary import temporary_folder
 from pt2_core.progress import Reporter, open_reporter
-from quantize.common import (
-    ArgumentParser,
-    PT2Error,
-    atomic_path,
-    check_threads,
-    human_seconds,
-    read_json,
-    run_cli,
-    write_json,
-)
+from pt2_core.schema import Mismatch, anything, mapping, number, record, sequence, text
 from quantize.config import BEST, DEVICES, DTYPES, Config
-from quantize.locks import folder_lock
-from quantize.schema import Mismatch, anything, mapping, number, record, sequence, text
-from quantize.temporary import temporary_folder
 
 RESULTS = "ablation.json"
 TABLE = "ablation.md"

@@ -17,16 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pt2_core.texts import source_name, split_sources, token_source
-from pt2_core.tokens import (
+from pt2_core.artifact.folder import sha256_array
+from pt2_core.errors import PT2Error
+from pt2_core.texts.sources import source_name, split_sources, token_source
+from pt2_core.texts.tokens import (
     check_vocabulary,
     load_tokenizer,
     read_tokens,
     refuse_degenerate_tokens,
     stream,
 )
-from quantize.artifact import sha256_array
-from quantize.common import PT2Error
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ def load_calibration(
     """Read the calibration windows that a run uses.
 
     Args:
-        source: as :mod:`pt2_core.texts` has them, or ``file.safetensors[:tensor]`` with integer
+        source: as :mod:`pt2_core.texts.sources` has them, or ``file.safetensors[:tensor]`` with
+        integer
             token ids ``[n, len]`` or ``[len]``.
         model_dir: where the tokenizer is.
         vocab: ids must be below it.

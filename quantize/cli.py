@@ -10,9 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from pt2_core.cli import ArgumentParser, run_cli
 from pt2_core.commands import command, resume_command
+from pt2_core.errors import PT2Error
+from pt2_core.files import human_seconds
+from pt2_core.process.locks import folder_lock
 from pt2_core.progress import open_reporter
-from quantize.common import ArgumentParser, PT2Error, human_seconds, run_cli
+from pt2_core.words import screen
 from quantize.config import (
     BLOCK_SIZES,
     CLOSED_FORM,
@@ -22,16 +26,14 @@ from quantize.config import (
     Config,
     load_recipe,
 )
-from quantize.locks import folder_lock
-from quantize.refine_config import RefineConfig
-from quantize.words import screen
+from quantize.refinement.config import RefineConfig
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from quantize.checkpoint import Checkpoint
+    from pt2_core.model.checkpoint import Checkpoint
     from quantize.pipeline import Preflight, Result
-    from quantize.refine import Refined
+    from quantize.refinement.loop import Refined
 
 DEFAULTS = Config()
 EPILOG = """\
@@ -224,7 +226,7 @@ def _quantize(
                 "command": resume,
                 "preflight": export_preflight(config, args.preflight)}  # fmt: skip
         if args.recipe == "refined":
-            from quantize.refined import refine_settings, ternarize_and_refine
+            from quantize.refinement.recipe import refine_settings, ternarize_and_refine
 
             settings = refine_settings(config, args.refine_text, args.refine_steps)
             result, refined = ternarize_and_refine(args.model, out, config, settings, **more)
@@ -258,7 +260,7 @@ def export_preflight(config: Config, wanted: bool) -> Preflight:
 
 def print_summary(result: Result) -> None:
     """One screen: what was made, the errors by kind of linear and stage, what to do next."""
-    from quantize.artifact import RUN
+    from pt2_core.artifact.folder import RUN
 
     console = screen()
     kinds: dict[str, list[dict[str, Any]]] = {}

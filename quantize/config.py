@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pt2_core.texts import source_name
-from quantize.common import PT2Error, check_threads
-from quantize.schema import LARGEST, shown
-from quantize.yaml_file import read_yaml
+from pt2_core.cli import check_threads
+from pt2_core.errors import PT2Error
+from pt2_core.model.widths import BLOCK_SIZES
+from pt2_core.schema import LARGEST, shown
+from pt2_core.texts.sources import source_name
+from pt2_core.yaml_file import read_yaml
 
 ORDERS = ("none", "random", "hessian", "ssr", "foldable")
-BLOCK_SIZES = (64, 128, 256)
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 CLOSED_FORM = "closed-form"  # of --recipe refined: the first stage's folder inside the result's
@@ -58,8 +59,8 @@ class Config:
         bos: put the model's BOS token in front of every calibration window.
         order_samples: windows from which the foldable order's activation energies are taken.
         sensitivity: windows of text, beyond those of the calibration, from which is measured at the
-            end what each linear costs the model (:mod:`quantize.measure`), for pt2-export's mixed
-            precision (0: not measured).
+            end what each linear costs the model (:mod:`quantize.sensitivities`), for pt2-export's
+            mixed precision (0: not measured).
         proof_tokens: tokens of the text whose predictions are kept with the artifact, for
             pt2-export to compare the file's with (0: none; from 1024 on, more where a sliding
             window or a rope context begins to count only then).

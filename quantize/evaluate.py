@@ -14,12 +14,12 @@ activations.
 
 from __future__ import annotations
 
-from quantize.stop import until_run_cli
+from pt2_core.process.stop import until_run_cli
 
 if __name__ == "__main__":
     until_run_cli("quantize.evaluate")
 
-import quantize.waiting  # noqa: F401  before torch is loaded
+import quantize.model.waiting  # noqa: F401  before torch is loaded
 
 # isort: split
 
@@ -32,9 +32,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from pt2_core.artifact.folder import Array, Artifact
+from pt2_core.cli import ArgumentParser, check_threads, run_cli
+from pt2_core.errors import PT2Error
+from pt2_core.model.checkpoint import Checkpoint
 from pt2_core.progress import Reporter, open_reporter
-from pt2_core.texts import read_text, token_source
-from pt2_core.tokens import (
+from pt2_core.texts.sources import read_text, token_source
+from pt2_core.texts.tokens import (
     PROTOCOLS,
     bos_token,
     check_context,
@@ -46,12 +50,9 @@ from pt2_core.tokens import (
     read_tokens,
     refuse_degenerate_tokens,
 )
-from quantize.artifact import Array, Artifact
-from quantize.checkpoint import Checkpoint
-from quantize.common import ArgumentParser, PT2Error, check_threads, run_cli
 from quantize.config import DEVICES, DTYPES
-from quantize.hf_model import StreamedModel
-from quantize.machine import arithmetic, pick_device
+from quantize.model.streamed import StreamedModel
+from quantize.model.torch_setup import arithmetic, pick_device
 
 GridChange = Callable[[Array, Array], tuple[Array, Array]]
 
@@ -128,7 +129,8 @@ def windows(
     """Cut a text, or token ids of a safetensors file, into windows, int64 ``[n, ctx]``.
 
     Args:
-        source: as :mod:`pt2_core.texts` has them, or ``file.safetensors[:tensor]`` whose rows are
+        source: as :mod:`pt2_core.texts.sources` has them, or ``file.safetensors[:tensor]`` whose
+        rows are
             used as they are.
         protocol: ``papers`` or ``llama.cpp``.
         limit: the first so many windows only.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pt2_core.texts import check_sources
-from quantize.artifact import MANIFEST, read_manifest
-from quantize.checkpoint import Checkpoint
-from quantize.common import PT2Error
+from pt2_core.artifact.folder import MANIFEST, read_manifest
+from pt2_core.errors import PT2Error
+from pt2_core.model.checkpoint import Checkpoint
+from pt2_core.model.tokenizer_files import VOCABULARIES
+from pt2_core.model.widths import check_linears
+from pt2_core.texts.sources import check_sources
 from quantize.config import Config
-from quantize.tokenizer_files import VOCABULARIES
-from quantize.widths import check_linears
 
 EXPORTED_ORDERS = ("none", "foldable")  # pt2-export cannot fold the others
 
@@ -34,7 +34,7 @@ def check_first(
 
 
 def check_widths(checkpoint: Checkpoint, config: Config) -> tuple[list[str], dict[str, str]]:
-    """:func:`quantize.widths.check_linears` with a run's settings."""
+    """:func:`pt2_core.model.widths.check_linears` with a run's settings."""
     exported = config.order in EXPORTED_ORDERS
     return check_linears(checkpoint, config.block_size, config.skip, exported=exported)
 

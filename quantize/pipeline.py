@@ -8,7 +8,7 @@ with the weights as they are stored. Memory holds one block and the activations.
 
 from __future__ import annotations
 
-import quantize.waiting  # noqa: F401  before torch is loaded
+import quantize.model.waiting  # noqa: F401  before torch is loaded
 
 # isort: split
 
@@ -25,11 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pt2_core.progress import Reporter
-from pt2_core.tokens import check_context, context_limit
-from quantize import reorder
-from quantize.architectures import Site
-from quantize.artifact import (
+from pt2_core.artifact.folder import (
     GLOBAL,
     MANIFEST,
     RUN,
@@ -39,18 +35,23 @@ from quantize.artifact import (
     pack_ternary,
     sha256_array,
 )
+from pt2_core.errors import PT2Error
+from pt2_core.files import read_json, write_json
+from pt2_core.model.architectures import Site
+from pt2_core.model.checkpoint import Checkpoint
+from pt2_core.process.locks import folder_lock
+from pt2_core.progress import Reporter
+from pt2_core.texts.tokens import check_context, context_limit
 from quantize.calibration import load_calibration
-from quantize.checkpoint import Checkpoint
-from quantize.common import PT2Error, read_json, write_json
 from quantize.config import Config
 from quantize.first_checks import check_first, check_widths, refuse_contradiction
-from quantize.gptq import Method, Ternary, damp, quantize_matrix
-from quantize.hessian import SiteMoments, mean_square
-from quantize.hf_model import StreamedModel
-from quantize.locks import folder_lock
-from quantize.machine import arithmetic, pick_device, versions
+from quantize.method import reorder
+from quantize.method.gptq import Method, Ternary, damp, quantize_matrix
+from quantize.method.hessian import SiteMoments, mean_square
+from quantize.method.ternary import check_range
+from quantize.model.streamed import StreamedModel
+from quantize.model.torch_setup import arithmetic, pick_device, versions
 from quantize.proof_run import ProofRun, start_proof
-from quantize.ternary import check_range
 
 # Tries what comes after a run: (model, shapes of the ternary tensors by name) -> notes.
 Preflight = Callable[[Checkpoint, Mapping[str, tuple[int, int]]], list[str]]
@@ -195,15 +196,16 @@ def _measure(
     out: Path, checkpoint: Checkpoint, tokens: Tensor, config: Config, device: str,
     reporter: Reporter,
 ) -> None:  # fmt: skip
-    from quantize import measure, sensitivity  # measure imports this module
+    from pt2_core.artifact import sensitivity  # measure imports this module
+    from quantize import sensitivities
 
     artifact = Artifact.open(out)
-    result = measure.measure(
+    result = sensitivities.measure(
         artifact, checkpoint, tokens, device=device, dtype=config.dtype,
         batch_size=config.batch_size, reporter=reporter,
     )  # fmt: skip
     sensitivity.write(artifact, result)
-    reporter.note(measure.summary(result))
+    reporter.note(sensitivities.summary(result))
 
 
 class _Seen:

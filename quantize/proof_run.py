@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pt2_core.tokens import bos_token, encode, has_tokenizer, load_tokenizer
-from quantize import proof_text
-from quantize.artifact import Artifact
-from quantize.checkpoint import Checkpoint
-from quantize.common import PT2Error
-from quantize.hf_model import StreamedModel
-from quantize.proof import LEAST_MASS, TOP, Proof, cut, shape
+from pt2_core.artifact import proof_text
+from pt2_core.artifact.folder import Artifact
+from pt2_core.artifact.proof import LEAST_MASS, TOP, Proof, cut, shape
+from pt2_core.errors import PT2Error
+from pt2_core.model.checkpoint import Checkpoint
+from pt2_core.texts.tokens import bos_token, encode, has_tokenizer, load_tokenizer
+from quantize.model.streamed import StreamedModel
 
 Weights = Mapping[str, Tensor]
 
@@ -73,7 +73,7 @@ def start_proof(
     """A run at its first block, or why there is none.
 
     Args:
-        tokens, max_context: see :func:`quantize.proof.shape`.
+        tokens, max_context: see :func:`pt2_core.artifact.proof.shape`.
 
     Raises:
         PT2Error: the tokenizer cannot be read, or does not fit the model.
@@ -89,7 +89,7 @@ def plan_proof(checkpoint: Checkpoint, tokens: int, max_context: int = 0) -> Pro
     """The texts and token ids of a proof, predictions left empty.
 
     Args:
-        tokens, max_context: see :func:`quantize.proof.shape`.
+        tokens, max_context: see :func:`pt2_core.artifact.proof.shape`.
 
     Raises:
         PT2Error: the model's tokenizer cannot be read.

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from quantize.artifact import MANIFEST, read_manifest
-from quantize.common import PT2Error, atomic_path
-from quantize.manifest import STAGES, block_of, check_errors
+from pt2_core.artifact.folder import MANIFEST, read_manifest
+from pt2_core.artifact.manifest import STAGES, block_of, check_errors
+from pt2_core.errors import PT2Error
+from pt2_core.files import atomic_path
 
 TITLES = {"E_w": "weight error $E_w$ (share of $|W|^2$)",
           "E_x": "output error $E_x$ (share of $|Wx|^2$)"}  # fmt: skip

@@ -9,7 +9,7 @@ import pytest
 from bench_support import Setup, configurer
 from pt2_llama_support import stand_in_places
 
-from third_party.pt2_llama.cache import Places
+from pt2_llama.cache import Places
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ import transformers
 from numpy.typing import NDArray
 
 from export import types
-from quantize.artifact import RUN, ArtifactWriter, TernaryMatrix, pack_ternary
-from quantize.checkpoint import Checkpoint
-from quantize.common import write_json
+from pt2_core.artifact.folder import RUN, ArtifactWriter, TernaryMatrix, pack_ternary
+from pt2_core.files import write_json
+from pt2_core.model.checkpoint import Checkpoint
 
 Orders = dict[str, NDArray[np.int32]]
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -198,7 +198,7 @@ def make_artifact(
 
 def dequantized_model(model_dir: Path, artifact_dir: Path) -> Any:
     """The transformers model with the artifact's ``alpha * T + mu`` in place of its linears."""
-    from quantize.artifact import Artifact
+    from pt2_core.artifact.folder import Artifact
 
     model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     artifact = Artifact.open(artifact_dir)

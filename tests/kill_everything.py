@@ -31,7 +31,7 @@ from bench_support import TENSORS, fake_tools, write_gguf
 from pt2_llama_support import stand_in_places
 from quantize_support import tiny_model, token_file
 
-from quantize.proof_text import PROSE
+from pt2_core.artifact.proof_text import PROSE
 
 MARK = "PT2_KILL_EVERYTHING"  # in the environment of every program that a run starts
 SIGNALS = {n: getattr(signal, f"SIG{n}") for n in ("INT", "TERM", "HUP", "KILL")}
@@ -228,10 +228,11 @@ def commands(work: Path) -> dict[str, Command]:
 
     from export.cli import main as export_main
     from pt2_eval.cli import main as eval_main
-    from quantize import ablate, evaluate, measure, selftext
+    from pt2_llama import api
+    from quantize import ablate, evaluate, sensitivities
     from quantize.cli import main as quantize_main
-    from quantize.refine_cli import main as refine_main
-    from third_party.pt2_llama import api
+    from quantize.refinement import selftext
+    from quantize.refinement.cli import main as refine_main
 
     model = str(tiny_model(work / "model", num_hidden_layers=2))
     text = token_file(work / "tokens.safetensors", 10)
@@ -258,7 +259,7 @@ def commands(work: Path) -> dict[str, Command]:
         Command("pt2-refine", refine_main, refine_argv, [out], [*refine_argv, "--resume"]),
         Command("refined", quantize_main, refined, [out], [*refined, "--resume"]),
         Command(
-            "quantize.measure", measure.main,
+            "quantize.sensitivities", sensitivities.main,
             [str(measured), "--calibration", text, "--windows", "2", "--seqlen", "24",
              *torch_options],
             [measured], before=copy_source,
@@ -275,7 +276,7 @@ def commands(work: Path) -> dict[str, Command]:
             may_differ=("ablation.json", "ablation.md"),  # they hold times
         ),
         Command(
-            "quantize.selftext", selftext.main,
+            "quantize.refinement.selftext", selftext.main,
             [model, "-o", str(work / "own.safetensors"), "--tokens", "600", "--length", "60",
              "--batch", "2", "--device", "cpu"],
             [work / "own.safetensors"],
@@ -330,7 +331,7 @@ def bench_command(work: Path) -> Command:
 
 def build_command(work: Path) -> Command:
     """pt2-llama build with a cmake that is a script and a source of three files."""
-    from third_party.pt2_llama import api, cli, pinned, toolchain
+    from pt2_llama import api, cli, pinned, toolchain
 
     folder = work / "llama"
     folder.mkdir()

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from quantize_support import artifact_bytes
 
-from quantize.artifact import MANIFEST, Artifact, read_manifest
+from pt2_core.artifact.folder import MANIFEST, Artifact, read_manifest
 from quantize.config import Config
 
 

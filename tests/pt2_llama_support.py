@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from third_party.pt2_llama import pinned, source, toolchain
-from third_party.pt2_llama.cache import Places
-from third_party.pt2_llama.doctor import build_findings
+from pt2_llama import pinned, source, toolchain
+from pt2_llama.cache import Places
+from pt2_llama.doctor import build_findings
 
 SOURCE = {
     "CMakeLists.txt": "project(x)\n",
@@ -85,9 +85,9 @@ def stand_in_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Places:
     for name in ("CC", "CXX", "MODE", "LD_LIBRARY_PATH", "GGML_TQ_CPU"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(toolchain, "gpus", list)
-    monkeypatch.setattr("third_party.pt2_llama.cache.places", lambda: places)
+    monkeypatch.setattr("pt2_llama.cache.places", lambda: places)
     for module in ("api", "cli"):
-        monkeypatch.setattr(f"third_party.pt2_llama.{module}.places", lambda: places)
+        monkeypatch.setattr(f"pt2_llama.{module}.places", lambda: places)
     return places
 
 
@@ -106,8 +106,8 @@ def command_line(where: Places, *args: str) -> list[str]:
     """The command for a process of its own, with the test's cache and source."""
     program = f"""
 import sys; from pathlib import Path
-from third_party.pt2_llama import api, cli, pinned
-from third_party.pt2_llama.cache import Places
+from pt2_llama import api, cli, pinned
+from pt2_llama.cache import Places
 pinned.TREE_SHA256 = {pinned.TREE_SHA256!r}
 where = Places(Path({str(where.root)!r}), Path({str(where.overlay)!r}))
 api.places = cli.places = lambda: where

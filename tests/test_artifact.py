@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from safetensors.numpy import load_file, save_file
 
-from quantize.artifact import (
+from pt2_core.artifact.folder import (
     Artifact,
     ArtifactWriter,
     TernaryMatrix,
@@ -22,8 +22,9 @@ from quantize.artifact import (
     remove_leftovers,
     unpack_ternary,
 )
-from quantize.common import PT2Error, sha256_file
-from quantize.safetensors_file import read_header
+from pt2_core.errors import PT2Error
+from pt2_core.files import sha256_file
+from pt2_core.safetensors_file import read_header
 
 IDENTITY = {
     "model": {"fingerprint": "f", "architecture": "LlamaForCausalLM", "tensors": {}},

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from quantize.common import sha256_file
+from pt2_core.files import sha256_file
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TEXT = EXAMPLES / "text" / "calibration.txt"
@@ -80,7 +80,7 @@ MAINS = {
     "pt2-quantize": "quantize.cli",
     "pt2-export": "export.cli",
     "pt2-bench": "llamacpp_bench.cli",
-    "pt2-llama": "third_party.pt2_llama.cli",
+    "pt2-llama": "pt2_llama.cli",
 }
 
 

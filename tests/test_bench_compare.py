@@ -16,7 +16,7 @@ from llamacpp_bench.gguf_info import read_gguf
 from llamacpp_bench.perplexity import plan, standard_error
 from llamacpp_bench.results import paired_ratio, summarise, token_bytes
 from llamacpp_bench.runner import interleave
-from quantize.common import PT2Error
+from pt2_core.errors import PT2Error
 
 
 def test_interleaving_gives_each_model_every_place() -> None:

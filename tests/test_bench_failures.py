@@ -8,7 +8,7 @@ import pytest
 from bench_support import Setup
 
 from llamacpp_bench import bench, cli, load_results
-from quantize.common import PT2Error
+from pt2_core.errors import PT2Error
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from llamacpp_bench.synthetic import (
     random_blocks,
     write_synthetic,
 )
-from quantize.common import PT2Error
+from pt2_core.errors import PT2Error
 
 WRITABLE = sorted(set(BY_NAME) - {"Q8_1", "Q8_K"})
 

@@ -10,8 +10,8 @@ from llamacpp_bench import Config, load_results
 from llamacpp_bench.synthetic import LABEL, SHAPES
 from llamacpp_bench.synthetic_bench import bench_synthetic
 from llamacpp_bench.tools import open_toolbox
-from quantize.common import PT2Error
-from third_party.pt2_llama.api import find_build
+from pt2_core.errors import PT2Error
+from pt2_llama.api import find_build
 
 pytestmark = pytest.mark.llama
 STOCK_TYPES = ["Q2_K", "Q2_0", "IQ1_M", "IQ2_XXS", "TQ2_0", "TQ1_0", "Q4_K_M", "F16"]

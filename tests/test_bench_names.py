@@ -11,7 +11,7 @@ from quantize_support import tiny_model
 from export import converter
 from llamacpp_bench import bench, cli
 from llamacpp_bench.baselines import Wanted, cache_name, check_name, find_source, source_gguf
-from quantize.common import PT2Error
+from pt2_core.errors import PT2Error
 
 
 def test_a_comma_is_refused_before_anything_runs(tmp_path: Path, setup: Setup) -> None:
@@ -35,7 +35,7 @@ def test_a_model_s_folder_may_have_any_name(
         return []
 
     monkeypatch.setattr(converter, "convert_whole", convert)
-    monkeypatch.setattr("third_party.pt2_llama.api.source_dir", lambda: tmp_path)
+    monkeypatch.setattr("pt2_llama.api.source_dir", lambda: tmp_path)
     monkeypatch.chdir(tmp_path)
     for name in ("-rf", "{v}", "a,b", "[b]x", "mön 模型"):
         folder = tiny_model(tmp_path / name)

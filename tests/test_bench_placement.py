@@ -14,7 +14,7 @@ from llamacpp_bench.baselines import Wanted
 from llamacpp_bench.gguf_info import read_gguf
 from llamacpp_bench.results import Placement
 from llamacpp_bench.runner import parse_placement
-from quantize.common import PT2Error
+from pt2_core.errors import PT2Error
 
 
 def test_placement_is_stated(tmp_path: Path, setup: Setup) -> None:

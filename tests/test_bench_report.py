@@ -15,7 +15,7 @@ from llamacpp_bench.plots import quality_figure, write_plots
 from llamacpp_bench.report import batch_rows, depth_rows, markdown, sections, to_csv, write_reports
 from llamacpp_bench.results import Results, Sample
 from llamacpp_bench.speedup import load_published, ratio_rows, shape_rows, speedup_figure
-from quantize.common import PT2Error
+from pt2_core.errors import PT2Error
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = ROOT / "benchmarks" / "h200" / "published.yaml"

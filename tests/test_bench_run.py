@@ -13,7 +13,7 @@ from llamacpp_bench import bench, cli, load_results, speed
 from llamacpp_bench.baselines import Wanted, parse_baselines
 from llamacpp_bench.report import caption
 from llamacpp_bench.results import to_json
-from quantize.common import PT2Error
+from pt2_core.errors import PT2Error
 
 
 def test_runs_are_interleaved_and_summed_up(tmp_path: Path, setup: Setup) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from c_support import load
 
-from third_party.pt2_llama import api
+from pt2_llama import api
 
 HERE = Path(__file__).parent
 CROSS_COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64-static"

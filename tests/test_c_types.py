@@ -13,7 +13,7 @@ import pytest
 from c_support import BLOCK, NAMES, Q8_T, SIZES, TQ1_1, TQ2_1, load, random_payload
 
 from export.types import TERNARY_TYPES
-from third_party.pt2_llama import api
+from pt2_llama import api
 
 pytestmark = pytest.mark.llama
 TERNARY = pytest.mark.parametrize("kind", [TQ2_1, TQ1_1], ids=NAMES.get)

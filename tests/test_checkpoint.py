@@ -15,12 +15,12 @@ import torch
 from quantize_support import tiny_config, tiny_model, token_file
 from safetensors.torch import load_file, save_file
 
-from quantize.architectures import ADAPTERS, EMBEDDING, HEAD
-from quantize.checkpoint import Checkpoint
-from quantize.common import PT2Error
+from pt2_core.errors import PT2Error
+from pt2_core.model.architectures import ADAPTERS, EMBEDDING, HEAD
+from pt2_core.model.checkpoint import Checkpoint
+from pt2_core.model.widths import width_problem
 from quantize.evaluate import perplexity
-from quantize.hf_model import StreamedModel
-from quantize.widths import width_problem
+from quantize.model.streamed import StreamedModel
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -470,7 +470,7 @@ def test_cheap_refusals_come_before_torch(case, folder, tmp_path):
 
 def test_bfloat16_is_compared_by_value():
     """Two zeros of different sign are one value, as they are to transformers."""
-    from quantize.tied_tables import _float
+    from pt2_core.model.tied_tables import _float
 
     bits = np.array([0x8000, 0x3F80], np.uint16)
     assert _float(bits, "BF16").tolist() == [0.0, 1.0]

@@ -14,25 +14,26 @@ import export.cli
 import export.verify_cli
 import llamacpp_bench.cli
 import pt2_eval.cli
+import pt2_llama.cli
 import quantize.cli
-import quantize.refine_cli
-import third_party.pt2_llama.cli
+import quantize.refinement.cli
 from export.pipeline import ExportReport
-from pt2_core.bundled import bundled_file, bundled_names
+from pt2_core.artifact.folder import Artifact
+from pt2_core.cli import run_cli
 from pt2_core.commands import command, resume_command
-from pt2_core.texts import source_name, split_sources
-from quantize.artifact import Artifact
-from quantize.common import PT2Error, run_cli
+from pt2_core.errors import PT2Error
+from pt2_core.texts.bundled import bundled_file, bundled_names
+from pt2_core.texts.sources import source_name, split_sources
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["two  words", "it's", 'a "b"', "[red]x[/red]", "-dash", "$HOME;`ls`", "tab\there", "ü*?"]
 PARSERS = {
     "pt2-quantize": quantize.cli.build_parser,
-    "pt2-refine": quantize.refine_cli.build_parser,
+    "pt2-refine": quantize.refinement.cli.build_parser,
     "pt2-export": export.cli._parser,
     "pt2-eval": pt2_eval.cli.build_parser,
     "pt2-bench": llamacpp_bench.cli.make_parser,
-    "pt2-llama": third_party.pt2_llama.cli.make_parser,
+    "pt2-llama": pt2_llama.cli.make_parser,
 }
 
 

@@ -34,9 +34,9 @@ from export.converter_vocab import (
     spm_tokens,
 )
 from export.settings import Unsupported
-from quantize.checkpoint import Checkpoint
-from quantize.common import PT2Error
-from third_party.pt2_llama import api
+from pt2_core.errors import PT2Error
+from pt2_core.model.checkpoint import Checkpoint
+from pt2_llama import api
 
 WORDS = (TEXT + "été naïve x=1; for(i) { a_b += 10 }\nnew  line 你好 ") * 3
 needs_llama = pytest.mark.skipif(api.find_build() is None, reason="needs pt2-llama build")

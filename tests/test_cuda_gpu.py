@@ -18,8 +18,8 @@ import pytest
 
 from llamacpp_bench.gguf_info import read_gguf
 from llamacpp_bench.runner import parse_placement
-from third_party.pt2_llama import api, toolchain
-from third_party.pt2_llama.smoke import final_perplexity
+from pt2_llama import api, toolchain
+from pt2_llama.smoke import final_perplexity
 
 pytestmark = [pytest.mark.cuda, pytest.mark.slow]
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from export.types import BLOCK, TERNARY_TYPES, TQ1_1
-from third_party.pt2_llama import api
+from pt2_llama import api
 
 ROOT = Path(__file__).parents[1]
 KERNELS = ROOT / "third_party" / "llama.cpp" / "overlay" / "ggml" / "src" / "ggml-cuda"

@@ -11,10 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_ternary import moments, weights
 
-from quantize import descent
-from quantize.common import PT2Error
-from quantize.gptq import Method, quantize_matrix
-from quantize.ternary import Grid, fit_grid, iterative_ternary_fitting, store_grid, ternary_init
+from pt2_core.errors import PT2Error
+from quantize.method import descent
+from quantize.method.gptq import Method, quantize_matrix
+from quantize.method.ternary import (
+    Grid,
+    fit_grid,
+    iterative_ternary_fitting,
+    store_grid,
+    ternary_init,
+)
 
 SEEDS = st.integers(0, 2**31 - 1)
 

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from pt2_core.texts import read_text
-from pt2_core.tokens import llama_windows, paper_windows
+from pt2_core.errors import PT2Error
+from pt2_core.texts.sources import read_text
+from pt2_core.texts.tokens import llama_windows, paper_windows
 from pt2_eval.cli import main
 from pt2_eval.measure import divergence, perplexity
 from pt2_eval.models import TorchModel, open_model
 from pt2_eval.table import Row, markdown
 from pt2_eval.tasks import continuation_scores, zero_shot
-from quantize.common import PT2Error
 from quantize.config import Config
 from quantize.evaluate import perplexity as streamed_perplexity
 from quantize.pipeline import ternarize
@@ -200,8 +200,8 @@ def test_a_gguf_file_measures_as_its_artifact(artifact, ids, tmp_path):
 @needs_bindings
 def test_refined_norms_and_embeddings_reach_the_file(artifact, ids, tmp_path):
     from export import ExportConfig, export_gguf
-    from quantize.refine import refine
-    from quantize.refine_config import RefineConfig
+    from quantize.refinement.config import RefineConfig
+    from quantize.refinement.loop import refine
 
     config = RefineConfig(
         steps=8, batch_size=4, seqlen=64, held_out=2, eval_every=1, embeddings=True, lr=0.01,

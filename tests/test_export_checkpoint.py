@@ -15,9 +15,9 @@ from test_export_predictions import BUILD, divergence
 from export import ExportConfig, export_gguf
 from export.encode import check_group_size
 from llamacpp_bench.baselines import _convert
-from quantize.artifact import Artifact, ArtifactWriter
-from quantize.checkpoint import Checkpoint
-from quantize.common import PT2Error
+from pt2_core.artifact.folder import Artifact, ArtifactWriter
+from pt2_core.errors import PT2Error
+from pt2_core.model.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.llama
 SINGLE = "model.safetensors"

@@ -11,9 +11,9 @@ from export_support import foldable_orders, make_artifact, make_model, read
 
 from export import ExportConfig, export_gguf, types
 from export.cli import main
-from quantize.artifact import Artifact
-from quantize.common import PT2Error
-from third_party.pt2_llama import api
+from pt2_core.artifact.folder import Artifact
+from pt2_core.errors import PT2Error
+from pt2_llama import api
 
 pytestmark = pytest.mark.llama
 if api.find_build() is None:

@@ -9,8 +9,8 @@ import transformers
 from export_support import FAMILIES, foldable_orders, linears, make_model
 
 from export.fold import Heads, dense_plan, fold_plan
-from quantize.checkpoint import Checkpoint
-from quantize.common import PT2Error
+from pt2_core.errors import PT2Error
+from pt2_core.model.checkpoint import Checkpoint
 
 HEADS = Heads(n_head=4, n_kv=2, dim=8)
 

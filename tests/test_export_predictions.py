@@ -10,7 +10,7 @@ import torch
 from export_support import FAMILIES, TEXT, dequantized_model, make_artifact, make_model, read
 
 from export import ExportConfig, export_gguf
-from third_party.pt2_llama import api
+from pt2_llama import api
 
 pytestmark = pytest.mark.llama
 BUILD = api.find_build()

@@ -14,8 +14,8 @@ from export import ExportConfig, export_gguf, types
 from export.cli import main
 from export.proof import Folder
 from export.verify_file import verify_file
-from quantize.common import PT2Error
-from third_party.pt2_llama import api
+from pt2_core.errors import PT2Error
+from pt2_llama import api
 
 pytestmark = pytest.mark.llama
 EXACT = {"embedding_type": "f32", "output_type": "f32"}

@@ -15,8 +15,8 @@ from export_support import foldable_orders, make_artifact
 
 from export import export_gguf
 from export.cli import main, newest_artifact
-from quantize.artifact import MANIFEST
-from third_party.pt2_llama import api
+from pt2_core.artifact.folder import MANIFEST
+from pt2_llama import api
 
 pytestmark = pytest.mark.llama
 if api.find_build() is None:

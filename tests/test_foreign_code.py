@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from export_support import make_artifact, make_model
 
-from quantize.common import PT2Error
-from quantize.foreign_code import check_folder
-from third_party.pt2_llama import api
+from pt2_core.errors import PT2Error
+from pt2_core.process.foreign_code import check_folder
+from pt2_llama import api
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKER = "CODE_WAS_RUN"
@@ -61,7 +61,7 @@ EXPORT = "from export.cli import main; sys.exit(main())"
 BASELINE = """
 from pathlib import Path
 from llamacpp_bench import baselines
-from quantize.common import run_cli
+from pt2_core.cli import run_cli
 def body():
     baselines._convert(Path(sys.argv[1]), Path(sys.argv[2]), print)
 sys.exit(run_cli("pt2-bench", body))
@@ -124,7 +124,7 @@ def test_trust_is_forced_off_whatever_a_caller_passes(tmp_path):
     model = hostile_model(make_model(tmp_path / "m"), marker, "XTok")
     edit(model / "config.json", model_type="xmodel")
     code = """
-from quantize import foreign_code
+from pt2_core.process import foreign_code
 foreign_code.forbid()
 import transformers
 from transformers import dynamic_module_utils as utils

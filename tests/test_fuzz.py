@@ -15,7 +15,7 @@ from fuzz.__main__ import run_readers
 from fuzz.programs import run_programs
 from fuzz.readers import READERS, Reader
 
-from quantize.common import PT2Error
+from pt2_core.errors import PT2Error
 
 ROOT = Path(__file__).parent.parent
 
@@ -110,15 +110,15 @@ def test_the_c_code_is_clean_under_the_sanitizers(tmp_path: Path):
 
 # A check taken out of a reader: (reader, cases, module, name, what stands in its place).
 ROBBED = [
-    ("safetensors", 600, "quantize.safetensors_file", "_check_layout", lambda *a: None),
-    ("safetensors", 600, "quantize.safetensors_file", "_size", int),
-    ("manifest", 300, "quantize.artifact", "check_manifest", lambda *a: None),
-    ("artifact", 300, "quantize.artifact", "_value_problem", lambda m: None),
-    ("artifact", 300, "quantize.artifact", "sha256_file", lambda path: ANY),
-    ("sensitivity", 300, "quantize.sensitivity", "_check_energies", lambda *a: None),
-    ("sensitivity", 300, "quantize.sensitivity", "sha256_content", lambda *a: ANY),
-    ("refine-state", 300, "quantize.refine_state", "_digest", lambda *a: ANY),
-    ("refine-state", 300, "quantize.refine_state", "validate", lambda *a: None),
+    ("safetensors", 600, "pt2_core.safetensors_file", "_check_layout", lambda *a: None),
+    ("safetensors", 600, "pt2_core.safetensors_file", "_size", int),
+    ("manifest", 300, "pt2_core.artifact.folder", "check_manifest", lambda *a: None),
+    ("artifact", 300, "pt2_core.artifact.folder", "_value_problem", lambda m: None),
+    ("artifact", 300, "pt2_core.artifact.folder", "sha256_file", lambda path: ANY),
+    ("sensitivity", 300, "pt2_core.artifact.sensitivity", "_check_energies", lambda *a: None),
+    ("sensitivity", 300, "pt2_core.artifact.sensitivity", "sha256_content", lambda *a: ANY),
+    ("refine-state", 300, "quantize.refinement.state", "_digest", lambda *a: ANY),
+    ("refine-state", 300, "quantize.refinement.state", "validate", lambda *a: None),
     ("gguf-tq2_1", 600, "llamacpp_bench.gguf_info", "_check_extent", lambda *a: None),
     ("gguf-tq2_1", 600, "llamacpp_bench.gguf_info", "_check_kinds", lambda *a: None),
     ("results", 600, "llamacpp_bench.results", "validate", lambda *a: None),

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_ternary import moments, weights
 
-from quantize import gptq, reorder
-from quantize.common import PT2Error
-from quantize.gptq import Errors, Method, damp, eliminate, quantize_matrix
-from quantize.ternary import Grid, iterative_ternary_fitting, output_error, ternary_init
+from pt2_core.errors import PT2Error
+from quantize.method import gptq, reorder
+from quantize.method.gptq import Errors, Method, damp, eliminate, quantize_matrix
+from quantize.method.ternary import Grid, iterative_ternary_fitting, output_error, ternary_init
 
 SEEDS = st.integers(0, 2**31 - 1)
 

@@ -22,14 +22,15 @@ from export.cli import main
 from export.config import parse_size
 from export.fold import dense_plan, fold_plan
 from export.mixed import Option, knapsack
-from pt2_core.tokens import read_tokens
-from quantize import measure, sensitivity
-from quantize.artifact import Artifact
-from quantize.checkpoint import Checkpoint
-from quantize.common import PT2Error
+from pt2_core.artifact import sensitivity
+from pt2_core.artifact.folder import Artifact
+from pt2_core.artifact.sensitivity import Linear, Sensitivity
+from pt2_core.errors import PT2Error
+from pt2_core.model.checkpoint import Checkpoint
+from pt2_core.texts.tokens import read_tokens
+from pt2_llama import api
+from quantize import sensitivities
 from quantize.config import Config
-from quantize.sensitivity import Linear, Sensitivity
-from third_party.pt2_llama import api
 
 BUILD = api.find_build()
 needs_llama = pytest.mark.skipif(BUILD is None, reason="needs llama.cpp: run pt2-llama build")
@@ -146,7 +147,7 @@ def test_gains_are_those_of_the_whole_model(architecture, tmp_path):
     assert set(result.tables) == ({"embedding"} if architecture == "Qwen2" else
                                   {"embedding", "head"})  # fmt: skip
     assert all(v > 0 for v in result.tables.values())
-    assert "nats per token" in measure.summary(result)
+    assert "nats per token" in sensitivities.summary(result)
 
 
 def test_figures_of_another_state_or_damaged_ones_are_refused(tmp_path):
@@ -156,14 +157,14 @@ def test_figures_of_another_state_or_damaged_ones_are_refused(tmp_path):
                     order_samples=2)  # fmt: skip
     quantize.ternarize(folder, tmp_path / "a", config)
     artifact = Artifact.open(tmp_path / "a")
-    with pytest.raises(PT2Error, match=r"python -m quantize\.measure"):
+    with pytest.raises(PT2Error, match=r"python -m quantize\.sensitivities"):
         sensitivity.read(artifact)
     argv = [str(tmp_path / "a"), "--calibration", calib, "--windows", "2", "--seqlen", "24",
             "--threads", "1", "--device", "cpu"]  # fmt: skip
-    assert measure.main(argv) == 0
+    assert sensitivities.main(argv) == 0
     file = tmp_path / "a" / sensitivity.FILE
     first = file.read_bytes()
-    assert measure.main(argv) == 0 and file.read_bytes() == first
+    assert sensitivities.main(argv) == 0 and file.read_bytes() == first
     file.write_bytes(first[:-8])
     with pytest.raises(PT2Error, match="damaged"):
         sensitivity.read(artifact)
@@ -174,7 +175,7 @@ def test_figures_of_another_state_or_damaged_ones_are_refused(tmp_path):
         sensitivity.read(Artifact.open(tmp_path / "b"))
     quantize.ternarize(folder, tmp_path / "a", config, overwrite=True)
     assert not file.exists()
-    assert measure.main([str(tmp_path / "a"), "--calibration", calib, "--windows", "0"]) == 2
+    assert sensitivities.main([str(tmp_path / "a"), "--calibration", calib, "--windows", "0"]) == 2
 
 
 # Exporting ----------------------------------------------------------------------------------------
@@ -277,7 +278,7 @@ def test_restored_linears_are_the_folded_originals(measured, tmp_path):
         (["--target-bpw", "-1"], "must lie in 0 to 32"),
         (["--target-size", "small"], "--target-size 'small' is not a size"),
         (["--target-size", "1M", "--type", "q2_k"], "need --type tq1_1 or tq2_1"),
-        (["UNMEASURED", "--target-size", "1M"], "python -m quantize.measure"),
+        (["UNMEASURED", "--target-size", "1M"], "python -m quantize.sensitivities"),
     ],
 )
 def test_targets_that_cannot_be_met(options, message, measured, tmp_path, capsys):

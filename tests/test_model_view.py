@@ -11,10 +11,10 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from pt2_core.model.card import clean_card, clean_generation
+from pt2_core.model.checkpoint import Checkpoint
+from pt2_core.model.view import view_folder, write_view
 from quantize.calibration import load_tokenizer
-from quantize.checkpoint import Checkpoint
-from quantize.model_card import clean_card, clean_generation
-from quantize.model_view import view_folder, write_view
 
 WIKI = Path(__file__).parent.parent / "examples" / "wiki-llama-7m"
 SINGLE = "model.safetensors"

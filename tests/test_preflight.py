@@ -11,11 +11,11 @@ import pytest
 from export_support import make_model, read
 
 from export.cli import main as export_main
-from quantize.artifact import read_manifest
-from quantize.checkpoint import Checkpoint
+from pt2_core.artifact.folder import read_manifest
+from pt2_core.artifact.proof_text import PROSE
+from pt2_core.model.checkpoint import Checkpoint
+from pt2_llama import api
 from quantize.cli import main
-from quantize.proof_text import PROSE
-from third_party.pt2_llama import api
 
 needs_llama = pytest.mark.skipif(api.find_build() is None, reason="needs pt2-llama build")
 
@@ -73,7 +73,7 @@ def test_a_preflight_that_was_left_out_is_recorded(tmp_path, monkeypatch):
 
 
 def test_without_the_source_the_preflight_is_left_out_by_name(tmp_path, monkeypatch):
-    from quantize.common import PT2Error
+    from pt2_core.errors import PT2Error
 
     def not_to_be_had():
         raise PT2Error("no network")

@@ -10,16 +10,16 @@ import torch
 from export_support import dequantized_model, make_artifact, make_model
 from quantize_support import tiny_model, token_file
 
-from quantize import proof_text
-from quantize.artifact import PROOF, Artifact, read_manifest
-from quantize.checkpoint import Checkpoint
-from quantize.common import PT2Error
+from pt2_core.artifact import proof_text
+from pt2_core.artifact.folder import PROOF, Artifact, read_manifest
+from pt2_core.artifact.proof import Proof, cut, difference, scored, shape, with_bos
+from pt2_core.errors import PT2Error
+from pt2_core.model.checkpoint import Checkpoint
 from quantize.config import Config
 from quantize.pipeline import ternarize
-from quantize.proof import Proof, cut, difference, scored, shape, with_bos
 from quantize.proof_run import make_proof, plan_proof
-from quantize.refine import refine
-from quantize.refine_config import RefineConfig
+from quantize.refinement.config import RefineConfig
+from quantize.refinement.loop import refine
 
 
 def some_proof(windows: int = 2, length: int = 12, k: int = 4) -> Proof:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from third_party.pt2_llama import bindings, builds, cli, pinned, source
-from third_party.pt2_llama.cache import Places
-from third_party.pt2_llama.wheel import WHEEL, make_wheel
+from pt2_llama import bindings, builds, cli, pinned, source
+from pt2_llama.cache import Places
+from pt2_llama.wheel import WHEEL, make_wheel
 
 PACKAGE = {
     "PKG-INFO": f"Metadata-Version: 2.1\nName: llama_cpp_python\nVersion: {pinned.VERSION}\n",

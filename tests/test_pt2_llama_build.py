@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from pt2_llama_support import calls, set_overlay
 
-from quantize.common import PT2Error
-from third_party.pt2_llama import api, builds, compile, smoke, toolchain
-from third_party.pt2_llama.build import Options, build
-from third_party.pt2_llama.builds import Build
-from third_party.pt2_llama.cache import Places
+from pt2_core.errors import PT2Error
+from pt2_llama import api, builds, compile, smoke, toolchain
+from pt2_llama.build import Options, build
+from pt2_llama.builds import Build
+from pt2_llama.cache import Places
 
 # -- finding and keys ----------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from third_party.pt2_llama.c_source import blanked, bodies, line_of, outermost
+from pt2_llama.c_source import blanked, bodies, line_of, outermost
 
 
 def body(text: str, head: str) -> str:

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from pt2_llama_support import command_line, report, set_overlay
 
-from third_party.pt2_llama import cli
-from third_party.pt2_llama.build import Options, build
-from third_party.pt2_llama.cache import Places
-from third_party.pt2_llama.doctor import doctor, tool_findings
+from pt2_llama import cli
+from pt2_llama.build import Options, build
+from pt2_llama.cache import Places
+from pt2_llama.doctor import doctor, tool_findings
 
 
 def run_command(where: Places, *args: str) -> subprocess.CompletedProcess[str]:

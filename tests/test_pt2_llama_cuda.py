@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from pt2_llama_support import report
 
-from quantize.common import PT2Error
-from third_party.pt2_llama import builds, cli, compile, pinned, source, toolchain
-from third_party.pt2_llama.cache import Places
+from pt2_core.errors import PT2Error
+from pt2_llama import builds, cli, compile, pinned, source, toolchain
+from pt2_llama.cache import Places
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantize.common import PT2Error
-from third_party.pt2_llama.edit_lists import parse_edits
-from third_party.pt2_llama.edits import Edit, EditsDoNotFit, apply_edits
-from third_party.pt2_llama.overlay import (
+from pt2_core.errors import PT2Error
+from pt2_llama.edit_lists import parse_edits
+from pt2_llama.edits import Edit, EditsDoNotFit, apply_edits
+from pt2_llama.overlay import (
     Overlay,
     load_overlay,
     patched_files,

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from pt2_llama_support import calls, command_line
 
-from quantize.common import PT2Error
-from third_party.pt2_llama import build as build_module
-from third_party.pt2_llama import builds, cli, pinned, source, toolchain
-from third_party.pt2_llama.build import Options, build
-from third_party.pt2_llama.cache import Places, lock
+from pt2_core.errors import PT2Error
+from pt2_llama import build as build_module
+from pt2_llama import builds, cli, pinned, source, toolchain
+from pt2_llama.build import Options, build
+from pt2_llama.cache import Places, lock
 
 
 @pytest.mark.parametrize(
@@ -109,9 +109,9 @@ def test_changed_cached_source_is_not_built(
 def test_a_killed_build_is_never_taken_for_a_result(where: Places) -> None:
     program = f"""
 import sys; from pathlib import Path
-from third_party.pt2_llama import pinned
-from third_party.pt2_llama.build import Options, build
-from third_party.pt2_llama.cache import Places
+from pt2_llama import pinned
+from pt2_llama.build import Options, build
+from pt2_llama.cache import Places
 pinned.TREE_SHA256 = {pinned.TREE_SHA256!r}
 build(Options(), Places(Path({str(where.root)!r}), Path({str(where.overlay)!r})))
 """

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from pt2_llama_support import calls, set_overlay
 
-from quantize.common import PT2Error
-from third_party.pt2_llama import compile, smoke, toolchain
-from third_party.pt2_llama.build import Options, build
-from third_party.pt2_llama.cache import Places
+from pt2_core.errors import PT2Error
+from pt2_llama import compile, smoke, toolchain
+from pt2_llama.build import Options, build
+from pt2_llama.cache import Places
 
 
 @pytest.mark.parametrize(

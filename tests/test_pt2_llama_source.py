@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from quantize.common import PT2Error
-from third_party.pt2_llama import pinned, source
+from pt2_core.errors import PT2Error
+from pt2_llama import pinned, source
 
 FILES = {
     "CMakeLists.txt": b"project(x)\n",

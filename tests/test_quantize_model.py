@@ -9,12 +9,12 @@ import torch
 from quantize_support import ARCHITECTURES, SEQLEN, VOCAB, tiny_model
 from safetensors.torch import load_file, save_file
 
-from quantize.checkpoint import Checkpoint
-from quantize.common import PT2Error
+from pt2_core.errors import PT2Error
+from pt2_core.model.checkpoint import Checkpoint
+from pt2_core.model.widths import check_linears
 from quantize.evaluate import perplexity
-from quantize.hessian import InputMoments
-from quantize.hf_model import StreamedModel
-from quantize.widths import check_linears
+from quantize.method.hessian import InputMoments
+from quantize.model.streamed import StreamedModel
 
 
 def full_model(folder: Path):

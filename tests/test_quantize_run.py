@@ -26,13 +26,13 @@ from quantize_support import (
 from safetensors.torch import load_file, save_file
 
 import quantize
+from pt2_core.artifact.folder import Artifact
+from pt2_core.errors import PT2Error
+from pt2_core.model.checkpoint import Checkpoint
 from quantize import calibration, cli
-from quantize.artifact import Artifact
-from quantize.checkpoint import Checkpoint
-from quantize.common import PT2Error
 from quantize.config import ORDERS, RECIPES, Config, load_recipe
 from quantize.evaluate import perplexity
-from quantize.hf_model import StreamedModel
+from quantize.model.streamed import StreamedModel
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +238,7 @@ def test_bad_recipes(tmp_path, text, message):
 
 
 def test_the_package_does_not_import_torch_before_it_is_needed():
-    code = "import sys, quantize.common, quantize.artifact, quantize; assert 'torch' not in sys.modules; quantize.ternarize; assert 'torch' in sys.modules"  # noqa: E501
+    code = "import sys, pt2_core.cli, pt2_core.artifact.folder, quantize; assert 'torch' not in sys.modules; quantize.ternarize; assert 'torch' in sys.modules"  # noqa: E501
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -423,9 +423,9 @@ def test_bad_options(name, llama, calib, tmp_path, capsys):
 def test_a_full_disk_leaves_no_file_under_its_final_name(
     llama, calib, tmp_path, capsys, monkeypatch
 ):
-    import quantize.artifact
+    import pt2_core.artifact.folder
 
-    real = quantize.artifact.save_file
+    real = pt2_core.artifact.folder.save_file
 
     def full(tensors, path):
         if "block-00001" in str(path):
@@ -433,7 +433,7 @@ def test_a_full_disk_leaves_no_file_under_its_final_name(
             raise OSError(errno.ENOSPC, "No space left on device")
         real(tensors, path)
 
-    monkeypatch.setattr(quantize.artifact, "save_file", full)
+    monkeypatch.setattr(pt2_core.artifact.folder, "save_file", full)
     argv = [str(llama), "-o", str(tmp_path / "a"), "--calibration", calib, "-q", "--samples",
             str(SAMPLES), "--seqlen", str(SEQLEN), "--threads", "1", "--device", "cpu"]  # fmt: skip
     check_one_line(capsys, cli.main(argv), "the disk is full")

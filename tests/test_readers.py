@@ -26,14 +26,15 @@ from llamacpp_bench.gguf_info import read_gguf
 from llamacpp_bench.merge import merge
 from llamacpp_bench.results import load_results
 from llamacpp_bench.speedup import load_published
-from quantize import sensitivity
-from quantize.artifact import MANIFEST, Artifact, read_manifest
-from quantize.common import PT2Error, read_json, write_json
+from pt2_core.artifact import sensitivity
+from pt2_core.artifact.folder import MANIFEST, Artifact, read_manifest
+from pt2_core.errors import PT2Error
+from pt2_core.files import read_json, write_json
+from pt2_core.safetensors_file import read_header
+from pt2_core.yaml_file import read_yaml
+from pt2_llama.builds import STAMP, read_build
 from quantize.config import load_recipe
 from quantize.report import write_report
-from quantize.safetensors_file import read_header
-from quantize.yaml_file import read_yaml
-from third_party.pt2_llama.builds import STAMP, read_build
 
 LINEAR = "model.layers.0.self_attn.q_proj"
 
@@ -173,7 +174,7 @@ def test_names_of_files_cannot_break_a_message():
 
 def test_signs_that_the_terminal_lacks_end_nothing():
     words = r"'1 \xb1 2 \udcff'"
-    code = f"from quantize.common import run_cli; run_cli('x', lambda: print({words}))"
+    code = f"from pt2_core.cli import run_cli; run_cli('x', lambda: print({words}))"
     env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True)
     # A sign in ASCII, and a byte of a file's name as it is.
@@ -319,7 +320,7 @@ def test_figures_that_cannot_be_are_refused(artifact: Path, keys_and_value):
 
 
 def test_a_changed_state_of_a_refinement_is_refused(tmp_path: Path):
-    from quantize.refine_state import STATE, check_tensors, load_state
+    from quantize.refinement.state import STATE, check_tensors, load_state
 
     seeds.state(tmp_path)
     tensors, record = load_state(tmp_path, seeds.IDENTITY)

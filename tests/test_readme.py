@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from third_party.pt2_llama import api
+from pt2_llama import api
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "examples/wiki-llama-7m"
@@ -20,7 +20,7 @@ MODEL = ROOT / "examples/wiki-llama-7m"
 MODULES = {
     "pt2-quantize": "quantize.cli",
     "pt2-export": "export.cli",
-    "pt2-llama": "third_party.pt2_llama.cli",
+    "pt2-llama": "pt2_llama.cli",
     "pt2-eval": "pt2_eval.cli",
     "pt2-bench": "llamacpp_bench.cli",
 }

@@ -13,18 +13,18 @@ from hypothesis import strategies as st
 from quantize_support import artifact_bytes, tiny_model, token_file
 from safetensors.torch import save_file
 
-from quantize.artifact import Artifact, pack_ternary, read_manifest
-from quantize.common import PT2Error
+from pt2_core.artifact.folder import Artifact, pack_ternary, read_manifest
+from pt2_core.errors import PT2Error
 from quantize.config import Config
-from quantize.distill import Windows, kl_divergence
 from quantize.evaluate import perplexity
-from quantize.latent import EDGE, REACH, Latent, initial_latent, round_codes, soft_codes
+from quantize.model.latent import EDGE, REACH, Latent, initial_latent, round_codes, soft_codes
+from quantize.model.student import TernaryLinear
 from quantize.pipeline import ternarize
-from quantize.refine import refine, schedule
-from quantize.refine_config import RefineConfig
-from quantize.refine_store import pack_codes
-from quantize.refine_text import text_tokens
-from quantize.student import TernaryLinear
+from quantize.refinement.config import RefineConfig
+from quantize.refinement.distill import Windows, kl_divergence
+from quantize.refinement.loop import refine, schedule
+from quantize.refinement.store import pack_codes
+from quantize.refinement.texts import text_tokens
 
 SMALL = {
     "steps": 12, "batch_size": 4, "micro_batch": 2, "seqlen": 16, "held_out": 4, "eval_every": 4,
@@ -113,7 +113,7 @@ def test_kl_is_torch_s_own_in_pieces(monkeypatch):
     theirs = torch.softmax(t @ ht.T, dim=-1)
     want = (theirs * (theirs.log() - ours)).sum(dim=-1).mean()
     (slope,) = torch.autograd.grad(want, s)
-    monkeypatch.setattr("quantize.distill.LOGITS", 22)  # two rows at a time
+    monkeypatch.setattr("quantize.refinement.distill.LOGITS", 22)  # two rows at a time
     got = kl_divergence(s, t, hs, ht)
     assert torch.allclose(got, want, atol=1e-6)
     assert torch.allclose(torch.autograd.grad(got, s)[0], slope, atol=1e-6)
@@ -217,7 +217,7 @@ def test_a_run_by_the_clock_ends_in_time(start, tmp_path):
 def test_the_last_step_by_the_clock_is_looked_at(start, tmp_path, monkeypatch):
     """On a clock that every question moves by a second, so that time is up between two of them."""
     _, source, text = start
-    import quantize.refine as module
+    import quantize.refinement.loop as module
 
     for limit in (7, 8, 9, 10):
         now, steps = [0.0], [0]
@@ -255,7 +255,7 @@ def test_a_resumed_run_ends_in_the_same_bytes(start, tmp_path, monkeypatch):
     config = RefineConfig(**SMALL, text=text)
     refine(source, tmp_path / "whole", config)
 
-    import quantize.refine as module
+    import quantize.refinement.loop as module
 
     save = module.save_state
 

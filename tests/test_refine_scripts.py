@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantize.artifact import Artifact
-from quantize.selftext import main as selftext
+from pt2_core.artifact.folder import Artifact
+from quantize.refinement.selftext import main as selftext
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "examples/wiki-llama-7m"

@@ -16,17 +16,17 @@ from export_support import make_model
 from quantize_support import SAMPLES, SEQLEN, artifact_bytes, tiny_model, token_file
 from safetensors.torch import save_file
 
+from pt2_core.artifact.folder import PROOF, Artifact, block_file, read_manifest
+from pt2_core.errors import PT2Error
+from pt2_core.process.locks import folder_lock
 from pt2_core.progress import Reporter
-from quantize import measure
-from quantize.artifact import PROOF, Artifact, block_file, read_manifest
+from quantize import sensitivities
 from quantize.cli import main as quantize_main
-from quantize.common import PT2Error
 from quantize.config import Config
-from quantize.locks import folder_lock
 from quantize.pipeline import ternarize
-from quantize.refine import refine
-from quantize.refine_config import RefineConfig
-from quantize.refine_state import STATE
+from quantize.refinement.config import RefineConfig
+from quantize.refinement.loop import refine
+from quantize.refinement.state import STATE
 
 REFINE = {
     "steps": 4, "batch_size": 2, "micro_batch": 2, "seqlen": 16, "held_out": 2, "eval_every": 2,
@@ -193,7 +193,9 @@ def test_a_refinement_stopped_at_any_write_is_resumed_to_the_same_bytes(
 def test_resume_of_a_complete_refinement_tidies_up_and_is_done(source, text, tmp_path, monkeypatch):
     settings, out = RefineConfig(**REFINE, text=text), tmp_path / "r"
     with monkeypatch.context() as patch:
-        patch.setattr("quantize.refine.remove_state", lambda out: (_ for _ in ()).throw(Killed()))
+        patch.setattr(
+            "quantize.refinement.loop.remove_state", lambda out: (_ for _ in ()).throw(Killed())
+        )
         with pytest.raises(Killed):
             refine(source, out, settings)
     assert read_manifest(out)["complete"] and (out / STATE).exists()
@@ -248,7 +250,7 @@ def test_the_recipe_refined_is_resumed_from_its_last_writing(text, tmp_path, mon
         files = [p for p in sorted(out.rglob("*")) if p.is_file() and p.name != "run.json"]
         return {str(p.relative_to(out)): p.read_bytes() for p in files}
 
-    from quantize.artifact import ArtifactWriter
+    from pt2_core.artifact.folder import ArtifactWriter
 
     def stop(*args: object, **more: object) -> None:
         raise Killed
@@ -261,7 +263,7 @@ def test_the_recipe_refined_is_resumed_from_its_last_writing(text, tmp_path, mon
     assert everything(tmp_path / "cut") == everything(tmp_path / "whole")
     # A stopped --overwrite is not taken for done because the old result is still there.
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("quantize.refined.refine", stop)
+        patch.setattr("quantize.refinement.recipe.refine", stop)
         run(tmp_path / "cut", "--overwrite", "--seed", "1")
     assert run(tmp_path / "cut", "--resume", "--seed", "1") == 0
     assert Artifact.open(tmp_path / "cut").manifest["settings"]["seed"] == 1
@@ -276,7 +278,7 @@ def holder(tmp_path):
     (tmp_path / "held").mkdir()
     program = """
 import sys, time
-from quantize.locks import folder_lock
+from pt2_core.process.locks import folder_lock
 with folder_lock(sys.argv[1]):
     print("ready", flush=True)
     time.sleep(300)
@@ -307,7 +309,7 @@ def test_a_folder_in_use_is_refused_by_every_command_that_writes_an_artifact(
     for file in source.iterdir():
         shutil.copy(file, held)
     before = artifact_bytes(held)
-    assert measure.main([str(held), "--model", str(model), "--calibration", text]) == 2
+    assert sensitivities.main([str(held), "--model", str(model), "--calibration", text]) == 2
     assert words in capsys.readouterr().err
     assert artifact_bytes(held) == before
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pt2_core.artifact.folder import TernaryMatrix, pack_ternary
 from quantize import evaluate
-from quantize.artifact import TernaryMatrix, pack_ternary
 
 FILE = Path(__file__).parents[1] / "benchmarks" / "scale_bits.py"
 spec = importlib.util.spec_from_file_location("scale_bits", FILE)

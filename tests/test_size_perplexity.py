@@ -11,7 +11,7 @@ import pytest
 from bench_support import make_results
 
 from llamacpp_bench.results import Perplexity, Results
-from quantize.common import PT2Error
+from pt2_core.errors import PT2Error
 
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks/size_perplexity.py"
 spec = importlib.util.spec_from_file_location("size_perplexity", SCRIPT)

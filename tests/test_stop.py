@@ -13,20 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from pt2_core import words
+from pt2_core.cli import check_threads, run_cli
 from pt2_core.commands import resume_command
-from quantize import children, memory, stop, words
-from quantize.common import (
-    PT2Error,
-    atomic_path,
-    check_threads,
-    make_folder,
-    read_json,
-    reason,
-    run_cli,
-    write_json,
-)
-from quantize.locks import LOCK, folder_lock
-from quantize.temporary import remove_dead, temporary_file, temporary_folder
+from pt2_core.errors import PT2Error, reason
+from pt2_core.files import atomic_path, make_folder, read_json, write_json
+from pt2_core.process import children, memory, stop
+from pt2_core.process.locks import LOCK, folder_lock
+from pt2_core.process.temporary import remove_dead, temporary_file, temporary_folder
 
 STOPS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
@@ -67,8 +61,9 @@ def gone(*pids: int, seconds: float = 10.0) -> bool:
 AT_WORK = """
 import sys, time
 from pathlib import Path
-from quantize import children
-from quantize.common import atomic_path, run_cli
+from pt2_core.process import children
+from pt2_core.cli import run_cli
+from pt2_core.files import atomic_path
 folder = Path(sys.argv[1])
 def body():
     command = ["sh", "-c", "sleep 300 & echo $! > grandchild; echo $$ > child; wait"]
@@ -121,7 +116,7 @@ def test_after_a_kill_no_child_goes_on_and_the_next_run_removes_what_is_left(
 def test_an_ignored_signal_stays_ignored(tmp_path: Path) -> None:
     program = """
     import os, signal, sys
-    from quantize.common import run_cli
+    from pt2_core.cli import run_cli
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     sys.exit(run_cli("pt2-test", lambda: os.kill(os.getpid(), signal.SIGHUP)))
     """
@@ -132,12 +127,12 @@ def test_an_ignored_signal_stays_ignored(tmp_path: Path) -> None:
 def test_a_signal_during_the_import_of_torch_is_one_line(tmp_path: Path) -> None:
     program = """
     import os, signal
-    from quantize.stop import until_run_cli
-    until_run_cli("quantize.measure")
+    from pt2_core.process.stop import until_run_cli
+    until_run_cli("quantize.sensitivities")
     os.kill(os.getpid(), signal.SIGTERM)
     """
     run = python(program)
-    error = "quantize.measure: interrupted by SIGTERM (exit code 143)\n"
+    error = "quantize.sensitivities: interrupted by SIGTERM (exit code 143)\n"
     assert run.communicate(timeout=30) == ("", error) and run.returncode == 143
 
 
@@ -224,8 +219,8 @@ def test_a_dead_folder_is_removed_and_a_live_one_is_not(tmp_path: Path) -> None:
 HOLDER = """
 import sys, time
 from pathlib import Path
-from quantize.common import run_cli
-from quantize.locks import folder_lock
+from pt2_core.cli import run_cli
+from pt2_core.process.locks import folder_lock
 def body():
     with folder_lock(sys.argv[1]):
         Path(sys.argv[2]).write_text("ready")
@@ -272,7 +267,7 @@ def test_a_folder_that_is_a_dangling_link_is_said_to_be_one(target, tmp_path: Pa
 def test_a_short_write_of_numpy_is_the_limit_where_there_is_one() -> None:
     program = """
     import resource
-    from quantize.common import reason
+    from pt2_core.errors import reason
     short = OSError("100 requested and 0 written")
     print(reason(short).split(";")[0])
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
@@ -290,7 +285,7 @@ def test_a_short_write_of_numpy_is_the_limit_where_there_is_one() -> None:
 def test_a_full_stdout_is_named_and_not_the_disk(unbuffered) -> None:
     program = """
     import sys
-    from quantize.common import run_cli
+    from pt2_core.cli import run_cli
     sys.exit(run_cli("pt2-test", lambda: print("result")))
     """
     with open("/dev/full", "w") as full:
@@ -306,7 +301,8 @@ def test_a_reader_that_leaves_ends_a_command_quietly(tmp_path: Path) -> None:
     program = """
     import sys
     from pathlib import Path
-    from quantize.common import atomic_path, run_cli
+    from pt2_core.cli import run_cli
+    from pt2_core.files import atomic_path
     def body():
         with atomic_path(Path(sys.argv[1]) / "x"):
             while True:
@@ -357,7 +353,7 @@ def test_a_real_limit_of_memory_gives_one_line(allocate) -> None:
     module = allocate.split(".")[0]
     program = f"""
     import resource, sys
-    from quantize.common import run_cli
+    from pt2_core.cli import run_cli
     {f"import {module}" if "." in allocate else ""}
     resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))
     sys.exit(run_cli("pt2-test", lambda: len({allocate}), lower="--samples"))
@@ -385,8 +381,8 @@ def test_text_is_shown_as_it_is_whatever_is_in_it(capsys) -> None:
 def test_no_sign_and_no_file_name_ends_an_ascii_terminal_s_run() -> None:
     program = r"""
     import sys
-    from quantize.common import run_cli
-    from quantize.words import screen
+    from pt2_core.cli import run_cli
+    from pt2_core.words import screen
     def body():
         print("12 \xb1 3 \u2248 mod\udcff \u6a21")
         screen().print("12 \xb1 3")

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantize import ternary
-from quantize.common import PT2Error
-from quantize.ternary import (
+from pt2_core.errors import PT2Error
+from quantize.method import ternary
+from quantize.method.ternary import (
     Grid,
     activation_grid,
     fit_grid,

@@ -18,10 +18,11 @@ from quantize_support import tiny_model, token_file
 from safetensors.torch import save_file
 
 from llamacpp_bench import load_results
-from pt2_core import texts
-from pt2_core.text_files import read_file
-from pt2_core.texts import read_text, source_name, split_sources, token_source
-from pt2_core.tokens import (
+from pt2_core.errors import PT2Error
+from pt2_core.texts import sources as texts
+from pt2_core.texts.files import read_file
+from pt2_core.texts.sources import read_text, source_name, split_sources, token_source
+from pt2_core.texts.tokens import (
     bos_token,
     check_context,
     context_limit,
@@ -31,15 +32,14 @@ from pt2_core.tokens import (
     refuse_degenerate_tokens,
     stream,
 )
+from pt2_llama import api
 from quantize import evaluate
 from quantize.calibration import load_calibration
 from quantize.cli import main as quantize_main
-from quantize.common import PT2Error
 from quantize.config import Config
-from quantize.measure import main as measure_main
-from quantize.refine_cli import main as refine_main
-from quantize.refine_config import RefineConfig
-from third_party.pt2_llama import api
+from quantize.refinement.cli import main as refine_main
+from quantize.refinement.config import RefineConfig
+from quantize.sensitivities import main as measure_main
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "examples/wiki-llama-7m"
@@ -404,7 +404,9 @@ def test_the_manifest_names_the_source_and_its_field(tmp_path):
 
 
 def test_importing_the_module_loads_no_torch():
-    code = "import sys, pt2_core.tokens; assert not {'torch', 'transformers'} & set(sys.modules)"
+    code = (
+        "import sys, pt2_core.texts.tokens; assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pt2_core.errors import PT2Error
 from pt2_core.progress import Reporter
-from quantize.common import PT2Error
 from tests.faults.cases import Maker, cases
 from tests.faults.models import NotHere
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from third_party.pt2_llama import tiny_model
+from pt2_llama import tiny_model
 
 U32, F32, BOOL, STRING, ARRAY = 4, 6, 7, 8, 9
 FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q",

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from third_party.pt2_llama import api
+from pt2_llama import api
 
 from . import gguf_file, mutate
 

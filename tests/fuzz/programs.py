@@ -10,7 +10,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from third_party.pt2_llama import api
+from pt2_llama import api
 
 from . import gguf_file, mutate
 

@@ -29,16 +29,16 @@ from llamacpp_bench.merge import merge
 from llamacpp_bench.report import markdown
 from llamacpp_bench.results import load_results, to_json
 from llamacpp_bench.speedup import load_published
-from quantize import sensitivity
-from quantize.artifact import MANIFEST, PROOF, RUN, Artifact, read_manifest, sha256_array
-from quantize.common import read_json, sha256_file
+from pt2_core.artifact import sensitivity
+from pt2_core.artifact.folder import MANIFEST, PROOF, RUN, Artifact, read_manifest, sha256_array
+from pt2_core.artifact.manifest import check_errors
+from pt2_core.artifact.proof import Proof
+from pt2_core.digest import sha256_content
+from pt2_core.files import read_json, sha256_file
+from pt2_core.safetensors_file import read_header
+from pt2_llama.builds import STAMP, read_build
 from quantize.config import Config, load_recipe
-from quantize.digest import sha256_content
-from quantize.manifest import check_errors
-from quantize.proof import Proof
 from quantize.report import stage_errors
-from quantize.safetensors_file import read_header
-from third_party.pt2_llama.builds import STAMP, read_build
 
 from . import gguf_file, mutate, seeds
 
@@ -98,7 +98,7 @@ def _judge_header(folder: Path, header: Any) -> str | None:
 
 
 def _read_checkpoint(folder: Path) -> Any:
-    from quantize.checkpoint import Checkpoint
+    from pt2_core.model.checkpoint import Checkpoint
 
     model = Checkpoint.open(folder)
     return model, model.architecture, Heads.from_config(model.raw_config)
@@ -229,7 +229,7 @@ def _sign_sensitivity(folder: Path, file: str) -> bool:
 
 
 def _read_state(folder: Path) -> Any:
-    from quantize.refine_state import load_state
+    from quantize.refinement.state import load_state
 
     return load_state(folder, seeds.IDENTITY)
 
@@ -248,7 +248,7 @@ def _judge_state(folder: Path, value: Any) -> str | None:
 def _sign_state(folder: Path, file: str) -> bool:
     import torch
 
-    from quantize.refine_state import _digest
+    from quantize.refinement.state import _digest
 
     def change(notes: dict[str, str]) -> None:
         arrays = {k: torch.from_numpy(v) for k, v in load((folder / file).read_bytes()).items()}

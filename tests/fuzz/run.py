@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantize.common import PT2Error
+from pt2_core.errors import PT2Error
 
 from . import mutate
 from .readers import Reader

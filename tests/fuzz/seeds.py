@@ -10,11 +10,11 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from llamacpp_bench.results import Model, Perplexity, Placement, Results, Sample
-from quantize import sensitivity
-from quantize.artifact import RUN, Artifact, ArtifactWriter, TernaryMatrix, pack_ternary
-from quantize.common import write_json
-from quantize.proof import Proof
-from third_party.pt2_llama.builds import STAMP, Stamp
+from pt2_core.artifact import sensitivity
+from pt2_core.artifact.folder import RUN, Artifact, ArtifactWriter, TernaryMatrix, pack_ternary
+from pt2_core.artifact.proof import Proof
+from pt2_core.files import write_json
+from pt2_llama.builds import STAMP, Stamp
 
 from . import gguf_file
 
@@ -130,7 +130,7 @@ def state(folder: Path) -> None:
     """The state of an unfinished refinement."""
     import torch
 
-    from quantize.refine_state import save_state
+    from quantize.refinement.state import save_state
 
     record = {"step": 4, "looks_without_gain": 0, "elapsed": 1.5, "before": HELD, "best": HELD,
               "history": [{"step": 0, "tokens": 0, "kl": None, "held_out": HELD}]}  # fmt: skip

@@ -1,0 +1,1 @@
+"""What the quantiser writes and everybody reads: blocks, manifest, proof, sensitivities."""

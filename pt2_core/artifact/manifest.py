@@ -1,0 +1,95 @@
+"""What a manifest must look like: checked once, when it is read, so that nobody meets it later."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from pt2_core.errors import PT2Error
+from pt2_core.schema import (
+    anything,
+    boolean,
+    integer,
+    mapping,
+    number,
+    optional,
+    record,
+    sequence,
+    text,
+    validate,
+)
+
+SHA256 = r"[0-9a-f]{64}"
+FILE_NAME = r"(?!block-)[a-z][a-z-]*\.safetensors|block-\d{5}\.safetensors"
+LINEAR_NAME = r"model\.layers\.\d{1,6}\.[\w.]+"
+STAGES = ("init", "itf", "aga", "reround", "blockwise", "final")  # as they follow in time
+MEND = "quantise again, or copy the artifact again"
+
+_SIZE = integer(1, (1 << 31) - 1)
+_ERRORS = mapping(number(0), "|".join(STAGES))
+HELD = record({k: number() for k in ("kl", "same_top", "perplexity", "teacher_perplexity")})
+_MATRIX = record(
+    {"rows": _SIZE, "cols": _SIZE},
+    {"block_size": _SIZE, "order": text(), "E_w": _ERRORS, "E_x": _ERRORS,
+     "norm_w": number(0), "norm_x": number(0)},
+)  # fmt: skip
+_MODEL = record(
+    {"fingerprint": text()},
+    {"architecture": text(), "model_type": optional(text()),
+     "tensors": mapping(sequence(integer(0), longest=8))},
+)  # fmt: skip
+_MANIFEST = record(
+    {
+        "complete": boolean,
+        "files": mapping(text(SHA256), FILE_NAME),
+        "kept": mapping(text()),
+        "matrices": mapping(_MATRIX, LINEAR_NAME),
+        "model": _MODEL,
+        "settings": record({"block_size": _SIZE}),
+        "versions": mapping(anything),
+        "calibration": mapping(anything),
+    },
+    {"activations": mapping(text(), r"\d{1,6}"),
+     "proof": mapping(anything),
+     "refinement": record({"before": HELD, "after": HELD})},
+)  # fmt: skip
+
+
+def check_manifest(value: Any, file: Path) -> None:
+    """Check every entry of a manifest that a reader relies on.
+
+    Raises:
+        PT2Error: with the place of the first entry that is missing or wrong.
+    """
+    validate(value, _MANIFEST, file, MEND)
+    blocks = sorted(name for name in value["files"] if name.startswith("block-"))
+    if blocks != [f"block-{i:05d}.safetensors" for i in range(len(blocks))]:
+        raise PT2Error(f"{file}: 'files' names {blocks[-1]} but not every block before it; {MEND}")
+    lost = [n for n in value["matrices"] if block_of(n) >= len(blocks)]
+    if lost:
+        raise PT2Error(f"{file}: 'matrices' has {lost[0]}, of a block without a file; {MEND}")
+    cols = {name: m["cols"] % m.get("block_size", 1) for name, m in value["matrices"].items()}
+    if bad := next((name for name, rest in cols.items() if rest), None):
+        raise PT2Error(f"{file}: the columns of {bad} are no multiple of its block_size; {MEND}")
+
+
+def check_errors(value: dict[str, Any], file: Path) -> None:
+    """Check that the errors are there that reports and summaries are made of.
+
+    Raises:
+        PT2Error: a matrix has none, or others than the rest.
+    """
+    matrices = value["matrices"]
+    wanted = {k: set(next(iter(matrices.values())).get(k, ())) for k in ("E_w", "E_x")}
+    for name, m in matrices.items():
+        found = {k: set(m.get(k, ())) for k in wanted}
+        if found != wanted or not all(found.values()) or not {"norm_w", "norm_x"} <= m.keys():
+            raise PT2Error(f"{file}: {name} lacks errors of some stages, or their norms; {MEND}")
+
+
+def block_of(module: str) -> int:
+    """The number of the decoder block that a linear of the manifest is in."""
+    match = re.match(r"model\.layers\.(\d+)\.", module)
+    assert match is not None, module  # check_manifest has seen to it
+    return int(match[1])

@@ -1,0 +1,1 @@
+"""What a process does apart from its work: signals, children, locks, temporary files, memory."""

@@ -1,0 +1,1 @@
+"""Every source of text and tokens, and how a text becomes windows."""

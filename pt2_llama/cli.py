@@ -1,0 +1,191 @@
+"""The ``pt2-llama`` command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pt2_core.cli import ArgumentParser, check_threads, run_cli
+from pt2_core.commands import command
+from pt2_core.errors import PT2Error
+from pt2_core.files import human_bytes
+from pt2_llama import api, builds, source
+from pt2_llama.cache import cache_root, folder_bytes, places
+
+EPILOG = f"""\
+examples:
+  pt2-llama build                          # fetch, patch, build for this CPU (about 8 minutes on
+                                           # 2 cores; again only what changed)
+  pt2-llama build --cuda --cuda-arch 90    # for H100 and H200
+  pt2-llama run llama-cli -m model.gguf    # a chat model; a base model:
+  pt2-llama run llama-completion -m model.gguf -no-cnv -p "Once upon a time" -n 64
+  pt2-llama run --variant stock llama-bench -m model.gguf
+  pt2-llama bindings                       # for pt2-eval and llama_cpp in this Python
+  eval "$(pt2-llama env)"                  # llama-* on PATH; llama-cpp-python uses our libraries
+  pt2-llama doctor                         # what is there, what is missing
+
+The source is {source.describe_pin()}.
+Everything lives in the cache: $PT2_CACHE, else $XDG_CACHE_HOME/pt2, else ~/.cache/pt2.
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = ArgumentParser(
+        prog="pt2-llama",
+        description="Build and run the llama.cpp that knows the ternary types TQ2_1 and TQ1_1.",
+        epilog=EPILOG,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_build(commands.add_parser("build", help="fetch, patch, build and smoke-test"))
+
+    run = commands.add_parser("run", help="run a built program; its exit status is passed on")
+    _add_variant(run)
+    run.add_argument("tool", help="such as llama-cli, llama-bench, llama-perplexity")
+    run.add_argument("args", nargs=argparse.REMAINDER, help="the program's own arguments")
+
+    env = commands.add_parser("env", help="print shell exports (PATH, LLAMA_CPP_LIB_PATH)")
+    _add_variant(env)
+    env.add_argument("--json", action="store_true", help="a JSON object instead of exports")
+
+    doctor = commands.add_parser("doctor", help="show compilers, CPU, GPU, cache and builds")
+    doctor.add_argument("--json", action="store_true", help="a JSON object instead of a table")
+
+    sources = commands.add_parser("source", help="print the patched source tree's path")
+    sources.description = "Fetch and patch the source if needed, and print where it is."
+
+    bindings = commands.add_parser(
+        "bindings", help="install llama-cpp-python's bindings into this Python, compiling nothing"
+    )
+    bindings.add_argument("--source", type=Path, metavar="PATH", help="archive, not a download")
+    bindings.add_argument("--force", action="store_true", help="replace what is installed")
+
+    clean = commands.add_parser("clean", help="remove object files and old builds from the cache")
+    clean.add_argument("--all", action="store_true", help="sources and current builds as well")
+    return parser
+
+
+def _add_build(parser: argparse.ArgumentParser) -> None:
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--cuda", action="store_true", help="for NVIDIA GPUs as well")
+    kind.add_argument("--stock", action="store_true", help="the unmodified llama.cpp, for the CPU")
+    parser.add_argument("--jobs", type=int, metavar="N", help="compilers at a time (default: fits)")
+    parser.add_argument(
+        "--source", type=Path, metavar="PATH", help="archive or folder instead of a download"
+    )
+    parser.add_argument("--force", action="store_true", help="from nothing, even if it is there")
+    parser.add_argument("--no-tests", action="store_true", help="leave out the test programs")
+    parser.add_argument(
+        "--cuda-arch",
+        metavar="N[,N]",
+        help="such as 90 (default: visible GPUs; 90 becomes 90a, which has the tensor-core "
+        "instructions of H100 and H200)",
+    )
+    parser.add_argument(
+        "--cmake-arg", action="append", default=[], metavar="ARG", help="such as -DGGML_BLAS=ON"
+    )
+    parser.add_argument("--no-wait", action="store_true", help="fail if another build is running")
+
+
+def _add_variant(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--variant", choices=builds.VARIANTS, default="cpu", help="which build (default: cpu)"
+    )
+
+
+def _build(args: argparse.Namespace) -> int:
+    from pt2_llama.build import Options, build  # pulls in numpy and gguf
+
+    check_threads(args.jobs, "--jobs")
+    if args.jobs is not None and args.jobs < 1:
+        raise PT2Error(f"--jobs {args.jobs}: at least 1")
+    variant = "cuda" if args.cuda else "stock" if args.stock else "cpu"
+    options = Options(
+        variant=variant,
+        tests=not args.no_tests,
+        jobs=args.jobs,
+        source=args.source,
+        force=args.force,
+        cuda_arch=args.cuda_arch,
+        cmake_args=tuple(args.cmake_arg),
+        wait=not args.no_wait,
+    )
+    print(build(options, places()).bin_dir)
+    return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    build = api.require_build(args.variant)
+    tool = build.tool(args.tool)
+    sys.stdout.flush()
+    # Python ignores it, and a program would inherit that.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    os.execve(tool, [str(tool), *args.args], build.env())
+
+
+def _env(args: argparse.Namespace) -> int:
+    exports = api.require_build(args.variant).exports()
+    if args.json:
+        print(json.dumps(exports, indent=1))
+    else:
+        for name, value in exports.items():
+            print(f"export {name}={shlex.quote(value)}")
+    return 0
+
+
+def _bindings(args: argparse.Namespace) -> int:
+    from pt2_llama import bindings
+
+    bindings.install(places(), args.source, args.force)
+    return 0
+
+
+def _clean(args: argparse.Namespace) -> int:
+    before = folder_bytes(cache_root())
+    removed = builds.clean(places(), args.all)
+    for folder in removed:
+        print(f"removed {folder}")
+    print(f"freed {human_bytes(before - folder_bytes(cache_root()))}")
+    return 0
+
+
+def _source(args: argparse.Namespace) -> int:
+    print(api.source_dir())
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from pt2_llama.doctor import doctor
+
+    return doctor(places(), as_json=args.json)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``pt2-llama``."""
+    args = make_parser().parse_args(argv)
+    bodies = {
+        "build": _build,
+        "run": _run,
+        "env": _env,
+        "doctor": _doctor,
+        "source": _source,
+        "bindings": _bindings,
+        "clean": _clean,
+    }
+    # A build that is started again goes on from the object files that are there.
+    again = command("pt2-llama", *(sys.argv[1:] if argv is None else argv))
+    return run_cli(
+        "pt2-llama",
+        lambda: bodies[args.command](args),
+        resume=lambda: again if args.command == "build" else None,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The arithmetic of ternarization: pure functions of matrices."""

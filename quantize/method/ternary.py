@@ -1,0 +1,186 @@
+"""The asymmetric ternary quantiser of one block of columns: pure functions on plain tensors.
+
+Throughout, ``w`` is float32 ``[rows, k]`` (the block's weights), ``t`` is float32 ``[rows, k]`` of
+{-1, 0, 1}, and a :class:`Grid` holds alpha and mu, float32 ``[rows]``, so that ``w ~ alpha*t + mu``
+row by row. ``c`` is float32 ``[k, k]``: the second moment of the block's inputs, symmetric and
+positive semidefinite. Equation numbers are those of the PT2-LLM paper.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pt2_core.errors import PT2Error
+
+# A 2x2 system whose determinant is smaller than this share of the product of its diagonal cannot
+# tell alpha from mu: T is (nearly) constant over the row.
+SINGULAR = 1e-7
+# Rows worked on at once on a CPU: the temporaries of one chunk stay in a core's cache.
+CPU_ROWS = 1024
+
+
+class Grid(NamedTuple):
+    """Scale and offset of each row, float32 ``[rows]``."""
+
+    alpha: Tensor
+    mu: Tensor
+
+    def dequantize(self, t: Tensor) -> Tensor:
+        """``alpha * t + mu``, float32 ``[rows, k]``."""
+        return torch.addcmul(self.mu[:, None], self.alpha[:, None], t)
+
+
+def ternary_init(w: Tensor) -> tuple[Grid, Tensor]:
+    """The start of eq. 4-5: mu is the row's mean, the threshold 0.75 times the mean deviation.
+
+    A row whose values are all equal gets t = 0 and alpha = 0.
+
+    Returns:
+        (grid, t)
+    """
+    mu = w.mean(dim=1)
+    centred = w - mu[:, None]
+    size = centred.abs()
+    chosen = size > 0.75 * size.mean(dim=1, keepdim=True)
+    count = chosen.sum(dim=1)
+    alpha = (size * chosen).sum(dim=1) / count.clamp(min=1)
+    return Grid(alpha, mu), centred.sign() * chosen
+
+
+def fit_grid(w: Tensor, t: Tensor) -> Grid:
+    """The grid of least ``|w - alpha*t - mu|^2`` for a given t (eq. 9), row by row.
+
+    Where t is constant over a row the system is singular: mu is then the row's mean and alpha 0.
+    """
+    return _fit_grid(w, t, w.sum(dim=1))
+
+
+def _fit_grid(w: Tensor, t: Tensor, w1: Tensor) -> Grid:
+    m = w.shape[1]
+    wt = (w * t).sum(dim=1)
+    t1 = t.sum(dim=1)
+    tt = (t * t).sum(dim=1)
+    det = m * tt - t1 * t1  # whole numbers, so the comparison with 0 is exact
+    singular = det <= 0
+    det = det.masked_fill(singular, 1.0)
+    alpha = ((m * wt - t1 * w1) / det).masked_fill(singular, 0.0)
+    mu = torch.where(singular, w1 / m, (tt * w1 - t1 * wt) / det)
+    return Grid(alpha, mu)
+
+
+def round_to_grid(w: Tensor, grid: Grid) -> Tensor:
+    """The nearest of the three grid points (eq. 10): t of {-1, 0, 1}, 0 where alpha is 0."""
+    inverse = torch.where(grid.alpha == 0, 0.0, 1.0 / grid.alpha)
+    return ((w - grid.mu[:, None]) * inverse[:, None]).round_().clamp_(-1, 1)
+
+
+def iterative_ternary_fitting(w: Tensor, t: Tensor, max_steps: int = 50) -> tuple[Grid, Tensor]:
+    """ITF: alternate eq. 9 and eq. 10 until t no longer changes (algorithm 1).
+
+    Rows that have converged are left out of the following steps. The weight error never rises.
+
+    Args:
+        t: where to start, see :func:`ternary_init`.
+        max_steps: an upper limit; about 16 steps are usual, 24 the most that was seen.
+
+    Returns:
+        (grid, t)
+    """
+    if w.device.type != "cpu" or w.shape[0] <= CPU_ROWS:
+        return _itf(w, t, max_steps)
+    parts = [_itf(a, b, max_steps) for a, b in zip(w.split(CPU_ROWS), t.split(CPU_ROWS))]  # noqa: B905
+    grid = Grid(*(torch.cat(v) for v in zip(*(g for g, _ in parts))))  # noqa: B905
+    return grid, torch.cat([t for _, t in parts])
+
+
+def _itf(w: Tensor, t: Tensor, max_steps: int) -> tuple[Grid, Tensor]:
+    alpha, mu = w.new_empty(w.shape[0]), w.new_empty(w.shape[0])
+    rows = torch.arange(w.shape[0], device=w.device)
+    now_w, now_t, w1 = w, t, w.sum(dim=1)
+    for _ in range(max_steps):
+        grid = _fit_grid(now_w, now_t, w1)
+        new_t = round_to_grid(now_w, grid)
+        changed = (new_t != now_t).any(dim=1)
+        if rows.shape[0] == w.shape[0]:
+            (alpha, mu), t = grid, new_t
+        else:
+            alpha[rows], mu[rows] = grid
+            t[rows] = new_t
+        left = int(changed.sum())
+        if left == 0:
+            break
+        now_t = new_t
+        # A converged row stays as it is, so this only saves time; on a GPU it would not even that.
+        if w.device.type == "cpu" and 2 * left <= rows.shape[0]:
+            rows, now_w, now_t, w1 = rows[changed], now_w[changed], new_t[changed], w1[changed]
+    return Grid(alpha, mu), t
+
+
+def activation_grid(w: Tensor, t: Tensor, c: Tensor) -> Grid:
+    """AGA: the grid of least ``(w - alpha*t - mu) c (w - alpha*t - mu)^T`` (eq. 12), row by row.
+
+    Eq. 13 does not say what its S is; read as S = c it diverges, so the full quadratic forms of
+    eq. 12 are solved. Where t is (nearly) constant the system is singular: mu is then the weighted
+    mean and alpha 0. The solution's alpha may be negative, see :func:`positive_alpha`.
+    """
+    c1 = c.sum(dim=1)
+    tc = t @ c
+    a = (tc * t).sum(dim=1, dtype=torch.float64)
+    b = (t @ c1).double()
+    d = c1.sum(dtype=torch.float64)
+    wt = (tc * w).sum(dim=1, dtype=torch.float64)
+    w1 = (w @ c1).double()
+    if d <= 0:  # inputs that cancel out exactly, or none at all: nothing says what mu should be
+        return fit_grid(w, t)
+    det = a * d - b * b
+    singular = det <= SINGULAR * a * d
+    det = det.masked_fill(singular, 1.0)
+    alpha = ((d * wt - b * w1) / det).masked_fill(singular, 0.0)
+    mu = torch.where(singular, w1 / d, (a * w1 - b * wt) / det)
+    return Grid(alpha.float(), mu.float())
+
+
+def positive_alpha(grid: Grid, t: Tensor) -> tuple[Grid, Tensor]:
+    """The same values with alpha >= 0: rows of negative alpha change the sign of alpha and t."""
+    sign = torch.where(grid.alpha < 0, -1.0, 1.0)
+    return Grid(grid.alpha.abs(), grid.mu), t * sign[:, None]
+
+
+def check_range(weight: Tensor, block_size: int) -> None:
+    """Refuse a weight ``[rows, cols]`` of which a block's alpha is certain not to fit into float16.
+
+    Alpha is the mean size of a block's larger weights, so at least that of all of them.
+
+    Raises:
+        PT2Error: with the size of the block.
+    """
+    blocks = weight.float().view(weight.shape[0], -1, block_size)
+    largest = float((blocks - blocks.mean(-1, keepdim=True)).abs().mean(-1).max())
+    if largest > torch.finfo(torch.float16).max:
+        raise PT2Error(f"weights of about {largest:.3g} are too large for alpha in float16 (65504)")
+
+
+def store_grid(grid: Grid) -> Grid:
+    """Round alpha and mu to what is stored, float16, and return them as float32.
+
+    Raises:
+        PT2Error: a value does not fit into float16 (weights above 65504).
+    """
+    stored = Grid(grid.alpha.half().float(), grid.mu.half().float())
+    if not bool((stored.alpha.isfinite() & stored.mu.isfinite()).all()):
+        raise PT2Error("alpha or mu does not fit into float16: the weights are too large")
+    return stored
+
+
+def weight_error(w: Tensor, w_hat: Tensor) -> float:
+    """E_w of eq. 6: the sum of squared differences."""
+    return float((w - w_hat).square().sum(dtype=torch.float64))
+
+
+def output_error(w: Tensor, w_hat: Tensor, c: Tensor) -> float:
+    """E_x of eq. 11, ``sum_rows (w - w_hat) c (w - w_hat)^T``; per token if ``c`` is a mean."""
+    e = w - w_hat
+    return float(((e @ c) * e).sum(dtype=torch.float64))

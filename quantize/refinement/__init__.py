@@ -1,0 +1,1 @@
+"""Refinement by gradients: the ternary model learns from the full-precision one."""
