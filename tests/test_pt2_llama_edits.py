@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pt2_core import formats
 from pt2_core.errors import PT2Error
 from pt2_llama.edit_lists import parse_edits
 from pt2_llama.edits import Edit, EditsDoNotFit, apply_edits
@@ -152,6 +153,13 @@ def test_overlapping_edits_are_refused() -> None:
         ("- {file: a, anchor: 3, replace: c}", "anchor must be a text"),
         ("- {anchor: b, replace: c}", "file must be a text"),
         ("- {file: a, anchor: b, replace: c, occurrence: 1}", "unknown key 'occurrence'"),
+        ("- {file: a, anchor: b, replace: c, for: all}", "for: is one of types, activations, once"),
+        (
+            "- {file: a, anchor: b, replace: '{nam}', for: types}",
+            "unknown placeholder {nam}; known",
+        ),
+        ("- {file: a, anchor: b, replace: '{id}', for: once}", "unknown placeholder {id}; known"),
+        ("- {file: a, anchor: b, replace: '{layout}', for: activations}", "placeholder {layout}"),
         ("- {file: a, anchor: b, replace: c, inside: 1}", "inside must be a text, or a list"),
         ("- {file: a, anchor: b, replace: c, inside: []}", "inside must be a text, or a list"),
         ("- {file: a, anchor: b, replace: c, inside: [d, 1]}", "inside must be a text, or a list"),
@@ -268,6 +276,24 @@ def test_all_files_that_edits_do_not_fit_are_named_at_once(pristine: Path) -> No
 def test_one_item_may_name_several_bodies() -> None:
     made = parse_edits("- {file: a, anchor: b, replace: c, inside: [f, g]}", "x.yaml")
     assert [(e.inside, e.where) for e in made] == [("f", "x.yaml, edit 1"), ("g", "x.yaml, edit 1")]
+
+
+def test_a_text_for_types_is_written_once_per_type() -> None:
+    item = "- {file: a, anchor: b, for: %s, after: %s}"
+    (made,) = parse_edits(item % ("types", r'"case T_{NAME}: {id} {file_type} {bpw} {sizes};\n"'))
+    lines = [
+        f"case T_{t.name}: {t.id} {t.file_type} {8 * t.nbytes / t.block:g} "
+        f"{' + '.join(map(str, t.fields.values()))};"
+        for t in formats.TYPES.values()
+    ]
+    assert made.text.splitlines() == lines and len(lines) > 1
+    assert parse_edits("- {file: a, anchor: b, for: once, after: 'N = {count}'}")[0].text == (
+        f"N = {max(t.id for t in formats.ALL) + 1}"
+    )
+    (made,) = parse_edits("- {file: a, anchor: b, for: activations, after: 'T_{NAME}; { NAME }; '}")
+    assert made.text == "T_Q8_T; { NAME }; "
+    # without for, braces are what they are
+    assert parse_edits("- {file: a, anchor: b, after: '{NAME}'}")[0].text == "{NAME}"
 
 
 def test_all_lists_of_edits_are_joined(tmp_path: Path) -> None:
