@@ -92,7 +92,7 @@ def colour_of(results: Results) -> dict[str, str]:
 
 
 def short_name(model: Model) -> str:
-    """The name within its group: of `7b TQ2_1` in group `7b` it is `TQ2_1`."""
+    """The name within its group: of `7b Q2_K` in group `7b` it is `Q2_K`."""
     return model.name.removeprefix(f"{model.group} ") if model.group else model.name
 
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llamacpp_bench.ggml_types import PT2_LAYOUT_KEYS
 from llamacpp_bench.gguf_info import GGUFInfo
 from llamacpp_bench.process import Finished, run_tool
 from llamacpp_bench.results import Placement
 from llamacpp_bench.tools import ToolBox
+from pt2_core import formats
 from pt2_core.errors import PT2Error
 
 # Tools with a log thread may exit before it has written the last line (docs/design.md).
@@ -187,7 +187,7 @@ def probe_placement(
     run_tool(argv, {**tools.env, "GGML_SCHED_DEBUG": "2"}, log, timeout=load.timeout)
     text = log.read_text("utf-8", "replace")
     placement = parse_placement(text, info)
-    ours = [k for k, ops in placement.ops.items() if k in PT2_LAYOUT_KEYS and on_cpu(ops)]
+    ours = [k for k, ops in placement.ops.items() if k in formats.NAMES and on_cpu(ops)]
     if ours and (path := tools.ternary_path()):
         placement.kernels = dict.fromkeys(ours, path)
     if not placement.ops:

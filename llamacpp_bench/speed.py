@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from llamacpp_bench.ggml_types import PT2_LAYOUT_KEYS
 from llamacpp_bench.gguf_info import GGUFInfo
 from llamacpp_bench.results import Model, Sample
 from llamacpp_bench.runner import (
@@ -20,6 +19,7 @@ from llamacpp_bench.runner import (
     run_bench,
     test_name,
 )
+from pt2_core import formats
 from pt2_core.errors import PT2Error
 from pt2_core.files import human_seconds
 
@@ -62,7 +62,7 @@ def models_to_place(session: Session, models: list[Model]) -> list[Model]:
     """Those whose placement was asked for."""
     which = session.config.placement
     if which == "ternary":
-        return [m for m in models if m.types.keys() & PT2_LAYOUT_KEYS.keys()]
+        return [m for m in models if m.types.keys() & set(formats.NAMES)]
     return models if which == "all" else []
 
 

@@ -18,13 +18,14 @@ from matplotlib.figure import Figure
 from llamacpp_bench.plots import COLOURS, add_caption, add_legend, short_name, test_title
 from llamacpp_bench.report import Rows, caption, decode_reads, figure, plain_tests
 from llamacpp_bench.results import Model, Results
+from pt2_core import formats
 from pt2_core.errors import PT2Error
 from pt2_core.files import human_bytes
 from pt2_core.schema import Mismatch, mapping, number, record, text
 from pt2_core.yaml_file import read_yaml
 
-OURS = ("TQ2_1", "TQ1_1")
-OURS_COLOURS = (COLOURS[0], COLOURS[5])
+OURS = formats.NAMES
+OURS_COLOURS = (COLOURS[0], COLOURS[5], COLOURS[2], COLOURS[3])
 OTHER_COLOURS = ("#9A9A9A", "#BDBDBD", "#D9D9D9", "#777777")
 PAPER_COLOUR = COLOURS[1]
 

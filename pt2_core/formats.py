@@ -63,7 +63,8 @@ class BlockType:
         cls.name, cls.ggml_name = cls.__name__, cls.__name__.lower()
         cls.nbytes = sum(cls.fields.values())
         taken = [t for t in ALL if cls.id == t.id or cls.name == t.name]
-        assert not taken, f"{cls.name} ({cls.id}) is {taken[0].name} ({taken[0].id}) already"
+        if taken:
+            raise ValueError(f"{cls.name} ({cls.id}) is {taken[0].name} ({taken[0].id}) already")
         ALL.append(cls)
         if issubclass(cls, TernaryType):
             TYPES[cls.ggml_name] = cls
@@ -145,6 +146,19 @@ class TernaryType(BlockType):
     def dequantize(cls, data: U8) -> F32:
         """uint8 ``[rows, bytes]`` to float32 weights ``[rows, cols]``."""
         return weights(*cls.unpack(data))
+
+    @classmethod
+    def random_blocks(cls, count: int, rng: np.random.Generator, scale: float) -> U8:
+        """Valid blocks, uint8 ``[count, nbytes]``: any codes, each alpha about ``scale``.
+
+        The offset mu is a tenth of another such number, and of either sign.
+        """
+        import numpy as np
+
+        codes = rng.integers(0, cls.levels, (count, cls.block), dtype=np.uint8)
+        sizes = scale * rng.uniform(0.5, 1.5, (2, count, 1))
+        mu = sizes[1] * rng.choice([-0.1, 0.1], (count, 1))
+        return cls.pack(codes, sizes[0].astype(np.float16), mu.astype(np.float16))
 
     @classmethod
     def _join(cls, planes: U8, alpha: F16, mu: F16) -> U8:
@@ -267,6 +281,7 @@ def _powers() -> U8:
 
 
 DEFAULT: type[TernaryType] = next(iter(TYPES.values()))
+SMALLEST: type[TernaryType] = min(TYPES.values(), key=lambda t: t.nbytes / t.block)
 NAMES: tuple[str, ...] = tuple(t.name for t in TYPES.values())
 BY_NAME: dict[str, type[TernaryType]] = {t.name: t for t in TYPES.values()}
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pt2_core import formats
 from pt2_core.errors import PT2Error
 from pt2_core.files import human_seconds
 from pt2_core.process.temporary import temporary_folder
@@ -20,11 +21,12 @@ from pt2_llama.overlay import Overlay, load_overlay, stamp_digest, sync_patched
 
 DISK_BYTES = {"cpu": 1_000_000_000, "stock": 600_000_000, "cuda": 5_000_000_000}
 
+_OURS = " and ".join(formats.NAMES)
 NO_CUDA_KERNELS = (
-    "TQ2_1 and TQ1_1 have no CUDA kernels yet: in CUDA builds tensors of these types run on the CPU"
+    f"{_OURS} have no CUDA kernels yet: in CUDA builds tensors of these types run on the CPU"
 )
 CUDA_KERNELS = (
-    "TQ2_1 and TQ1_1 run on the GPU: kernels of our own from compute capability 8.0 on, those that "
+    f"{_OURS} run on the GPU: kernels of our own from compute capability 8.0 on, those that "
     "llama.cpp's types share on older cards"
 )
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pt2_core import formats
 from pt2_core.cli import ArgumentParser, check_threads, run_cli
 from pt2_core.commands import command
 from pt2_core.errors import PT2Error
@@ -39,7 +40,8 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = ArgumentParser(
         prog="pt2-llama",
-        description="Build and run the llama.cpp that knows the ternary types TQ2_1 and TQ1_1.",
+        description="Build and run the llama.cpp that knows the ternary types "
+        f"{' and '.join(formats.NAMES)}.",
         epilog=EPILOG,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -10,13 +10,14 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+from pt2_core import formats
 from pt2_llama import api
 
 from . import gguf_file, mutate
 
 LIMIT_SECONDS = 120.0  # of one run; a right file takes a second
 MEMORY_BYTES = 8 << 30
-KINDS = ("tq2_1", "tq1_1")
+KINDS = formats.TYPES
 # What each program is called with; {out} is a file that may be written.
 PROGRAMS = {
     "llama-bench": ["-m", "{model}", "-p", "8", "-n", "1", "-r", "1", "-t", "1"],
