@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 _TOKEN = re.compile(
     r"""
@@ -25,6 +26,7 @@ _FIRST_COLUMN = re.compile(r"^(?:[A-Za-z_][^\n]*|\})", re.MULTILINE)
 _WORDS = re.compile(r"\s*(\w+)\s*(\w*)")
 
 
+@lru_cache(maxsize=8)
 def blanked(text: str) -> str:
     """``text`` with blanks for all that is no code; its length and its line breaks stay.
 
