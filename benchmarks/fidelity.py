@@ -2,9 +2,9 @@
 
     python benchmarks/fidelity.py MODEL ARTIFACT --text wiki.test.txt --chunks 40 --out OUT
 
-Exports the artifact as TQ2_1, TQ1_1 and Q2_K (with the exporter's defaults), and compares the
+Exports the artifact in our types and as Q2_K (with the exporter's defaults), and compares the
 perplexity of each file (llama-perplexity, windows of 512) with PyTorch's for the same alpha*T + mu
-weights on the same windows: TQ2_1 and TQ1_1 in our llama.cpp on each of the CPU's paths, Q2_K in
+weights on the same windows: our types in our llama.cpp on each of the CPU's paths, Q2_K in
 an unmodified llama.cpp (`pt2-llama build --stock`). Writes OUT/fidelity.json and OUT/fidelity.md;
 exits with 1 when a file is further off than it may be (0.5 % and 2 %).
 """
@@ -18,11 +18,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pt2_core import formats
 from pt2_core.cli import ArgumentParser, run_cli
 from pt2_core.errors import PT2Error
 from pt2_core.files import atomic_path, write_json
 
-LIMITS = {"tq2_1": 0.005, "tq1_1": 0.005, "q2_k": 0.02}
+LIMITS = {**dict.fromkeys(formats.TYPES, 0.005), "q2_k": 0.02}
 PATHS = ("generic", "avx2", "avx512")
 FINAL = re.compile(r"Final estimate: PPL = ([\d.]+)")
 

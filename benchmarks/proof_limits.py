@@ -1,6 +1,6 @@
 """How close right files come to the proof: what the limits in export/proof.py are set by.
 
-    python benchmarks/proof_limits.py ARTIFACT... [--types tq1_1,tq2_1,q2_k] > limits.md
+    python benchmarks/proof_limits.py ARTIFACT... [--types T,T] > limits.md
 
 Exports each artifact in every type, once with embeddings and head in F32 and once with the default
 types, and prints the proof's figures as a Markdown table: before and, where the limits ask for it,
@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from export import ExportConfig, export_gguf, proof
+from pt2_core import formats
 from pt2_core.errors import PT2Error
 
 TABLES = {"F32": {"embedding_type": "f32", "output_type": "f32"}, "default": {}}
@@ -24,7 +25,7 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("artifacts", nargs="+", type=Path)
-    parser.add_argument("--types", default="tq1_1,tq2_1,q2_k")
+    parser.add_argument("--types", default=",".join([*formats.TYPES, "q2_k"]))
     args = parser.parse_args()
     print("| artifact | type | embeddings, head | KL | equal top | renewed | export s | proof s |")
     print("|---|---|---|---|---|---|---|---|", flush=True)

@@ -14,6 +14,7 @@ from export.config import (
     ExportConfig,
     parse_size,
 )
+from pt2_core import formats
 from pt2_core.cli import ArgumentParser, run_cli
 from pt2_core.commands import command
 from pt2_core.errors import PT2Error
@@ -25,12 +26,12 @@ if TYPE_CHECKING:
 
 _EPILOG = """\
 examples:
-  pt2-export model.gguf                         the newest artifact in this folder, as TQ2_1
-  pt2-export model.gguf --from qwen3-8b-pt2 --type tq1_1
-                                                1.875 bits a weight: smallest, needs our llama.cpp
+  pt2-export model.gguf                         the newest artifact in this folder, as {default}
+  pt2-export model.gguf --from qwen3-8b-pt2 --type {smallest}
+                                                {bits:g} bits a weight, needs our llama.cpp
   pt2-export model.gguf --type q2_k             2.625 bits, runs on any llama.cpp
   pt2-export model.gguf --embedding-type q4_k --output-type q6_k
-  pt2-export model.gguf --type tq1_1 --target-bpw 2.1
+  pt2-export model.gguf --type {smallest} --target-bpw 2.1
                                                 the most sensitive tensors in Q2_K to Q4_K, chosen
                                                 by what python -m quantize.sensitivities has
                                                 measured
@@ -46,7 +47,12 @@ for a base model:       pt2-llama run llama-completion -m model.gguf -no-cnv -p 
 types of ordinary tensors: {ordinary}
 Where embeddings and head are one tensor (tied), --embedding-type is the type of both, and the
 default is the head's.
-""".format(ordinary=", ".join(ORDINARY_TYPES))
+""".format(
+    default=formats.DEFAULT.name,
+    smallest=formats.SMALLEST.ggml_name,
+    bits=formats.SMALLEST.bpw(),
+    ordinary=", ".join(ORDINARY_TYPES),
+)
 
 
 def main(argv: list[str] | None = None) -> int:

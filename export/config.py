@@ -6,9 +6,10 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pt2_core import formats
 from pt2_core.errors import PT2Error
 
-TYPES = ("tq2_1", "tq1_1", "q2_k")
+TYPES = (*formats.TYPES, "q2_k")
 
 # Types for ordinary tensors, by llama.cpp's names, each with the type that takes its place where a
 # row is no whole number of its blocks (as llama-quantize does).
@@ -46,8 +47,8 @@ class ExportConfig:
     """Settings of one export.
 
     Attributes:
-        type: of the ternary linears: ``tq2_1`` (2.25 bpw), ``tq1_1`` (1.875 bpw), or ``q2_k``
-            (2.625 bpw, runs on an unmodified llama.cpp).
+        type: of the ternary linears: one of :data:`pt2_core.formats.TYPES`, or ``q2_k`` (2.625
+            bpw, runs on an unmodified llama.cpp).
         embedding_type: of the token embeddings, and of the head where the two are one tensor. None
             is q4_k, or ``output_type`` where they are one.
         output_type: of the head; None is q5_k.
@@ -70,7 +71,7 @@ class ExportConfig:
         overwrite: replace an existing output.
     """
 
-    type: str = "tq2_1"
+    type: str = formats.DEFAULT.ggml_name
     embedding_type: str | None = None
     output_type: str | None = None
     fallback_type: str = "q8_0"
@@ -113,7 +114,9 @@ class ExportConfig:
         if self.target_size < 0 or not 0 <= self.target_bpw <= 32:
             raise PT2Error("--target-size must not be negative, --target-bpw must lie in 0 to 32")
         if self.targeted and self.type == "q2_k":
-            raise PT2Error("--target-size and --target-bpw need --type tq1_1 or tq2_1")
+            raise PT2Error(
+                f"--target-size and --target-bpw need --type {' or '.join(formats.TYPES)}"
+            )
 
     @property
     def targeted(self) -> bool:

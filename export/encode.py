@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
@@ -17,10 +17,14 @@ from export.converter import Carrier, CarrierTensor
 from export.fold import FoldPlan
 from export.ggml import Ggml, type_of
 from export.mixed import Choice
-from export.types import BLOCK, F16, TERNARY_TYPES, U8, weights
+from pt2_core import formats
 from pt2_core.artifact.folder import TernaryMatrix
 from pt2_core.errors import PT2Error
+from pt2_core.formats import BLOCK, weights
 from pt2_core.model.widths import width_problem
+
+if TYPE_CHECKING:
+    from pt2_core.formats import F16, U8
 
 F32_TYPE = gguf.GGMLQuantizationType.F32
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
@@ -177,14 +181,14 @@ def check_group_size(group: int, kind: str, columns: Mapping[str, int]) -> None:
     widths: dict[str, list[int]] = {}
     for module, cols in columns.items():
         widths.setdefault(module.rpartition(".")[2], []).append(cols)
-    if kind in TERNARY_TYPES and all(c % q2k.SUPER == 0 for c in columns.values()):
+    if kind in formats.TYPES and all(c % q2k.SUPER == 0 for c in columns.values()):
         raise PT2Error(
             f"the artifact has blocks of {group}, {kind} holds blocks of {BLOCK}: use --type q2_k, "
             f"or quantise again with --block-size {BLOCK}"
         )
     # No type holds such blocks: what is left is to quantise again, in blocks that one does.
     again = width_problem(widths, BLOCK)
-    if kind in TERNARY_TYPES or width_problem(widths, group):
+    if kind in formats.TYPES or width_problem(widths, group):
         how = f"use --block-size {BLOCK}" if again is None else again.partition(": ")[2]
         raise PT2Error(
             f"the artifact has blocks of {group}, which {kind} cannot hold in "
@@ -197,9 +201,9 @@ def encode_ternary(
 ) -> tuple[NDArray[Any], q2k.WeightError | None]:
     """Encode a ternary weight; the error is given for Q2_K only, the ternary types have none."""
     name = kind.name.lower()
-    if name in TERNARY_TYPES:
+    if name in formats.TYPES:
         exact = rows.per_block(BLOCK)
-        return TERNARY_TYPES[name].pack(exact.codes, exact.alpha, exact.mu), None
+        return formats.TYPES[name].pack(exact.codes, exact.alpha, exact.mu), None
     if name == "q2_k":
         return q2k.encode(rows.codes, rows.alpha, rows.mu)
     return encode_ordinary(rows.dequantize(), kind, ggml, "a ternary weight"), None

@@ -11,7 +11,7 @@ from typing import Any
 
 import gguf
 
-from export import types
+from export import gguf_types
 from export.checks import (
     Progress,
     check_disk,
@@ -40,6 +40,7 @@ from export.q2k import WeightError
 from export.source import HF_EMBEDDING, HF_HEAD, TernarySource
 from export.verify import verify_files
 from export.writer import Metadata, write_gguf
+from pt2_core import formats
 from pt2_core.artifact.folder import Artifact
 from pt2_core.errors import PT2Error
 from pt2_core.model.checkpoint import Checkpoint
@@ -47,7 +48,10 @@ from pt2_llama import api
 
 PT2_VERSION = 1
 HEADER_SPARE = 8192  # our own metadata and the padding between tensors
-_FILE_TYPE = {"tq2_1": 120, "tq1_1": 121, "q2_k": int(gguf.LlamaFileType.MOSTLY_Q2_K)}
+_FILE_TYPE = {
+    **{name: t.file_type for name, t in formats.TYPES.items()},
+    "q2_k": int(gguf.LlamaFileType.MOSTLY_Q2_K),
+}
 
 
 @dataclass
@@ -131,7 +135,7 @@ def export_gguf(
     config = config or ExportConfig()
     out = Path(out_path)
     check_output(out, config)
-    types.register()
+    gguf_types.register()
     artifact = Artifact.open(artifact_dir)
     model = Checkpoint.open(Path(model_dir) if model_dir is not None else source_model(artifact))
     check_tokenizer(model.path)
@@ -313,8 +317,8 @@ def _metadata(source: TernarySource, items: list[Item], config: ExportConfig) ->
         metadata["pt2.max_context"] = (options.max_context, kind.UINT32, None)
     if options.pre_tokenizer:
         metadata["pt2.pre_tokenizer"] = (options.pre_tokenizer, kind.STRING, None)
-    if config.type in types.TERNARY_TYPES:
-        metadata[f"pt2.{config.type}.layout"] = (types.LAYOUT_VERSION, kind.UINT32, None)
+    if ours := formats.TYPES.get(config.type):
+        metadata[ours.layout_key()] = (ours.layout, kind.UINT32, None)
     return metadata
 
 
@@ -346,9 +350,8 @@ def _report(
 
 def _library(config: ExportConfig) -> Ggml:
     ggml = Ggml(api.require_build().lib_dir)
-    if config.type in types.TERNARY_TYPES:
-        t = types.TERNARY_TYPES[config.type]
-        ggml.check_type(t.id, config.type, types.BLOCK, t.nbytes)
+    if ours := formats.TYPES.get(config.type):
+        ggml.check_type(ours.id, ours.ggml_name, ours.block, ours.nbytes)
     return ggml
 
 

@@ -22,8 +22,8 @@ from export.encode import F32_TYPE, Item
 from export.ggml import Ggml
 from export.proof import KNOWN_GAPS, Programs, Verdict, check_file
 from export.source import TABLES, TernarySource
-from export.types import TERNARY_TYPES
 from export.writer import Metadata
+from pt2_core import formats
 from pt2_core.artifact.proof import Proof, rope_type, ropes
 from pt2_core.artifact.proof_text import AFTER_SPECIAL, COMPOSED, DECOMPOSED
 from pt2_core.errors import PT2Error
@@ -38,7 +38,7 @@ KEYS = {
 # A table whose values are further than this from the model's (relative RMS error of a row) is not a
 # rounded one but a wrong one. Q2_K, the coarsest type for tables, is at 0.3 at the most.
 MAX_ROW_ERROR = 0.5
-_EXACT = ("F32", "F16", "BF16", *(t.upper() for t in TERNARY_TYPES))
+_EXACT = ("F32", "F16", "BF16", *formats.NAMES)
 # Types that round so little that the limits allow for them.
 _FINE = (*_EXACT, "Q8_0")
 

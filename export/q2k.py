@@ -23,12 +23,13 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from export.types import F16, U8
+if TYPE_CHECKING:
+    from pt2_core.formats import F16, U8
 
 SUPER = 256
 SUB = 16
@@ -217,7 +218,7 @@ def _refine(
 
 
 def _pack(q: U8, d: Array, dmin: Array, sc: Array, m: Array) -> U8:
-    """``block_q2_K``: 16 bytes ``sc | m << 4``, 64 bytes of codes (as TQ2_1's), d, dmin."""
+    """``block_q2_K``: 16 bytes ``sc | m << 4``, 64 bytes of codes (planes of 32), d, dmin."""
     n = len(q)
     out = np.empty((n, NBYTES), dtype=np.uint8)
     out[:, :16] = sc.astype(np.uint8) | (m.astype(np.uint8) << 4)

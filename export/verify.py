@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from export.encode import Item, TernaryRows
 from export.ggml import Ggml
-from export.types import TERNARY_TYPES
 from export.writer import digest
+from pt2_core import formats
 from pt2_core.errors import PT2Error
 
 _VALUES_AT_ONCE = 1 << 24
@@ -29,7 +29,7 @@ def verify_files(
 ) -> None:
     """Check every tensor of the written files.
 
-    All of them: type, shape, and the bytes that were meant to be written. TQ2_1 and TQ1_1: the
+    All of them: type, shape, and the bytes that were meant to be written. Our own types: the
     weights that the C library decodes are those of the artifact, bit for bit. Q2_K: the C library
     decodes the bytes as NumPy does.
 
@@ -72,7 +72,7 @@ def compare_weights(
     kind = item.type.name.lower()
     rows, cols = item.tensor.shape
     chunk = max(1, _VALUES_AT_ONCE // cols)
-    meant = ternary(item) if kind in TERNARY_TYPES else None
+    meant = ternary(item) if kind in formats.TYPES else None
     for first in range(0, rows, chunk):
         part = slice(first, first + chunk)
         if meant is not None:

@@ -19,7 +19,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from export import types
+from export import gguf_types
 from export.checks import Progress, check_model, source_model
 from export.converter import Carrier, CarrierTensor, Options, run_converter
 from export.encode import F32_TYPE, Item
@@ -27,8 +27,8 @@ from export.ggml import Ggml
 from export.proof import Folder, Programs, Verdict
 from export.prove import MAX_ROW_ERROR, Prover, row_error
 from export.source import TernarySource
-from export.types import TERNARY_TYPES
 from export.verify import compare_weights
+from pt2_core import formats
 from pt2_core.artifact.folder import Artifact
 from pt2_core.errors import PT2Error
 from pt2_core.model.checkpoint import Checkpoint
@@ -84,7 +84,7 @@ def verify_file(
     Raises:
         PT2Error: artifact, model, build or file cannot be used at all.
     """
-    types.register()
+    gguf_types.register()
     files = splits(Path(file))
     artifact = Artifact.open(artifact_dir)
     model = Checkpoint.open(Path(model_dir) if model_dir is not None else source_model(artifact))
@@ -212,7 +212,7 @@ def _wrong_values(
     """What is wrong with a tensor's values, if anything."""
     tensor = item.tensor
     kind = item.type.name.lower()
-    if tensor.source is not None and kind in TERNARY_TYPES:
+    if tensor.source is not None and kind in formats.TYPES:
         try:
             compare_weights(tensor.name, data, item, source.rows, ggml)
         except PT2Error:

@@ -22,6 +22,7 @@ from llamacpp_bench.run.synthetic import (
 )
 from llamacpp_bench.run.tools import open_toolbox
 from llamacpp_bench.session import Session, add_model, finish, start
+from pt2_core import formats
 from pt2_core.errors import PT2Error
 from pt2_core.files import human_bytes, human_seconds, make_folder
 
@@ -38,7 +39,7 @@ def bench_synthetic(shapes: Sequence[Shape], types: Sequence[str], config: Confi
     config = replace(config, perplexity=False, text=None, baselines=())
     tools = open_toolbox(config.variant, config.bin_dir)
     tools.tool("llama-quantize")  # tells which tensor gets which type
-    if not tools.knows_pt2 and (ours := [t for t in types if t in ("TQ2_1", "TQ1_1")]):
+    if not tools.knows_pt2 and (ours := [t for t in types if t in formats.NAMES]):
         raise PT2Error(f"an unmodified llama.cpp cannot run {ours[0]}; use --variant cpu")
     session = start(config, tools, "synthetic-" + "-".join(s.name for s in shapes))
     session.results.config["synthetic"] = LABEL
@@ -77,7 +78,7 @@ def reference(types: Sequence[str]) -> str:
     """The type that ratios refer to."""
     if "Q2_K" in types:
         return "Q2_K"
-    return next((t for t in types if t not in ("TQ2_1", "TQ1_1")), types[0])
+    return next((t for t in types if t not in formats.NAMES), types[0])
 
 
 def write_shape(session: Session, shape: Shape, files: dict[str, Path]) -> None:

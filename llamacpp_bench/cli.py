@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llamacpp_bench.config import GROUPS, SYNTHETIC, Config
+from pt2_core import formats
 from pt2_core.cli import ArgumentParser, check_threads, run_cli
 from pt2_core.errors import PT2Error
 from pt2_core.files import make_folder
@@ -18,12 +19,12 @@ examples:
   against Q2_K, made from the model that the artifact in this folder was made from:
     pt2-bench model.gguf --text bundled:wiki.test
   against Q2_K and IQ1_M, made from the original folder:
-    pt2-bench model-tq2_1.gguf --source path/to/hf-model --baseline q2_k,iq1_m \\
+    pt2-bench model.gguf --source path/to/hf-model --baseline q2_k,iq1_m \\
         --imatrix-text calibration.txt --text wiki.test.txt
   two files that exist, speed only:
     pt2-bench a.gguf --baseline b.gguf --no-perplexity
   the shapes of large models with random weights (speed only), two threads, no repacking:
-    pt2-bench --synthetic 1b --types tq2_1,tq1_1,q2_k -t 2 -p 128 -n 32 --no-repack
+    pt2-bench --synthetic 1b -t 2 -p 128 -n 32 --no-repack
   on a GPU, from 1 to 64 sequences at once and with up to 16 384 tokens in the cache:
     pt2-bench --synthetic 7b --variant cuda --work /dev/shm --batch 1,2,4,8,16,32,64 \\
         --batch-prompt 16 --batch-gen 64
@@ -153,9 +154,9 @@ def make_parser() -> argparse.ArgumentParser:
     g.add_argument("--synthetic", metavar="SHAPES", help="1b, 7b, 13b, 30b, 65b (commas between)")
     g.add_argument(
         "--types",
-        default="tq2_1,tq1_1,q2_k",
-        help="of the synthetic files: tq2_1, tq1_1, q2_k, q2_0, iq1_m, iq2_xxs, tq2_0, tq1_0, f16 "
-        "... (default: %(default)s); stock types as llama-quantize mixes them",
+        default=",".join([*formats.TYPES, "q2_k"]),
+        help=f"of the synthetic files: {', '.join(formats.TYPES)}, q2_k, q2_0, iq1_m, iq2_xxs, "
+        "tq2_0, tq1_0, f16 ... (default: %(default)s); stock types as llama-quantize mixes them",
     )
     return p
 

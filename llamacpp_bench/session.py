@@ -18,6 +18,7 @@ from llamacpp_bench.run.gguf_info import GGUFInfo
 from llamacpp_bench.run.llama_bench import shown_command
 from llamacpp_bench.run.machine import describe_machine
 from llamacpp_bench.run.tools import ToolBox
+from pt2_core import formats
 from pt2_core.errors import PT2Error
 from pt2_core.files import human_bytes, make_folder, sha256_file
 from pt2_core.progress import Reporter, open_reporter
@@ -155,7 +156,7 @@ def add_model(
     Raises:
         PT2Error: its types are not readable by the build in use.
     """
-    pt2 = sorted({t.type.name for t in info.tensors} & {"TQ2_1", "TQ1_1"})
+    pt2 = sorted({t.type.name for t in info.tensors} & set(formats.NAMES))
     if pt2 and not session.tools.knows_pt2:
         raise PT2Error(
             f"{info.path} has {pt2[0]} tensors, which an unmodified llama.cpp cannot read; "

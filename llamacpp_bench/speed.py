@@ -8,7 +8,6 @@ from statistics import fmean
 from typing import Any
 
 from llamacpp_bench.results import Model, Sample
-from llamacpp_bench.run.ggml_types import PT2_LAYOUT_KEYS
 from llamacpp_bench.run.gguf_info import GGUFInfo
 from llamacpp_bench.run.llama_bench import (
     batched_command,
@@ -21,6 +20,7 @@ from llamacpp_bench.run.llama_bench import (
 from llamacpp_bench.run.load import Load
 from llamacpp_bench.run.placement import probe_placement
 from llamacpp_bench.session import Session
+from pt2_core import formats
 from pt2_core.errors import PT2Error
 from pt2_core.files import human_seconds
 
@@ -60,7 +60,7 @@ def models_to_place(session: Session, models: list[Model]) -> list[Model]:
     """Those whose placement was asked for."""
     which = session.config.placement
     if which == "ternary":
-        return [m for m in models if m.types.keys() & PT2_LAYOUT_KEYS.keys()]
+        return [m for m in models if m.types.keys() & set(formats.NAMES)]
     return models if which == "all" else []
 
 

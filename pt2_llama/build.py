@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pt2_core import formats
 from pt2_core.errors import PT2Error
 from pt2_core.files import human_seconds
 from pt2_core.process.temporary import temporary_folder
@@ -15,15 +16,17 @@ from pt2_core.progress import say
 from pt2_llama import builds, compile, pinned, smoke, source, toolchain
 from pt2_llama.builds import Build, Stamp
 from pt2_llama.cache import Places, check_disk, lock
+from pt2_llama.edits import EditsDoNotFit
 from pt2_llama.overlay import Overlay, load_overlay, stamp_digest, sync_patched
 
 DISK_BYTES = {"cpu": 1_000_000_000, "stock": 600_000_000, "cuda": 5_000_000_000}
 
+_OURS = " and ".join(formats.NAMES)
 NO_CUDA_KERNELS = (
-    "TQ2_1 and TQ1_1 have no CUDA kernels yet: in CUDA builds tensors of these types run on the CPU"
+    f"{_OURS} have no CUDA kernels yet: in CUDA builds tensors of these types run on the CPU"
 )
 CUDA_KERNELS = (
-    "TQ2_1 and TQ1_1 run on the GPU: kernels of our own from compute capability 8.0 on, those that "
+    f"{_OURS} run on the GPU: kernels of our own from compute capability 8.0 on, those that "
     "llama.cpp's types share on older cards"
 )
 
@@ -136,7 +139,13 @@ def ensure_pristine(where: Places, given: Path | None = None) -> Path:
 def ensure_patched(where: Places, overlay: Overlay, given: Path | None = None) -> Path:
     """The patched source in the cache, in step with the overlay. Needs the lock."""
     pristine = ensure_pristine(where, given)
-    changed = sync_patched(pristine, where.patched, overlay)
+    try:
+        changed = sync_patched(pristine, where.patched, overlay)
+    except EditsDoNotFit as e:
+        if len(e.misfits) > 1:  # one is the message itself, of many it may show a part
+            for misfit in e.misfits:
+                say(str(misfit))
+        raise
     if changed:
         say(f"overlay and edits applied: {changed} files changed in {where.patched}")
     return where.patched

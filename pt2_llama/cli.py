@@ -11,11 +11,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pt2_core import formats
 from pt2_core.cli import ArgumentParser, check_threads, run_cli
 from pt2_core.commands import command
 from pt2_core.errors import PT2Error
 from pt2_core.files import human_bytes
-from pt2_llama import api, builds, source
+from pt2_llama import api, builds, pinned, source
 from pt2_llama.cache import cache_root, folder_bytes, places
 
 EPILOG = f"""\
@@ -29,6 +30,7 @@ examples:
   pt2-llama bindings                       # for pt2-eval and llama_cpp in this Python
   eval "$(pt2-llama env)"                  # llama-* on PATH; llama-cpp-python uses our libraries
   pt2-llama doctor                         # what is there, what is missing
+  pt2-llama repin 0.3.99                   # do our edits fit another llama-cpp-python?
 
 The source is {source.describe_pin()}.
 Everything lives in the cache: $PT2_CACHE, else $XDG_CACHE_HOME/pt2, else ~/.cache/pt2.
@@ -39,7 +41,8 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = ArgumentParser(
         prog="pt2-llama",
-        description="Build and run the llama.cpp that knows the ternary types TQ2_1 and TQ1_1.",
+        description="Build and run the llama.cpp that knows the ternary types "
+        f"{' and '.join(formats.NAMES)}.",
         epilog=EPILOG,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -65,6 +68,16 @@ def make_parser() -> argparse.ArgumentParser:
     )
     bindings.add_argument("--source", type=Path, metavar="PATH", help="archive, not a download")
     bindings.add_argument("--force", action="store_true", help="replace what is installed")
+
+    repin = commands.add_parser("repin", help="try our edits on another llama-cpp-python")
+    repin.description = (
+        "Say of every edit whether another version takes it (ok, moved, ambiguous, missing), and "
+        "print the constants to pin. Nothing is compiled; the exit status is 1 unless all fit."
+    )
+    repin.add_argument("version", metavar="VERSION", help=f"such as {pinned.VERSION}")
+    repin.add_argument("--archive", type=Path, metavar="FILE", help="its archive, not a download")
+    repin.add_argument("--commit", metavar="ID", help="of llama.cpp (default: of its change log)")
+    repin.add_argument("--write", action="store_true", help="write the constants to pinned.py")
 
     clean = commands.add_parser("clean", help="remove object files and old builds from the cache")
     clean.add_argument("--all", action="store_true", help="sources and current builds as well")
@@ -146,6 +159,13 @@ def _bindings(args: argparse.Namespace) -> int:
     return 0
 
 
+def _repin(args: argparse.Namespace) -> int:
+    from pt2_llama.repin import repin
+
+    target = Path(pinned.__file__) if args.write else None
+    return repin(places(), args.version, args.archive, args.commit, target)
+
+
 def _clean(args: argparse.Namespace) -> int:
     before = folder_bytes(cache_root())
     removed = builds.clean(places(), args.all)
@@ -176,6 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "doctor": _doctor,
         "source": _source,
         "bindings": _bindings,
+        "repin": _repin,
         "clean": _clean,
     }
     # A build that is started again goes on from the object files that are there.

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 
 from rich.table import Table
 
+from pt2_core import formats
 from pt2_core.commands import command
 from pt2_core.errors import PT2Error
 from pt2_core.files import human_bytes
@@ -172,7 +173,7 @@ def build_findings(where: Places, ask: Callable[[Build], str] | None = None) -> 
 
 
 def _kernel_finding(build: Build, ask: Callable[[Build], str]) -> Finding:
-    name = f"{build.variant} kernels of TQ2_1, TQ1_1"
+    name = f"{build.variant} kernels of {', '.join(formats.NAMES)}"
     forced = os.environ.get("GGML_TQ_CPU")
     try:
         value = ask(build) + (f" (GGML_TQ_CPU={forced})" if forced else "")

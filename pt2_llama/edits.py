@@ -7,19 +7,18 @@ duplicate the anchor of another. Everything here is a pure function of strings.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import difflib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
-from typing import Any, Literal
-
-import yaml
+from typing import Literal
 
 from pt2_core.errors import PT2Error
 from pt2_llama import pinned
+from pt2_llama.c_source import bodies, line_of
 
 Action = Literal["replace", "before", "after"]
 ACTIONS: tuple[Action, ...] = ("replace", "before", "after")
-KEYS = {"file", "anchor", "occurrence", "why", *ACTIONS}
+NEAR_LINES, NEAR_RATIO = 2, 0.6
 
 
 @dataclass(frozen=True)
@@ -28,97 +27,114 @@ class Edit:
 
     Attributes:
         file: path relative to the source tree, with forward slashes.
-        anchor: text that the unmodified file contains.
+        anchor: text that the unmodified file contains once.
         action: "replace" puts ``text`` in the anchor's place; "before" and "after" insert ``text``
             as whole lines before the line where the anchor starts or after that where it ends.
         text: the new text.
-        occurrence: 1-based number of the anchor's occurrence; None: it must be the only one.
+        inside: the head of the function, switch or table that the anchor is looked up in, and
+            where alone it must occur once; None: the whole file.
         why: the reason, one line.
+        where: the list and the number of the edit, for messages.
     """
 
     file: str
     anchor: str
     action: Action
     text: str
-    occurrence: int | None = None
+    inside: str | None = None
     why: str = ""
+    where: str = ""
 
 
-def parse_edits(text: str, name: str = "edits.yaml") -> list[Edit]:
-    """Parse a list of edits; ``name`` is for messages.
+@dataclass(frozen=True)
+class Misfit:
+    """An edit that does not fit its file.
 
-    Raises:
-        PT2Error: not YAML, not a list of mappings, an unknown or missing key, a wrong type, or a
-            path that leaves the tree. The number of the edit is named.
+    Attributes:
+        edit: the edit.
+        what: what is wrong.
+        elsewhere: numbers of the lines where the anchor stands, but may not.
+        near: lines of the file that resemble the anchor, with their numbers.
     """
-    try:
-        items = yaml.safe_load(text)
-    except yaml.YAMLError as e:
-        raise PT2Error(f"{name} is not valid YAML: {' '.join(str(e).split())}") from e
-    if items is None:
-        return []
-    if not isinstance(items, list):
-        raise PT2Error(f"{name} must be a list of edits, not a {type(items).__name__}")
-    return [_parse_one(item, f"{name}, edit {i}") for i, item in enumerate(items, 1)]
+
+    edit: Edit
+    what: str
+    elsewhere: tuple[int, ...] = ()
+    near: tuple[tuple[int, str], ...] = ()
+
+    def __str__(self) -> str:
+        where = f"{self.edit.where}: " if self.edit.where else ""
+        text = f"{where}{self.edit.file}: {self.what}"
+        if self.elsewhere:
+            text += f"; it stands in line {', '.join(map(str, self.elsewhere[:5]))}"
+        for number, line in self.near:
+            text += f"; nearest: line {number}, {short(line)}"
+        return text
 
 
-def _parse_one(item: Any, where: str) -> Edit:
-    if not isinstance(item, dict):
-        raise PT2Error(f"{where}: expected a mapping with file, anchor and an action")
-    if unknown := sorted(map(str, set(item) - KEYS)):
-        raise PT2Error(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(sorted(KEYS))}")
-    actions = [a for a in ACTIONS if a in item]
-    if len(actions) != 1:
-        raise PT2Error(f"{where}: exactly one of replace, before and after is needed")
-    for key in ("file", "anchor", actions[0]):
-        if not isinstance(item.get(key), str):
-            raise PT2Error(f"{where}: {key} must be a text")
-    occurrence = item.get("occurrence")
-    if occurrence is not None and (type(occurrence) is not int or occurrence < 1):
-        raise PT2Error(f"{where}: occurrence must be a whole number from 1")
-    path = PurePosixPath(item["file"])
-    if path.is_absolute() or ".." in path.parts or path.as_posix() != item["file"]:
-        raise PT2Error(f"{where}: {item['file']!r} must be a plain path inside the source tree")
-    if not item["anchor"]:
-        raise PT2Error(f"{where}: the anchor is empty")
-    why = item.get("why", "")
-    return Edit(
-        item["file"], item["anchor"], actions[0], item[actions[0]], occurrence, str(why).strip()
-    )
+class EditsDoNotFit(PT2Error):
+    """Some edits do not fit the source; ``misfits`` has them all."""
+
+    def __init__(self, misfits: Sequence[Misfit]) -> None:
+        self.misfits = tuple(misfits)
+        count = f"{len(misfits)} edits do not fit: " if len(misfits) > 1 else ""
+        listed = " | ".join(map(str, misfits))
+        super().__init__(f"{count}{listed}; expected the files of llama.cpp {pinned.LLAMA_COMMIT}")
 
 
-def find_anchor(text: str, edit: Edit) -> int:
-    """Offset of the edit's anchor in ``text``.
+def find_anchor(text: str, edit: Edit) -> int | Misfit:
+    """Offset of the edit's anchor in ``text``, or why there is none."""
+    everywhere = _occurrences(text, edit.anchor)
+    name = f"anchor {short(edit.anchor)}"
+    if not everywhere:
+        return Misfit(edit, f"{name} not found", near=nearest_lines(text, edit.anchor))
+    lines = tuple(line_of(text, at) for at in everywhere)
+    if edit.inside is None:
+        if len(everywhere) > 1:
+            what = f"{name} occurs {len(everywhere)} times; make it longer or say inside what"
+            return Misfit(edit, what, lines)
+        return everywhere[0]
+    found = bodies(text, edit.inside)
+    if len(found) != 1:
+        what = f"{short(edit.inside)} begins {len(found)} bodies and not one"
+        return Misfit(edit, what, near=() if found else nearest_lines(text, edit.inside))
+    start, end = found[0]
+    within = [at for at in everywhere if start <= at and at + len(edit.anchor) <= end]
+    if len(within) != 1:
+        what = f"{name} occurs {len(within)} times inside {short(edit.inside)}"
+        return Misfit(edit, what, lines if not within else tuple(line_of(text, x) for x in within))
+    return within[0]
 
-    Raises:
-        PT2Error: the anchor is missing, or occurs more often than the edit allows for.
-    """
+
+def _occurrences(text: str, anchor: str) -> list[int]:
+    """Offsets of ``anchor``, overlapping ones as well."""
     found = []
-    start = text.find(edit.anchor)
-    while start >= 0:
-        found.append(start)
-        start = text.find(edit.anchor, start + 1)
-    expected = f"expected the file of llama.cpp {pinned.LLAMA_COMMIT}"
-    if not found:
-        raise PT2Error(f"{edit.file}: anchor {_short(edit.anchor)} not found; {expected}")
-    if edit.occurrence is None:
-        if len(found) > 1:
-            raise PT2Error(
-                f"{edit.file}: anchor {_short(edit.anchor)} occurs {len(found)} times; make it "
-                f"longer or give occurrence; {expected}"
-            )
-        return found[0]
-    if edit.occurrence > len(found):
-        raise PT2Error(
-            f"{edit.file}: anchor {_short(edit.anchor)} occurs {len(found)} times, the edit wants "
-            f"number {edit.occurrence}; {expected}"
-        )
-    return found[edit.occurrence - 1]
+    at = text.find(anchor)
+    while at >= 0:
+        found.append(at)
+        at = text.find(anchor, at + 1)
+    return found
 
 
-def _span(text: str, edit: Edit) -> tuple[int, int, str]:
-    """Where an edit acts: (start, end, new text) replaces ``text[start:end]``."""
-    at = find_anchor(text, edit)
+def nearest_lines(text: str, wanted: str) -> tuple[tuple[int, str], ...]:
+    """The lines that most resemble the first line of ``wanted`` that ``text`` does not have.
+
+    Returns:
+        (1-based number, line without its indentation), the nearest first; () where nothing is near.
+    """
+    numbers: dict[str, int] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        numbers.setdefault(line.strip(), number)
+    lines = [line.strip() for line in wanted.splitlines() if line.strip()]
+    missing = [line for line in lines if line not in numbers]
+    if not missing:  # all of them are there, but not one after another
+        return tuple((numbers[line], line) for line in lines[:NEAR_LINES])
+    near = difflib.get_close_matches(missing[0], numbers, NEAR_LINES, NEAR_RATIO)
+    return tuple((numbers[line], line) for line in near)
+
+
+def _span(text: str, edit: Edit, at: int) -> tuple[int, int, str]:
+    """What an edit with its anchor at ``at`` does: (start, end, new) replaces text[start:end]."""
     end = at + len(edit.anchor)
     if edit.action == "replace":
         return at, end, edit.text
@@ -133,31 +149,49 @@ def _span(text: str, edit: Edit) -> tuple[int, int, str]:
     return newline + 1, newline + 1, lines
 
 
-def apply_edits(text: str, edits: Iterable[Edit]) -> str:
-    """Apply all edits of one file to its unmodified text.
+def try_edits(text: str, edits: Iterable[Edit]) -> tuple[str, list[Misfit]]:
+    """The edits of one file applied to its unmodified text, and those that do not fit.
 
-    Insertions at one place keep the order of the list.
-
-    Raises:
-        PT2Error: as :func:`find_anchor`, or two edits touch the same text.
+    Insertions at one place keep the order of the list. What does not fit is left out of the text.
     """
-    spans = [(*_span(text, edit), edit) for edit in edits]
+    spans = []
+    misfits = []
+    for edit in edits:
+        at = find_anchor(text, edit)
+        if isinstance(at, Misfit):
+            misfits.append(at)
+        else:
+            spans.append((*_span(text, edit, at), edit))
     spans.sort(key=lambda s: (s[0], s[1]))
     out = []
     done = 0
     previous: Edit | None = None
     for start, end, new, edit in spans:
         if start < done and previous is not None:
-            raise PT2Error(
-                f"{edit.file}: the edits at {_short(previous.anchor)} and {_short(edit.anchor)} "
-                "overlap; merge them"
-            )
+            what = f"the edits at {short(previous.anchor)} and {short(edit.anchor)} overlap"
+            misfits.append(Misfit(edit, f"{what}; merge them"))
+            continue
         out += [text[done:start], new]
         done = end
         previous = edit
-    return "".join(out) + text[done:]
+    return "".join(out) + text[done:], misfits
 
 
-def _short(anchor: str, limit: int = 60) -> str:
-    line = " ".join(anchor.split())
-    return repr(line if len(line) <= limit else line[: limit - 3] + "...")
+def apply_edits(text: str, edits: Iterable[Edit]) -> str:
+    """Apply all edits of one file to its unmodified text, as :func:`try_edits`.
+
+    Raises:
+        EditsDoNotFit: with every anchor that is missing or ambiguous, and every overlap.
+    """
+    new, misfits = try_edits(text, edits)
+    if misfits:
+        raise EditsDoNotFit(misfits)
+    return new
+
+
+def short(anchor: str, limit: int = 60) -> str:
+    """An anchor's first line that is not blank, quoted; dots for what else it has."""
+    lines = [line.strip() for line in anchor.splitlines() if line.strip()]
+    line = lines[0] if lines else ""
+    cut = line[:limit]
+    return repr(cut + "..." if len(lines) > 1 or cut != line else line)

@@ -18,7 +18,8 @@ from pathlib import Path
 from pt2_core.errors import PT2Error
 from pt2_core.files import read_json, write_json
 from pt2_llama import source
-from pt2_llama.edits import Edit, apply_edits, parse_edits
+from pt2_llama.edit_lists import parse_edits
+from pt2_llama.edits import Edit, EditsDoNotFit, Misfit, try_edits
 
 CUDA_FOLDER = "ggml/src/ggml-cuda/"
 IGNORED_SUFFIXES = ("~", ".swp", ".orig", ".rej", ".pyc")
@@ -49,7 +50,7 @@ class Overlay:
 
     def digest(self) -> str:
         """Hex SHA-256 of everything that reaches the compiler (not of comments and reasons)."""
-        edits = [[e.file, e.anchor, e.action, e.text, e.occurrence] for e in self.edits]
+        edits = [[e.file, e.anchor, e.action, e.text, e.inside] for e in self.edits]
         digest = hashlib.sha256(json.dumps(edits).encode())
         for path in sorted(self.files):
             content = hashlib.sha256(self.files[path]).hexdigest()
@@ -76,7 +77,7 @@ def load_overlay(folder: Path) -> Overlay:
                 files[path.relative_to(root).as_posix()] = path.read_bytes()
     edits: list[Edit] = []
     for path in sorted(folder.glob("edits*.yaml")):
-        edits += parse_edits(path.read_text(encoding="utf-8"), str(path))
+        edits += parse_edits(path.read_text(encoding="utf-8"), path.name)
     return Overlay(files, tuple(edits))
 
 
@@ -84,8 +85,8 @@ def patched_files(pristine: Path, overlay: Overlay) -> dict[str, bytes]:
     """Path -> content of every file in which the patched tree differs from the unmodified one.
 
     Raises:
-        PT2Error: an overlay file exists in the source already, an edited file does not exist, or
-            an anchor does not fit.
+        PT2Error: an overlay file exists in the source already.
+        EditsDoNotFit: an edited file does not exist, or anchors do not fit: all of them.
     """
     result = dict(overlay.files)
     for path in overlay.files:
@@ -93,13 +94,19 @@ def patched_files(pristine: Path, overlay: Overlay) -> dict[str, bytes]:
             raise PT2Error(
                 f"overlay file {path} exists in llama.cpp already; change it in edits.yaml instead"
             )
+    misfits: list[Misfit] = []
     for path in dict.fromkeys(edit.file for edit in overlay.edits):
+        edits = [e for e in overlay.edits if e.file == path]
         if not (pristine / path).is_file():
-            raise PT2Error(f"edits.yaml: {path} is not in the source tree")
+            misfits += [Misfit(edit, "not in the source tree") for edit in edits]
+            continue
         # newline="" would be needed for text mode; bytes keep line ends as they are.
         text = (pristine / path).read_bytes().decode("utf-8")
-        edited = apply_edits(text, [e for e in overlay.edits if e.file == path])
+        edited, problems = try_edits(text, edits)
+        misfits += problems
         result[path] = edited.encode("utf-8")
+    if misfits:
+        raise EditsDoNotFit(misfits)
     return result
 
 

@@ -1,16 +1,31 @@
-"""What is pinned of the source we build on. Nothing here is found at run time."""
+"""What is pinned of the source we build on. Nothing here is found at run time.
+
+``pt2-llama repin VERSION --write`` writes the constants of another version.
+"""
 
 from __future__ import annotations
 
 PACKAGE = "llama-cpp-python"
 VERSION = "0.3.36"
-SDIST_NAME = f"llama_cpp_python-{VERSION}.tar.gz"
 SDIST_BYTES = 76_589_250
 SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 
 # The llama.cpp commit that the package carries in vendor/llama.cpp.
 LLAMA_COMMIT = "0c1e57098"
-SDIST_PREFIX = f"llama_cpp_python-{VERSION}/vendor/llama.cpp/"
+
+
+def sdist_name(version: str) -> str:
+    """Name of the package's source archive."""
+    return f"llama_cpp_python-{version}.tar.gz"
+
+
+def sdist_prefix(version: str) -> str:
+    """Folder of llama.cpp in that archive."""
+    return f"llama_cpp_python-{version}/vendor/llama.cpp/"
+
+
+SDIST_NAME = sdist_name(VERSION)
+SDIST_PREFIX = sdist_prefix(VERSION)
 
 # What a build, the converters and gguf-py need. The rest (web interface, documentation, vocabulary
 # models, other devices' backends) is three quarters of the package.

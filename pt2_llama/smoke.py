@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pt2_core import formats
 from pt2_core.errors import PT2Error
 from pt2_core.process import children
 from pt2_core.process.temporary import temporary_folder
@@ -21,7 +22,7 @@ from pt2_core.progress import open_reporter
 from pt2_llama.tiny_model import tiny_text, write_tiny_model
 
 STOCK_TYPES: tuple[str, ...] = ("F16", "Q8_0", "Q4_0", "Q6_K", "Q4_K", "Q2_K", "TQ1_0", "TQ2_0")
-OUR_TYPES: tuple[str, ...] = ("TQ2_1", "TQ1_1")
+OUR_TYPES: tuple[str, ...] = formats.NAMES
 # Random weights put the perplexity near the vocabulary's 320; a wrong kernel gives inf, nan or
 # thousands. Two bits of random weights change it, by less than this factor.
 MAX_RATIO = 4.0
@@ -96,7 +97,7 @@ def smoke_test(
         runner: runs a command (tests put their own in).
 
     Returns:
-        Perplexity per type (``"TQ2_1 gpu"`` for the GPU's), and the first failure or None.
+        Perplexity per type (``"F16 gpu"`` for the GPU's), and the first failure or None.
     """
     results: dict[str, float] = {}
     reporter = open_reporter()

@@ -26,15 +26,15 @@ TEMPORARY = ".source-"  # begins the name of the folder that a source is fetched
 # pip insists on the metadata of what it downloads, and for a source package it gets them by
 # installing a build system and running the package's own build code: most of a minute, and before
 # anybody has checked the archive. This stand-in answers with the two facts pip compares.
-_STAND_IN_BACKEND = f"""\
+_STAND_IN_BACKEND = """\
 import pathlib
 
 
 def prepare_metadata_for_build_wheel(folder, config_settings=None):
-    info = pathlib.Path(folder) / "llama_cpp_python-{pinned.VERSION}.dist-info"
+    info = pathlib.Path(folder) / "llama_cpp_python-VERSION.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(
-        "Metadata-Version: 2.1\\nName: llama_cpp_python\\nVersion: {pinned.VERSION}\\n"
+        "Metadata-Version: 2.1\\nName: llama_cpp_python\\nVersion: VERSION\\n"
     )
     return info.name
 
@@ -122,10 +122,16 @@ def check_archive(path: Path) -> None:
         )
 
 
-def unpack(archive: Path, dest: Path, progress: Callable[[int], None] | None = None) -> int:
+def unpack(
+    archive: Path,
+    dest: Path,
+    progress: Callable[[int], None] | None = None,
+    prefix: str = pinned.SDIST_PREFIX,
+) -> int:
     """Unpack the needed regular files of a source archive into the new folder ``dest``.
 
-    ``progress`` is called with the number of files written so far. Returns that number.
+    ``progress`` is called with the number of files written so far. Returns that number. ``prefix``
+    is the folder of llama.cpp in the archive.
 
     Raises:
         PT2Error: a member leaves the folder, a needed member is not a regular file, or the archive
@@ -138,9 +144,9 @@ def unpack(archive: Path, dest: Path, progress: Callable[[int], None] | None = N
                 name = PurePosixPath(member.name)
                 if name.is_absolute() or ".." in name.parts:
                     raise PT2Error(f"{archive}: unsafe member {member.name!r}; nothing was used")
-                if not member.name.startswith(pinned.SDIST_PREFIX):
+                if not member.name.startswith(prefix):
                     continue
-                path = member.name[len(pinned.SDIST_PREFIX) :]
+                path = member.name[len(prefix) :]
                 if member.isdir() or not is_needed(path):
                     continue
                 if not member.isreg():
@@ -166,35 +172,47 @@ def _write_member(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> 
 
 
 def download(folder: Path) -> Path:
-    """Let pip fetch the source archive into ``folder``; returns the checked file.
+    """Let pip fetch the pinned source archive into ``folder``; returns the checked file.
+
+    Raises:
+        PT2Error: as :func:`fetch`, or the archive is not the pinned one.
+    """
+    archive = fetch(folder, pinned.VERSION, pinned.SDIST_SHA256)
+    check_archive(archive)
+    return archive
+
+
+def fetch(folder: Path, version: str, sha256: str | None = None) -> Path:
+    """Let pip fetch the source archive of a version into ``folder``.
 
     pip is used because it knows the user's indexes, proxies and credentials.
 
+    Args:
+        sha256: what pip shall insist on; None takes what the index has.
+
     Raises:
-        PT2Error: pip is missing, there is no network, or the archive is not the pinned one.
+        PT2Error: pip is missing, there is no network, or there is no such archive.
     """
     stub = folder / "stand-in" / "scikit_build_core"
     stub.mkdir(parents=True)
     (stub / "__init__.py").touch()
-    (stub / "build.py").write_text(_STAND_IN_BACKEND)
+    (stub / "build.py").write_text(_STAND_IN_BACKEND.replace("VERSION", version))
     requirements = folder / "requirements.txt"
-    requirements.write_text(
-        f"{pinned.PACKAGE}=={pinned.VERSION} --hash=sha256:{pinned.SDIST_SHA256}\n"
-    )
+    wanted = f"--hash=sha256:{sha256}" if sha256 else ""
+    requirements.write_text(f"{pinned.PACKAGE}=={version} {wanted}\n")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-cache-dir"]
     args = ["--no-deps", "--no-build-isolation", "--no-binary", pinned.PACKAGE]
     tmp = folder / "tmp"
     tmp.mkdir()
     env = os.environ | {"TMPDIR": str(tmp), "PYTHONPATH": str(stub.parent)}
     command = [*pip, *args, "--dest", str(folder), "-r", str(requirements)]
-    title = f"fetching {pinned.SDIST_NAME}"
-    with open_reporter().phase(title, pinned.SDIST_BYTES, "bytes", every=5) as bar:
+    name = pinned.sdist_name(version)
+    size = pinned.SDIST_BYTES if version == pinned.VERSION else None
+    with open_reporter().phase(f"fetching {name}", size, "bytes", every=5) as bar:
         status, log = _run_watched(command, env, lambda: bar.reach(_largest_file(tmp)))
-        archive = folder / pinned.SDIST_NAME
-        if status != 0 or not archive.is_file():
-            raise PT2Error(explain_pip(log))
-    check_archive(archive)
-    return archive
+        if status != 0 or not (folder / name).is_file():
+            raise PT2Error(explain_pip(log, version=version))
+    return folder / name
 
 
 def _run_watched(
@@ -228,6 +246,7 @@ def explain_pip(
     log: str,
     doing: str = "fetch",
     by_hand: str = f", or fetch {pinned.SDIST_NAME} elsewhere and give it with --source",
+    version: str = pinned.VERSION,
 ) -> str:
     """One line about why pip failed, from what it printed."""
     if "No module named pip" in log:
@@ -242,7 +261,7 @@ def explain_pip(
         return f"the package index gave another file than the pinned {pinned.SDIST_NAME}"
     lines = [line for line in log.splitlines() if line.strip()]
     last = next((x for x in reversed(lines) if x.startswith("ERROR")), lines[-1] if lines else "")
-    what = f"{pinned.PACKAGE}=={pinned.VERSION} ({last.strip()})"
+    what = f"{pinned.PACKAGE}=={version} ({last.strip()})"
     return f"pip could not {doing} {what}{by_hand}"
 
 

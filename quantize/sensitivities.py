@@ -1,7 +1,7 @@
 """Measure what each ternary linear costs the model, for pt2-export's mixed precision.
 
     python -m quantize.sensitivities MODEL-pt2 --calibration calib.txt
-    pt2-export model.gguf --from MODEL-pt2 --type tq1_1 --target-bpw 2.1
+    pt2-export model.gguf --from MODEL-pt2 --target-bpw 2.1
 
 The ternary model and the full-precision one read a few windows of text. For every linear, the
 ternary model is run once more with this linear's original weights: by how much its KL divergence

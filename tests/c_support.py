@@ -17,10 +17,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-F32, I32, TQ2_1, TQ1_1, Q8_T = 0, 26, 120, 121, 122
-NAMES = {TQ2_1: "tq2_1", TQ1_1: "tq1_1", Q8_T: "q8_t"}
-SIZES = {TQ2_1: 36, TQ1_1: 30, Q8_T: 136}
-BLOCK = 128
+from pt2_core import formats
+
+F32, I32 = 0, 26
+TERNARY = tuple(t.id for t in formats.TYPES.values())
+Q8_T = formats.Q8_T.id
+NAMES = {t.id: t.ggml_name for t in formats.ALL}
+SIZES = {t.id: t.nbytes for t in formats.ALL}
+BLOCK = formats.BLOCK
 # types of heads: ggml's number, its dot product and what makes the other factor of that
 HEADS = {
     8: ("ggml_vec_dot_q8_0_q8_0", "quantize_row_q8_0"),
@@ -110,10 +114,9 @@ def load(lib_dir: Path) -> Libs:
     gemv = [ctypes.c_char_p, ctypes.c_int, _I64, _I64, _P, _SIZE, _P, _P]
     signatures = {
         base: {
-            "quantize_row_q8_t_ref": row, "quantize_row_tq2_1_ref": row,
-            "quantize_row_tq1_1_ref": row, "dequantize_row_tq2_1": row,
-            "dequantize_row_tq1_1": row, "dequantize_row_q8_t": row,
-            "quantize_tq2_1": quantize, "quantize_tq1_1": quantize,
+            **{f"quantize_row_{name}_ref": row for name in NAMES.values()},
+            **{f"dequantize_row_{name}": row for name in NAMES.values()},
+            **{f"quantize_{NAMES[kind]}": quantize for kind in TERNARY},
             "ggml_validate_row_data": ([ctypes.c_int, _P, _SIZE], _BOOL),
             "ggml_init": ([_InitParams], _P), "ggml_free": ([_P], None),
             "ggml_new_tensor_2d": ([*tensor, _I64, _I64], _P),
@@ -148,16 +151,7 @@ def random_payload(
     kind: int, rows: int, blocks: int, rng: np.random.Generator
 ) -> NDArray[np.uint8]:
     """Valid random bytes (rows, blocks * size): any codes, scales of the size that models have."""
-    data = np.zeros((rows, blocks, SIZES[kind]), np.uint8)
-    alpha = rng.uniform(0.005, 0.05, (rows, blocks, 1)).astype("<f2")
-    mu = (rng.normal(size=(rows, blocks, 1)) * 0.01).astype("<f2")
-    data[..., :2], data[..., 2:4] = alpha.view(np.uint8), mu.view(np.uint8)
-    if kind == TQ2_1:
-        codes = rng.integers(0, 3, (4, rows, blocks, 32), dtype=np.uint8)
-        data[..., 4:] = codes[0] | codes[1] << 2 | codes[2] << 4 | codes[3] << 6
-    else:
-        data[..., 4:28] = rng.integers(0, 243, (rows, blocks, 24), dtype=np.uint8)
-        data[..., 28:] = rng.integers(0, 81, (rows, blocks, 2), dtype=np.uint8)
+    data = formats.TYPES[NAMES[kind]].random_blocks(rows * blocks, rng, 0.03)
     return data.reshape(rows, -1)
 
 
@@ -221,7 +215,7 @@ def check_mul_mat(libs: Libs) -> int:
     cases = 0
     shapes = [(1, 1, 1), (3, 1, 2), (7, 5, 1), (16, 3, 3), (31, 2, 5), (33, 8, 1), (65, 9, 2),
               (130, 17, 1), (67, 129, 1), (1, 131, 4)]  # fmt: skip
-    for kind in (TQ2_1, TQ1_1):
+    for kind in TERNARY:
         for rows, cols, blocks in shapes:
             for mats, repeat in ((1, 1), (2, 3)) if rows * cols < 1000 else ((1, 1),):
                 w = np.stack([random_payload(kind, rows, blocks, rng) for _ in range(mats)])

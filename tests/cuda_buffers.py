@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from c_support import BLOCK, F32, NAMES, SIZES, TQ1_1, TQ2_1, load, random_payload
+from c_support import BLOCK, F32, NAMES, SIZES, TERNARY, load, random_payload
 from numpy.typing import NDArray
 
 F16, BF16 = 1, 30
@@ -282,7 +282,7 @@ def main(lib_dir: Path, name: str, form: str) -> None:
     backend = g.backend_init_by_name(name.encode(), None)
     assert backend, f"there is no backend {name}"
     rng = np.random.default_rng(6)
-    for kind in (TQ2_1, TQ1_1):
+    for kind in TERNARY:
         check_transfers(g, backend, kind, rng, form == "tiles")
         check_large(g, backend, kind, rng)
         check_copies(g, name, backend, kind, rng)

@@ -13,7 +13,7 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from export import types
+from export import gguf_types
 from pt2_core.artifact.folder import RUN, ArtifactWriter, TernaryMatrix, pack_ternary
 from pt2_core.files import write_json
 from pt2_core.model.checkpoint import Checkpoint
@@ -231,7 +231,7 @@ def model_maker(new_folder: Callable[[str], Path]) -> Callable[..., tuple[Path, 
 
 def read(path: Path) -> tuple[dict[str, gguf.ReaderTensor], dict[str, Any]]:
     """GGUF name -> reader's tensor, and metadata."""
-    types.register()
+    gguf_types.register()
     reader = gguf.GGUFReader(path)
     fields = {k: f.contents() for k, f in reader.fields.items()}
     return {t.name: t for t in reader.tensors}, fields

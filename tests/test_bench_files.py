@@ -28,7 +28,9 @@ from llamacpp_bench.run.synthetic import (
     random_blocks,
     write_synthetic,
 )
+from pt2_core import formats
 from pt2_core.errors import PT2Error
+from pt2_core.formats import DEFAULT, SMALLEST
 
 WRITABLE = sorted(set(BY_NAME) - {"Q8_1", "Q8_K"})
 
@@ -107,7 +109,10 @@ def test_what_is_written_is_read(
     rows: list[tuple[str, int, int]],
     metadata: dict[str, str | bool | int | float],
 ) -> None:
-    layouts: dict[str, str | bool | int | float] = {"pt2.tq2_1.layout": 1, "pt2.tq1_1.layout": 1}
+    layouts: dict[str, str | bool | int | float] = {
+        DEFAULT.layout_key(): 1,
+        SMALLEST.layout_key(): 1,
+    }
     metadata = {**metadata, **layouts}
     tensors = [
         (f"t{i}", (BY_NAME[kind].block * blocks, n), kind)
@@ -136,12 +141,12 @@ def test_shards_count_together(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("layout", "state"), [(None, "is missing"), (2, "is 2")])
 def test_an_unknown_layout_is_refused(tmp_path: Path, layout: int | None, state: str) -> None:
-    tensors = [("blk.0.ffn_up.weight", (128, 2), "TQ2_1")]
+    tensors = [("blk.0.ffn_up.weight", (128, 2), DEFAULT.name)]
     extra: dict[str, str | bool | int | float] = {}
     if layout is not None:
-        extra["pt2.tq2_1.layout"] = layout
+        extra[DEFAULT.layout_key()] = layout
     path = write_gguf(tmp_path / "m.gguf", tensors, {**METADATA, **extra})
-    with pytest.raises(PT2Error, match=f"pt2.tq2_1.layout {state}"):
+    with pytest.raises(PT2Error, match=f"pt2.{DEFAULT.ggml_name}.layout {state}"):
         read_gguf(path)
 
 
@@ -199,23 +204,23 @@ def test_random_weights_are_small_and_finite(kind: str) -> None:
 
 def test_ternary_blocks_are_valid_codes() -> None:
     rng = np.random.default_rng(2)
-    two = random_blocks("TQ2_1", 100, rng)[:, 4:]
-    for plane in range(4):
-        assert (two >> 2 * plane & 3).max() == 2
-    one = random_blocks("TQ1_1", 5000, rng)[:, 4:]
-    assert one[:, :24].max() == 242 and one[:, 24:].max() == 80
+    for kind in formats.TYPES.values():
+        raw = random_blocks(kind.name, 500, rng)
+        codes, alpha, mu = kind.unpack(raw)
+        assert np.unique(codes).tolist() == list(range(kind.levels))
+        assert (kind.pack(codes, alpha, mu) == raw).all()
 
 
 def test_a_synthetic_file_has_the_shape_it_claims(tmp_path: Path) -> None:
     shape = SHAPES["tiny"]
-    types = {n: "TQ2_1" if len(s) > 1 else "F32" for n, s in shape.tensors()}
+    types = {n: DEFAULT.name if len(s) > 1 else "F32" for n, s in shape.tensors()}
     path = tmp_path / "s.gguf"
-    write_synthetic(path, shape, "TQ2_1", types)
+    write_synthetic(path, shape, DEFAULT.name, types)
     info = read_gguf(path)
-    assert info.file_bytes == plan_file(shape, "TQ2_1", types)[2]
+    assert info.file_bytes == plan_file(shape, DEFAULT.name, types)[2]
     assert {t.name: t.shape for t in info.tensors} == dict(shape.tensors())
     assert "random weights" in str(info.metadata["general.name"])
-    write_synthetic(tmp_path / "again.gguf", shape, "TQ2_1", types)
+    write_synthetic(tmp_path / "again.gguf", shape, DEFAULT.name, types)
     assert path.read_bytes() == (tmp_path / "again.gguf").read_bytes()
 
 
@@ -224,8 +229,8 @@ def test_pieces_written_at_once_give_the_file_that_one_after_another_gives(
 ) -> None:
     """Pieces smaller than a tensor, writes that end in the middle of a buffer: the same bytes."""
     shape = SHAPES["tiny"]
-    types = {n: "TQ1_1" if len(s) > 1 else "F32" for n, s in shape.tensors()}
-    write_synthetic(tmp_path / "whole.gguf", shape, "TQ1_1", types, writers=1)
+    types = {n: SMALLEST.name if len(s) > 1 else "F32" for n, s in shape.tensors()}
+    write_synthetic(tmp_path / "whole.gguf", shape, SMALLEST.name, types, writers=1)
     monkeypatch.setattr(synthetic, "PIECE_BYTES", 5000)
     whole_write = os.pwritev
 
@@ -238,13 +243,13 @@ def test_pieces_written_at_once_give_the_file_that_one_after_another_gives(
         seen: list[int] = []
         path = tmp_path / "pieces.gguf"
         monkeypatch.setattr(synthetic, "usable_cores", lambda: 4)
-        write_synthetic(path, shape, "TQ1_1", types, on_bytes=seen.append)
+        write_synthetic(path, shape, SMALLEST.name, types, on_bytes=seen.append)
         assert path.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
         assert 0 < sum(seen) <= path.stat().st_size and max(seen) <= 2 << 20
     monkeypatch.setattr(synthetic.os, "pwritev", lambda *args: (_ for _ in ()).throw(full))
     full = OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(PT2Error, match="the disk is full"):
-        write_synthetic(tmp_path / "full.gguf", shape, "TQ1_1", types)
+        write_synthetic(tmp_path / "full.gguf", shape, SMALLEST.name, types)
     assert not (tmp_path / "full.gguf").exists() and not list(tmp_path.glob(".*"))
 
 
@@ -269,12 +274,15 @@ def test_dry_run_lines_are_read() -> None:
 
 def test_words_of_the_command_line_are_checked() -> None:
     assert [s.name for s in parse_shapes("1b, 7B,1b")] == ["1b", "7b"]
-    assert parse_types("tq2_1,Q2_K") == ["TQ2_1", "Q2_K"]
+    assert parse_types(f"{DEFAULT.ggml_name},Q2_K") == [DEFAULT.name, "Q2_K"]
     assert all(t in BY_NAME or t == "Q4_K_M" for t in FILE_TYPES)
     for call, words in (
         (lambda: parse_shapes("2b"), "unknown shape '2b': known are tiny, 1b"),
         (lambda: parse_shapes(" , "), "at least one shape"),
-        (lambda: parse_types("q9"), "unknown type 'q9' for --types: known are tq2_1"),
+        (
+            lambda: parse_types("q9"),
+            f"unknown type 'q9' for --types: known are {DEFAULT.ggml_name}",
+        ),
         (lambda: parse_types(""), "at least one type"),
     ):
         with pytest.raises(PT2Error, match=re.escape(words)):

@@ -10,7 +10,9 @@ from llamacpp_bench import Config, load_results
 from llamacpp_bench.bench_synthetic import bench_synthetic
 from llamacpp_bench.run.synthetic import LABEL, SHAPES
 from llamacpp_bench.run.tools import open_toolbox
+from pt2_core import formats
 from pt2_core.errors import PT2Error
+from pt2_core.formats import DEFAULT
 from pt2_llama.api import find_build
 
 pytestmark = pytest.mark.llama
@@ -34,10 +36,10 @@ def needs(variant: str) -> None:
 @pytest.mark.parametrize("repack", [True, False])
 def test_synthetic_files_of_every_type_run(tmp_path: Path, repack: bool) -> None:
     needs("cpu")
-    types = ["TQ2_1", "TQ1_1", *STOCK_TYPES]
+    types = [*formats.NAMES, *STOCK_TYPES]
     config = Config(**TINY, repack=repack, out=str(tmp_path / "out"))  # type: ignore[arg-type]
     results = bench_synthetic([SHAPES["tiny"]], types, config)
-    assert [m.main_type for m in results.models[:3]] == ["TQ2_1", "TQ1_1", "Q2_K"]
+    assert [m.main_type for m in results.models[:3]] == [*formats.NAMES, "Q2_K"]
     assert results.baseline == {"tiny": "tiny Q2_K"}
     assert load_results(tmp_path / "out" / "results.json").config["synthetic"] == LABEL
     assert not list((tmp_path / "out").rglob("*.gguf")), "deleted after the run"
@@ -62,8 +64,8 @@ def test_stock_builds_run_stock_types_only(tmp_path: Path) -> None:
     config = Config(**TINY, variant="stock", out=str(tmp_path / "out"))  # type: ignore[arg-type]
     results = bench_synthetic([SHAPES["tiny"]], STOCK_TYPES, config)
     assert {m.main_type for m in results.models} >= {"Q2_K", "TQ2_0", "IQ1_M"}
-    with pytest.raises(PT2Error, match=r"an unmodified llama\.cpp cannot run TQ2_1"):
-        bench_synthetic([SHAPES["tiny"]], ["TQ2_1"], config)
+    with pytest.raises(PT2Error, match=rf"an unmodified llama\.cpp cannot run {DEFAULT.name}"):
+        bench_synthetic([SHAPES["tiny"]], [DEFAULT.name], config)
 
 
 def test_recipes_are_those_of_llama_quantize(tmp_path: Path) -> None:

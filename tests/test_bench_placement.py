@@ -15,6 +15,7 @@ from llamacpp_bench.run.baselines import Wanted
 from llamacpp_bench.run.gguf_info import read_gguf
 from llamacpp_bench.run.placement import parse_placement
 from pt2_core.errors import PT2Error
+from pt2_core.formats import DEFAULT
 
 
 def test_placement_is_stated(tmp_path: Path, setup: Setup) -> None:
@@ -75,8 +76,8 @@ def _placement_with_cpu() -> object:
 
 
 def test_placement_of_ternary_files_only(tmp_path: Path, setup: Setup) -> None:
-    ternary = [(n, s, "TQ2_1" if "ffn" in n else k) for n, s, k in TENSORS]
-    layout = {**METADATA, "pt2.tq2_1.layout": 1}
+    ternary = [(n, s, DEFAULT.name if "ffn" in n else k) for n, s, k in TENSORS]
+    layout = {**METADATA, DEFAULT.layout_key(): 1}
     write_gguf(tmp_path / "ternary.gguf", ternary, layout)
     config = setup(baselines=(Wanted(file=tmp_path / "fast.gguf"),), perplexity=False, rounds=1)
     config = replace(config, placement="ternary")

@@ -24,6 +24,7 @@ from llamacpp_bench.show.tables import (
 )
 from llamacpp_bench.show.write import write_plots, write_reports
 from pt2_core.errors import PT2Error
+from pt2_core.formats import DEFAULT, SMALLEST
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = ROOT / "benchmarks" / "h200" / "published.yaml"
@@ -48,8 +49,14 @@ def shape(
 
 
 def two_shapes() -> list[Results]:
-    big = {"TQ2_1": {"pp128": [30.0], "tg256": [9.0]}, "Q2_K": {"pp128": [10.0], "tg256": [2.0]}}
-    small = {"TQ2_1": {"pp128": [90.0], "tg256": [9.0]}, "Q2_K": {"pp128": [60.0], "tg256": [3.0]}}
+    big = {
+        DEFAULT.name: {"pp128": [30.0], "tg256": [9.0]},
+        "Q2_K": {"pp128": [10.0], "tg256": [2.0]},
+    }
+    small = {
+        DEFAULT.name: {"pp128": [90.0], "tg256": [9.0]},
+        "Q2_K": {"pp128": [60.0], "tg256": [3.0]},
+    }
     return [shape("65b", big, 9000), shape("7b", small, 1000)]
 
 
@@ -58,10 +65,10 @@ def two_shapes() -> list[Results]:
 
 def test_merged_rounds_stay_paired() -> None:
     """A second run's rounds are numbered on, so that each ratio is within one run."""
-    first = shape("7b", {"TQ2_1": {"tg256": [4.0, 4.0]}, "Q2_K": {"tg256": [2.0, 2.0]}})
-    second = shape("7b", {"TQ2_1": {"tg256": [30.0]}, "Q2_K": {"tg256": [10.0]}})
+    first = shape("7b", {DEFAULT.name: {"tg256": [4.0, 4.0]}, "Q2_K": {"tg256": [2.0, 2.0]}})
+    second = shape("7b", {DEFAULT.name: {"tg256": [30.0]}, "Q2_K": {"tg256": [10.0]}})
     both = merge([first, second])
-    assert both.by_round("7b TQ2_1", "tg256") == {0: 4.0, 1: 4.0, 2: 30.0}
+    assert both.by_round(f"7b {DEFAULT.name}", "tg256") == {0: 4.0, 1: 4.0, 2: 30.0}
     ratio = both.ratio(both.models[0], "tg256")
     assert ratio is not None and ratio.median == 2.0
     assert len(first.samples) == 4, "the parts stay as they are"
@@ -69,25 +76,30 @@ def test_merged_rounds_stay_paired() -> None:
 
 def test_a_file_measured_alone_compares_with_the_others_baseline() -> None:
     """Its own run had no baseline but itself, which says nothing of the ratios."""
-    first = shape("7b", {"TQ2_1": {"tg256": [4.0]}, "Q2_K": {"tg256": [2.0]}})
-    alone = shape("7b", {"TQ2_1": {"tg8@b8": [9.0]}}, base="TQ2_1")
+    first = shape("7b", {DEFAULT.name: {"tg256": [4.0]}, "Q2_K": {"tg256": [2.0]}})
+    alone = shape("7b", {DEFAULT.name: {"tg8@b8": [9.0]}}, base=DEFAULT.name)
     for parts in ([first, alone], [alone, first]):
         out = merge(parts)
-        assert out.baseline == {"7b": "7b Q2_K"} and len(out.values("7b TQ2_1", "tg8@b8")) == 1
+        assert (
+            out.baseline == {"7b": "7b Q2_K"}
+            and len(out.values(f"7b {DEFAULT.name}", "tg8@b8")) == 1
+        )
 
 
 def test_a_round_that_one_model_lacks_is_no_pair() -> None:
-    results = shape("7b", {"TQ2_1": {"tg256": [4.0, 9.0, 6.0]}, "Q2_K": {"tg256": [2.0, 1.0, 3.0]}})
+    results = shape(
+        "7b", {DEFAULT.name: {"tg256": [4.0, 9.0, 6.0]}, "Q2_K": {"tg256": [2.0, 1.0, 3.0]}}
+    )
     results.samples = [s for s in results.samples if (s.model, s.round) != ("7b Q2_K", 1)]
     ratio = results.ratio(results.models[0], "tg256")
     assert ratio is not None and ratio.median == 2.0 and ratio.stdev == 0.0
 
 
 def test_merge_joins_tests_and_types_of_one_shape() -> None:
-    first = shape("7b", {"TQ2_1": {"tg256": [4.0]}, "Q2_K": {"tg256": [2.0]}})
-    second = shape("7b", {"TQ2_1": {"tg8@b8": [9.0]}, "Q2_K": {"tg8@b8": [3.0]}})
+    first = shape("7b", {DEFAULT.name: {"tg256": [4.0]}, "Q2_K": {"tg256": [2.0]}})
+    second = shape("7b", {DEFAULT.name: {"tg8@b8": [9.0]}, "Q2_K": {"tg8@b8": [3.0]}})
     second.models[0].device_bytes, second.models[0].buffers = 950, {"CUDA0 model": 1.0}
-    second.models[0].placement.ops = {"TQ2_1": {"MUL_MAT": {"CUDA0": 7}}}
+    second.models[0].placement.ops = {DEFAULT.name: {"MUL_MAT": {"CUDA0": 7}}}
     second.warnings, second.complete = ["busy"], False
     third = two_shapes()[0]
     out = merge([first, second, third])
@@ -95,7 +107,7 @@ def test_merge_joins_tests_and_types_of_one_shape() -> None:
     assert out.models[0].placement.ops and out.models[0].device_bytes == 950
     assert out.warnings == ["busy"] and not out.complete
     # the first of another shape is its round 0, whatever the others have
-    assert out.by_round("65b TQ2_1", "tg256") == {0: 9.0}
+    assert out.by_round(f"65b {DEFAULT.name}", "tg256") == {0: 9.0}
 
 
 def test_merge_refuses_what_is_not_one_comparison() -> None:
@@ -109,10 +121,10 @@ def test_merge_refuses_what_is_not_one_comparison() -> None:
         merge([first, other])
     other = two_shapes()[1]
     other.models[0].file_bytes += 1
-    with pytest.raises(PT2Error, match="two different files are called 7b TQ2_1"):
+    with pytest.raises(PT2Error, match=f"two different files are called 7b {DEFAULT.name}"):
         merge([first, other])
-    other = shape("7b", {"TQ2_1": {"tg256": [1.0]}, "Q2_0": {}}, 1000, base="TQ2_1")
-    with pytest.raises(PT2Error, match="refer to 7b Q2_K and to 7b TQ2_1"):
+    other = shape("7b", {DEFAULT.name: {"tg256": [1.0]}, "Q2_0": {}}, 1000, base=DEFAULT.name)
+    with pytest.raises(PT2Error, match=f"refer to 7b Q2_K and to 7b {DEFAULT.name}"):
         merge([first, other])
 
 
@@ -121,20 +133,22 @@ def test_merge_refuses_what_is_not_one_comparison() -> None:
 
 def test_gain_of_sequences_at_once_is_by_round() -> None:
     tests = {"tg8@b1": [2.0, 4.0], "tg8@b8": [10.0, 22.0]}
-    results = shape("7b", {"TQ2_1": tests, "Q2_K": {"tg8@b8": [5.0]}})
+    results = shape("7b", {DEFAULT.name: tests, "Q2_K": {"tg8@b8": [5.0]}})
     assert batch_rows(results) == [
         ["model", "tg8@b1", "tg8@b8"],
-        ["7b TQ2_1", "3.00", "16.0 (5.25x)"],
+        [f"7b {DEFAULT.name}", "3.00", "16.0 (5.25x)"],
         ["7b Q2_K", "-", "5.00"],
     ]
     assert sections(results)[0][0].startswith("Sequences at once (@b): tokens/s of all of them")
 
 
 def test_depth_table_has_only_what_was_measured_at_a_depth() -> None:
-    results = merge([*two_shapes(), shape("7b", {"TQ2_1": {"tg256@d64": [3.0]}, "Q2_K": {}}, 1000)])
+    results = merge(
+        [*two_shapes(), shape("7b", {DEFAULT.name: {"tg256@d64": [3.0]}, "Q2_K": {}}, 1000)]
+    )
     rows = depth_rows(results)
     assert rows[0][:4] == ["model", "tg256", "ratio", "tg256@d64"]
-    assert [row[0] for row in rows[1:]] == ["7b TQ2_1"]
+    assert [row[0] for row in rows[1:]] == [f"7b {DEFAULT.name}"]
 
 
 def test_bars_are_ratios_beside_what_is_published() -> None:
@@ -147,7 +161,7 @@ def test_bars_are_ratios_beside_what_is_published() -> None:
     assert [t.get_text() for t in decode.get_xticklabels()] == ["7B", "65B"]
     heights = [p.get_height() for p in decode.patches if p.get_height()]  # type: ignore[attr-defined]
     assert heights == [3.0, 4.5, 1.8]
-    assert [t.get_text() for t in fig.legends[0].get_texts()] == ["TQ2_1", published.name]
+    assert [t.get_text() for t in fig.legends[0].get_texts()] == [DEFAULT.name, published.name]
     heights = [p.get_height() for p in prefill.patches if p.get_height()]  # type: ignore[attr-defined]
     assert heights == [1.5, 3.0]
 
@@ -158,7 +172,7 @@ def test_nothing_to_draw_is_said() -> None:
 
 
 def test_scaling_plots_leave_out_shapes_without_such_tests(tmp_path: Path) -> None:
-    scaled = {"TQ2_1": {"tg8@b1": [2.0], "tg8@b2": [3.0]}, "Q2_K": {}}
+    scaled = {DEFAULT.name: {"tg8@b1": [2.0], "tg8@b2": [3.0]}, "Q2_K": {}}
     results = merge([*two_shapes(), shape("7b", scaled, 1000)])
     names = {p.name for p in write_plots(results, tmp_path, load_published(PUBLISHED))}
     assert names == {"speed.png", "speedup.png", "batch.png"}
@@ -166,7 +180,7 @@ def test_scaling_plots_leave_out_shapes_without_such_tests(tmp_path: Path) -> No
 
 def test_shape_table_reads_as_the_gpu_does() -> None:
     """A type that is kept wider on the GPU reads more than its file has."""
-    results = shape("7b", {"TQ1_1": {"tg256": [1000.0]}, "Q2_K": {"tg256": [500.0]}})
+    results = shape("7b", {SMALLEST.name: {"tg256": [1000.0]}, "Q2_K": {"tg256": [500.0]}})
     results.models[0].device_bytes = 1800
     head, first, second = shape_rows(results)
     assert head[3:] == ["tg256", "a token reads", "decode reads", "of the memory"]
@@ -177,7 +191,12 @@ def test_shape_table_reads_as_the_gpu_does() -> None:
 
 def test_ratio_table_has_the_papers_column() -> None:
     rows = ratio_rows(merge(two_shapes()), load_published(PUBLISHED))
-    assert rows[0] == ["shape", "TQ2_1 prefill", "TQ2_1 decode", load_published(PUBLISHED).name]
+    assert rows[0] == [
+        "shape",
+        f"{DEFAULT.name} prefill",
+        f"{DEFAULT.name} decode",
+        load_published(PUBLISHED).name,
+    ]
     assert rows[1:] == [
         ["7B", "1.50x", "3.00x", "-"],
         ["65B", "3.00x", "4.50x", "2.1x end to end"],
@@ -209,7 +228,7 @@ def test_tables_are_put_where_the_text_wants_them() -> None:
     places = [f"<!-- pt2-bench: {name} -->\n{{}}<!-- end -->\n" for name in ("ratios", "batch")]
     text = f"a\n{places[0].format('old')}b\n{places[1].format('')}"
     once = fill(text, results)
-    assert once.startswith("a\n<!-- pt2-bench: ratios -->\n\n| shape | TQ2_1 prefill")
+    assert once.startswith(f"a\n<!-- pt2-bench: ratios -->\n\n| shape | {DEFAULT.name} prefill")
     assert "| 65B | 3.00x | 4.50x |" in once and "old" not in once
     assert once.endswith("<!-- pt2-bench: batch -->\n\n(not measured)\n\n<!-- end -->\n")
     assert fill(once, results) == once
@@ -236,7 +255,10 @@ def test_report_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     names = {p.name for p in out.iterdir()}
     assert names == {"results.json", "results.csv", "results.md", "speed.png", "speedup.png"}
     assert load_results(out / "results.json").config["merged"] == 2
-    assert "| 65B | TQ2_1 |" in page.read_text() and "65b TQ2_1" in capsys.readouterr().out
+    assert (
+        f"| 65B | {DEFAULT.name} |" in page.read_text()
+        and f"65b {DEFAULT.name}" in capsys.readouterr().out
+    )
     assert cli.main(["report", *paths, "--out", str(out), "--fill", str(tmp_path / "no.md")]) == 2
     assert "--fill needs a Markdown file that exists" in capsys.readouterr().err
 
@@ -245,7 +267,7 @@ def test_the_pages_of_the_h200_have_their_places() -> None:
     """The committed page can be filled by the command that it names."""
     page = (ROOT / "benchmarks" / "h200" / "README.md").read_text("utf-8")
     filled = fill(page, merge(two_shapes()), load_published(PUBLISHED))
-    assert "| 65B | TQ2_1 |" in filled
+    assert f"| 65B | {DEFAULT.name} |" in filled
 
 
 # ------------------------------------------------------------------------------- plots, labels, CSV
@@ -254,7 +276,7 @@ def test_the_pages_of_the_h200_have_their_places() -> None:
 def grouped_results() -> Results:
     """Two synthetic shapes with a ternary type and Q2_K each."""
     results = make_results(
-        {f"{g} {k}": [1.0, 2.0] for g in ("7b", "13b") for k in ("Q2_K", "TQ2_1")}
+        {f"{g} {k}": [1.0, 2.0] for g in ("7b", "13b") for k in ("Q2_K", DEFAULT.name)}
     )
     for m in results.models:
         m.group, m.perplexity, m.origin = m.name.split()[0], [], "random weights: speed only"

@@ -1,4 +1,4 @@
-"""The CPU kernels of TQ2_1 and TQ1_1: every path, MUL_MAT around them, llama.cpp's own tests."""
+"""The CPU kernels of our types: every path, MUL_MAT around them, llama.cpp's own tests."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from c_support import load
 
+from pt2_core import formats
 from pt2_llama import api
 
 HERE = Path(__file__).parent
@@ -136,7 +137,7 @@ def upstream_test(name, *arguments):
 @pytest.mark.slow
 def test_upstreams_quantize_fns_know_our_types():
     out = upstream_test("test-quantize-fns", "-v")
-    for name in ("tq2_1", "tq1_1"):
+    for name in formats.TYPES:
         assert re.search(rf"^ *{name} absolute quantization error: +ok", out, re.M)
         assert re.search(rf"^ *{name} dot product error: +ok", out, re.M)
 

@@ -1,4 +1,4 @@
-"""TQ2_1, TQ1_1 and Q8_T in C: bytes against a model here, gguf-py, export/ and FORMAT.md."""
+"""Our types in C: bytes against a model here, gguf-py, pt2_core.formats and FORMAT.md."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import c_support
 import numpy as np
 import pytest
-from c_support import BLOCK, NAMES, Q8_T, SIZES, TQ1_1, TQ2_1, load, random_payload
+from c_support import BLOCK, NAMES, Q8_T, SIZES, load, random_payload
 
-from export.types import TERNARY_TYPES
+from pt2_core import formats
+from pt2_core.formats import DEFAULT, SMALLEST
 from pt2_llama import api
 
 pytestmark = pytest.mark.llama
-TERNARY = pytest.mark.parametrize("kind", [TQ2_1, TQ1_1], ids=NAMES.get)
+TERNARY = pytest.mark.parametrize("kind", c_support.TERNARY, ids=NAMES.get)
+KEY = DEFAULT.layout_key().encode()
 FORMAT = Path(__file__).parents[1] / "third_party" / "llama.cpp" / "FORMAT.md"
 
 
@@ -95,7 +98,7 @@ def fit(x, w):
 def pack(kind, alpha, mu, t):
     c = [int(v) + 1 for v in t]
     head = np.array([alpha, mu], "<f2").tobytes()
-    if kind == TQ2_1:
+    if kind == formats.TQ2_1.id:
         codes = [sum(c[32 * p + lane] << (2 * p) for p in range(4)) for lane in range(32)]
     else:
         codes = [sum(c[32 * p + i] * 3**p for p in range(4)) for i in range(26)]
@@ -115,7 +118,7 @@ def model_quantize(kind, x, w=None):
 
 def model_codes(kind, block):
     qs = [int(v) for v in block[4:]]
-    if kind == TQ2_1:
+    if kind == formats.TQ2_1.id:
         return np.array([qs[e % 32] >> 2 * (e // 32) & 3 for e in range(BLOCK)])
     c = np.zeros((4, 32), int)
     for i, v in enumerate(qs):
@@ -207,7 +210,7 @@ def test_validation_finds_impossible_codes(libs, kind):
     assert libs.valid(kind, data)
     size = SIZES[kind]
     for byte, value in (
-        ((4, 0xF3), (size - 1, 0xC0)) if kind == TQ2_1 else ((4, 243), (size - 1, 81))
+        ((4, 0xF3), (size - 1, 0xC0)) if kind == formats.TQ2_1.id else ((4, 243), (size - 1, 81))
     ):
         broken = data.copy()
         broken[0, size + byte] = value
@@ -244,7 +247,7 @@ def test_gguf_py_quantises_to_the_same_bytes(libs, gguf_py, kind):
 @TERNARY
 def test_export_packs_what_c_reads(libs, kind):
     rng = np.random.default_rng(7)
-    packer = {t.name.lower(): t for t in TERNARY_TYPES.values()}[NAMES[kind]]
+    packer = formats.TYPES[NAMES[kind]]
     codes = rng.integers(0, 3, (9, 5 * BLOCK), dtype=np.uint8)
     alpha = rng.uniform(0, 0.1, (9, 5)).astype(np.float16)
     mu = rng.normal(0, 0.05, (9, 5)).astype(np.float16)
@@ -345,8 +348,8 @@ def test_llama_quantize_makes_our_types_and_names_the_layout(libs, tiny, gguf_py
         gguf_py.GGUFReader(folder / "f16.gguf"),
         gguf_py.GGUFReader(folder / f"{name}.gguf"),
     )
-    assert reader.fields[f"pt2.{name}.layout"].contents() == 1
-    assert reader.fields["general.file_type"].contents() == kind
+    assert reader.fields[f"pt2.{name}.layout"].contents() == formats.TYPES[name].layout
+    assert reader.fields["general.file_type"].contents() == formats.TYPES[name].file_type
     weights = {t.name: t.data for t in source.tensors}
     ours = [t for t in reader.tensors if t.tensor_type == kind]
     assert len(ours) == 7
@@ -357,25 +360,27 @@ def test_llama_quantize_makes_our_types_and_names_the_layout(libs, tiny, gguf_py
 
 def test_a_single_tensor_of_our_type_names_the_layout_too(tiny, gguf_py):
     folder, quantize = tiny
-    done = quantize("f16.gguf", "mixed.gguf", "--tensor-type", "ffn_up=tq1_1", "Q8_0")
+    done = quantize(
+        "f16.gguf", "mixed.gguf", "--tensor-type", f"ffn_up={SMALLEST.ggml_name}", "Q8_0"
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     fields = gguf_py.GGUFReader(folder / "mixed.gguf").fields
-    assert fields["pt2.tq1_1.layout"].contents() == 1
-    assert "pt2.tq2_1.layout" not in fields
+    assert fields[SMALLEST.layout_key()].contents() == SMALLEST.layout
+    assert DEFAULT.layout_key() not in fields
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ((b"pt2.tq2_1.layout", b"pt2.tq2_1.LAYOUT"), "the key pt2.tq2_1.layout is missing"),
-        ((b"pt2.tq2_1.layout\4\0\0\0\1", b"pt2.tq2_1.layout\4\0\0\0\2"), "pt2.tq2_1.layout is 2"),
-        ((b"pt2.tq2_1.layout\4\0\0\0", b"pt2.tq2_1.layout\5\0\0\0"), "must be a uint32"),
+        ((KEY, KEY.upper()), f"the key {KEY.decode()} is missing"),
+        ((KEY + b"\4\0\0\0\1", KEY + b"\4\0\0\0\2"), f"{KEY.decode()} is 2"),
+        ((KEY + b"\4\0\0\0", KEY + b"\5\0\0\0"), "must be a uint32"),
     ],
     ids=["missing", "unknown", "wrong type"],
 )
 def test_the_loader_refuses_a_layout_it_does_not_know(tiny, change, message):
     folder, quantize = tiny
-    assert quantize("f16.gguf", "good.gguf", "TQ2_1").returncode == 0
+    assert quantize("f16.gguf", "good.gguf", DEFAULT.name).returncode == 0
     data = (folder / "good.gguf").read_bytes()
     assert data.count(change[0]) == 1
     (folder / "bad.gguf").write_bytes(data.replace(*change))

@@ -22,6 +22,7 @@ from pt2_core.artifact.folder import Artifact
 from pt2_core.cli import run_cli
 from pt2_core.commands import command, resume_command
 from pt2_core.errors import PT2Error
+from pt2_core.formats import DEFAULT
 from pt2_core.texts.bundled import bundled_file, bundled_names
 from pt2_core.texts.sources import source_name, split_sources
 
@@ -79,7 +80,9 @@ def test_every_summary_ends_with_a_command_to_paste(name, tmp_path, capsys):
     line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("next"))
     assert parsed(line.removeprefix("next").strip()).artifact == folder
     for chat, tool in ((True, "llama-cli"), (False, "llama-completion")):
-        report = ExportReport([Path(f"{name}.gguf")], "tq2_1", 1, 1, 1, 1, [], [], chat=chat)
+        report = ExportReport(
+            [Path(f"{name}.gguf")], DEFAULT.ggml_name, 1, 1, 1, 1, [], [], chat=chat
+        )
         given = parsed(export.cli.next_command(report))
         assert given.command == "run" and given.tool == tool
         assert PurePath(given.args[given.args.index("-m") + 1]) == PurePath(f"{name}.gguf")

@@ -1,4 +1,4 @@
-"""TQ2_1 and TQ1_1 on an NVIDIA GPU, with the programs of `pt2-llama build --cuda`.
+"""Our types on an NVIDIA GPU, with the programs of `pt2-llama build --cuda`.
 
 Both ways the backend has are tested: tile form with kernels of our own (compute capability 8.0 and
 more), and the templates of upstream's types (GGML_CUDA_TQ=templates), which older cards use.
@@ -18,12 +18,14 @@ import pytest
 
 from llamacpp_bench.run.gguf_info import read_gguf
 from llamacpp_bench.run.placement import parse_placement
+from pt2_core import formats
+from pt2_core.formats import DEFAULT
 from pt2_llama import api, toolchain
 from pt2_llama.smoke import final_perplexity
 
 pytestmark = [pytest.mark.cuda, pytest.mark.slow]
 EXAMPLES = Path(__file__).parents[1] / "examples"
-TYPES = ("TQ2_1", "TQ1_1")
+TYPES = formats.NAMES
 ROUTES = pytest.mark.parametrize("route", ["tiles", "templates"])
 
 
@@ -149,7 +151,7 @@ def test_perplexity_is_the_cpus(
         assert float(found["Mean    KLD"]) < 0.005, (tokens, output[-2000:])
 
 
-@pytest.mark.parametrize("kind", ["TQ2_1", "TQ2_1-128"])
+@pytest.mark.parametrize("kind", [DEFAULT.name, f"{DEFAULT.name}-128"])
 def test_several_sequences_at_once_are_as_right_as_one(
     build, models: dict[str, Path], kind: str
 ) -> None:

@@ -1,8 +1,8 @@
-"""Tile form of TQ2_1 and TQ1_1 (the CUDA backend's): layout and kernels, without a GPU.
+"""Tile form of our types (the CUDA backend's): layout and kernels, without a GPU.
 
 The kernels of tq-tile.cu need no shuffles and no barriers, so that their source runs on the CPU one
 thread after the other (tests/c/cuda_on_host.h). It is held against NumPy, which packs with
-export/types.py and permutes as the comment at the top of tq-kernels.cuh says.
+pt2_core/formats.py and permutes as the comment at the top of tq-kernels.cuh says.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from export.types import BLOCK, TERNARY_TYPES, TQ1_1
+from pt2_core import formats
+from pt2_core.formats import BLOCK, TQ1_1
 from pt2_llama import api
 
 ROOT = Path(__file__).parents[1]
 KERNELS = ROOT / "third_party" / "llama.cpp" / "overlay" / "ggml" / "src" / "ggml-cuda"
 TILE_ROWS, TILE_BYTES, SCALES = 16, 576, 512
-KINDS = pytest.mark.parametrize("kind", TERNARY_TYPES.values(), ids=lambda k: k.name)
+KINDS = pytest.mark.parametrize("kind", formats.TYPES.values(), ids=lambda k: k.name)
 U8 = NDArray[np.uint8]
 
 

@@ -17,6 +17,7 @@ from export.encode import check_group_size
 from llamacpp_bench.run.baselines import _convert
 from pt2_core.artifact.folder import Artifact, ArtifactWriter
 from pt2_core.errors import PT2Error
+from pt2_core.formats import DEFAULT, SMALLEST
 from pt2_core.model.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.llama
@@ -78,7 +79,7 @@ def test_what_counts_is_exported_and_nothing_else(case, tmp_path):
     model = shutil.copytree(good, tmp_path / "model")
     change(model)
     artifact = make_artifact(tmp_path / "artifact", model)
-    assert divergence(good, artifact, tmp_path, "tq2_1", BUILD) < 0.003
+    assert divergence(good, artifact, tmp_path, DEFAULT.ggml_name, BUILD) < 0.003
 
 
 def test_a_trained_table_of_a_tied_model_with_a_stored_head_is_not_lost(tmp_path):
@@ -137,10 +138,10 @@ def test_a_changed_tokenizer_is_another_model(tmp_path):
 
 def test_a_block_size_that_no_type_holds_does_not_go_in_a_circle():
     small = {"model.layers.0.self_attn.q_proj": 576, "model.layers.0.mlp.down_proj": 1536}
-    for kind in ("tq2_1", "q2_k"):
+    for kind in (DEFAULT.ggml_name, "q2_k"):
         with pytest.raises(PT2Error, match=r"quantise again, use --skip 'q_proj'"):
             check_group_size(64, kind, small)
     with pytest.raises(PT2Error, match="use --type q2_k, or quantise again"):
-        check_group_size(64, "tq1_1", {"a.down_proj": 1536})
+        check_group_size(64, SMALLEST.ggml_name, {"a.down_proj": 1536})
     check_group_size(64, "q2_k", {"a.down_proj": 1536})
-    check_group_size(128, "tq1_1", {"a.q_proj": 640})
+    check_group_size(128, SMALLEST.ggml_name, {"a.q_proj": 640})

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from export_support import foldable_orders, make_artifact, make_model, read
 
-from export import ExportConfig, export_gguf, types
+from export import ExportConfig, export_gguf
 from export.cli import main
+from pt2_core import formats
 from pt2_core.artifact.folder import Artifact
 from pt2_core.errors import PT2Error
+from pt2_core.formats import DEFAULT
 from pt2_llama import api
 
 pytestmark = pytest.mark.llama
@@ -20,13 +22,13 @@ if api.find_build() is None:
     pytest.skip("needs llama.cpp: run pt2-llama build", allow_module_level=True)
 
 
-@pytest.mark.parametrize("kind", ["tq2_1", "tq1_1"])
+@pytest.mark.parametrize("kind", formats.TYPES)
 def test_file_holds_the_artifact_to_the_bit(kind, made, tmp_path):
     model, artifact = made()
     report = export_gguf(artifact, tmp_path / "m.gguf", ExportConfig(type=kind))
     tensors, _ = read(tmp_path / "m.gguf")
     block = Artifact.open(artifact).block(1)
-    codec = types.TERNARY_TYPES[kind]
+    codec = formats.TYPES[kind]
     residual, orders = foldable_orders(model)
     down = orders["model.layers.1.mlp.down_proj"]
     # up: rows in down's order. down: rows in the stream's order. k: rows as rotary embeddings want.
@@ -41,14 +43,15 @@ def test_file_holds_the_artifact_to_the_bit(kind, made, tmp_path):
     got = codec.unpack(np.asarray(tensors["blk.1.attn_k.weight"].data))
     halves = k.reshape(2, 2, 32, -1).swapaxes(1, 2).reshape(128, -1)
     assert np.array_equal(got[0], halves)
-    assert report.verified and report.ternary_bpw == {"tq2_1": 2.25, "tq1_1": 1.875}[kind]
+    assert report.verified and report.ternary_bpw == codec.bpw()
     assert report.file_bytes == (tmp_path / "m.gguf").stat().st_size
 
 
 def test_metadata(made, tmp_path):
     _, artifact = made()
     manifest = Artifact.open(artifact).manifest
-    for kind, file_type in {"tq2_1": 120, "tq1_1": 121, "q2_k": 10}.items():
+    file_types = {name: t.file_type for name, t in formats.TYPES.items()}
+    for kind, file_type in {**file_types, "q2_k": 10}.items():
         export_gguf(artifact, tmp_path / f"{kind}.gguf", ExportConfig(type=kind))
         tensors, f = read(tmp_path / f"{kind}.gguf")
         assert f["general.file_type"] == file_type
@@ -154,12 +157,12 @@ def test_a_byte_changed_after_writing_is_found(made, tmp_path, monkeypatch):
 def test_a_packer_that_disagrees_with_c_is_found(made, tmp_path, monkeypatch):
     """Two codes exchanged by the packer: the bytes are as written, the weights are not as meant."""
     _, artifact = made()
-    pack = types.TQ2_1.pack.__func__
+    pack = DEFAULT.pack.__func__
 
     def wrong(cls, codes, alpha, mu):
         return pack(cls, codes[:, np.r_[1, 0, 2 : codes.shape[1]]], alpha, mu)
 
-    monkeypatch.setattr(types.TQ2_1, "pack", classmethod(wrong))
+    monkeypatch.setattr(DEFAULT, "pack", classmethod(wrong))
     with pytest.raises(PT2Error, match=r"does not read back.*weights"):
         export_gguf(artifact, tmp_path / "m.gguf")
 

@@ -10,6 +10,7 @@ import torch
 from export_support import FAMILIES, TEXT, dequantized_model, make_artifact, make_model, read
 
 from export import ExportConfig, export_gguf
+from pt2_core.formats import DEFAULT, SMALLEST
 from pt2_llama import api
 
 pytestmark = pytest.mark.llama
@@ -21,8 +22,8 @@ if BUILD is None:
 @pytest.mark.parametrize(
     ("family", "tied", "kind"),
     [
-        *((f, f == "qwen3", "tq2_1") for f in FAMILIES),
-        ("qwen2", True, "tq1_1"),
+        *((f, f == "qwen3", DEFAULT.ggml_name) for f in FAMILIES),
+        ("qwen2", True, SMALLEST.ggml_name),
         ("qwen3", False, "q2_k"),
     ],
 )
@@ -41,7 +42,7 @@ def test_rope_factors_of_llama_3_pass_through(tmp_path):
                "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
     model = make_model(tmp_path / "model", rope_parameters=scaling)
     artifact = make_artifact(tmp_path / "artifact", model)
-    assert divergence(model, artifact, tmp_path, "tq2_1", BUILD) < 0.003
+    assert divergence(model, artifact, tmp_path, DEFAULT.ggml_name, BUILD) < 0.003
     factors = read(tmp_path / "m.gguf")[0]["rope_freqs.weight"]
     assert factors.tensor_type.name == "F32" and float(np.max(factors.data)) == 8.0
 
@@ -58,7 +59,7 @@ def test_the_comparison_notices_a_missing_fold(made, tmp_path, monkeypatch):
         return result
 
     monkeypatch.setattr(source, "fold_plan", forgetful)
-    assert divergence(*made(), tmp_path, "tq2_1", BUILD) > 0.1
+    assert divergence(*made(), tmp_path, DEFAULT.ggml_name, BUILD) > 0.1
 
 
 def test_splits_are_named_and_hold_everything(made, tmp_path):

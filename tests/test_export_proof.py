@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from export_support import make_artifact, make_model, read
 
-from export import ExportConfig, export_gguf, types
+from export import ExportConfig, export_gguf, gguf_types
 from export.cli import main
 from export.proof import Folder
 from export.verify_file import verify_file
+from pt2_core import formats
 from pt2_core.errors import PT2Error
+from pt2_core.formats import SMALLEST
 from pt2_llama import api
 
 pytestmark = pytest.mark.llama
@@ -27,7 +29,9 @@ def right(tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("right")
     model = make_model(folder / "model")
     artifact = make_artifact(folder / "artifact", model)
-    report = export_gguf(artifact, folder / "m.gguf", ExportConfig(type="tq1_1", **EXACT))
+    report = export_gguf(
+        artifact, folder / "m.gguf", ExportConfig(type=SMALLEST.ggml_name, **EXACT)
+    )
     assert report.proof is not None and report.proof.problem is None
     return artifact, folder / "m.gguf"
 
@@ -39,7 +43,7 @@ def spoiled(right, tmp_path):
     def make(change) -> Path:
         file = tmp_path / "spoiled.gguf"
         shutil.copy(right[1], file)
-        types.register()
+        gguf_types.register()
         reader = gguf.GGUFReader(file, "r+")
         change({t.name: t for t in reader.tensors}, reader.fields)
         reader.data.flush()
@@ -73,7 +77,7 @@ def wrong_rope(tensors, fields):
 
 def wrong_alpha(tensors, fields):
     """The sign of alpha in one decoder block's down_proj."""
-    blocks = tensors["blk.1.ffn_down.weight"].data.reshape(-1, types.TQ1_1.nbytes)
+    blocks = tensors["blk.1.ffn_down.weight"].data.reshape(-1, SMALLEST.nbytes)
     blocks[:, 1] ^= 0x80
 
 
@@ -102,7 +106,7 @@ def test_the_proof_refuses_a_file_that_was_spoiled_after_encoding(spoil, right, 
     monkeypatch.setattr(pipeline, "write_gguf", write_and_spoil)
     out = right[1].with_name(f"{spoil.__name__}.gguf")
     kept = out.with_name(f"kept-{out.name}")
-    config = ExportConfig(type="tq1_1", verify=False, keep_refused=str(kept), **EXACT)
+    config = ExportConfig(type=SMALLEST.ggml_name, verify=False, keep_refused=str(kept), **EXACT)
     with pytest.raises(PT2Error, match=r"not the ternary model's|other tokens of") as e:
         export_gguf(right[0], out, config)
     assert not out.exists() and kept.is_file() and str(kept) in str(e.value)
@@ -122,7 +126,7 @@ def test_verify_sees_one_alpha_of_one_row(right, spoiled):
     """What no prediction shows."""
 
     def change(tensors, fields):
-        tensors["blk.0.attn_q.weight"].data.reshape(-1, types.TQ1_1.nbytes)[7, 1] ^= 0x80
+        tensors["blk.0.attn_q.weight"].data.reshape(-1, SMALLEST.nbytes)[7, 1] ^= 0x80
 
     found = verify_file(spoiled(change), right[0], proof_tokens=0)
     assert found.problems == [
@@ -130,7 +134,7 @@ def test_verify_sees_one_alpha_of_one_row(right, spoiled):
     ]
 
 
-@pytest.mark.parametrize("kind", ["tq2_1", "tq1_1", "q2_k"])
+@pytest.mark.parametrize("kind", [*formats.TYPES, "q2_k"])
 @pytest.mark.parametrize("tables", [EXACT, {}, {"embedding_type": "q2_k", "output_type": "q2_k"}])
 def test_right_files_of_every_type_pass_and_carry_their_figures(kind, tables, right, tmp_path):
     report = export_gguf(right[0], tmp_path / "m.gguf", ExportConfig(type=kind, **tables))
@@ -172,7 +176,7 @@ def test_programs_of_any_build_can_judge(right):
 
 def test_a_file_that_llama_cpp_cannot_load_is_refused_in_its_words(right, spoiled):
     def change(tensors, fields):
-        field = fields["pt2.tq1_1.layout"]
+        field = fields[SMALLEST.layout_key()]
         field.parts[field.data[0]][0] = 7
 
     with pytest.raises(PT2Error, match=r"cannot use the file: llama-perplexity: .*layout"):

@@ -1,4 +1,4 @@
-"""The NumPy packers: layouts byte by byte, round trips, and Q2_K's search for scales."""
+"""Our types in the gguf package, and Q2_K's search for scales."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import itertools
 import gguf
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from export import q2k
-from export.types import BLOCK, TERNARY_TYPES, TQ2_1, register, weights
+from export.gguf_types import register
+from pt2_core import formats
+from pt2_core.formats import BLOCK, weights
 
 
 def random_matrix(rng, rows=5, blocks=4, group=BLOCK):
@@ -21,74 +21,13 @@ def random_matrix(rng, rows=5, blocks=4, group=BLOCK):
     return codes, alpha, mu
 
 
-def by_the_format(kind, codes, alpha, mu):
-    """One block, straight from docs/design.md, one element at a time."""
-    out = bytearray(np.array([alpha, mu], dtype="<f2").tobytes())
-    plane_lane = {(e // 32, e % 32): int(codes[e]) for e in range(BLOCK)}
-    if kind is TQ2_1:
-        for lane in range(32):
-            out.append(sum(plane_lane[p, lane] << (2 * p) for p in range(4)))
-        return bytes(out)
-    for i in range(26):
-        digits = [plane_lane[p, i] for p in range(4)]
-        digits.append(plane_lane[i % 4, 26 + i // 4] if i < 24 else 0)
-        out.append(sum(d * 3**k for k, d in enumerate(digits)))
-    return bytes(out)
-
-
-@pytest.mark.parametrize("kind", TERNARY_TYPES.values(), ids=lambda k: k.name)
-def test_pack_is_the_documented_layout(kind):
-    rng = np.random.default_rng(1)
-    codes, alpha, mu = random_matrix(rng, rows=3, blocks=2)
-    data = kind.pack(codes, alpha, mu)
-    assert data.shape == (3, 2 * kind.nbytes)
-    for row, block in itertools.product(range(3), range(2)):
-        part = slice(block * BLOCK, (block + 1) * BLOCK)
-        expected = by_the_format(kind, codes[row, part], alpha[row, block], mu[row, block])
-        got = data[row, block * kind.nbytes : (block + 1) * kind.nbytes]
-        assert got.tobytes() == expected
-
-
-@pytest.mark.parametrize("kind", TERNARY_TYPES.values(), ids=lambda k: k.name)
-@settings(max_examples=50, deadline=None)
-@given(data=st.data())
-def test_round_trip_of_any_codes_and_any_halves(kind, data):
-    rows, blocks = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
-    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
-    codes = rng.integers(0, 3, (rows, blocks * BLOCK), dtype=np.uint8)
-    halves = rng.integers(0, 2**16, (2, rows, blocks), dtype=np.uint16).view(np.float16)
-    got = kind.unpack(kind.pack(codes, halves[0], halves[1]))
-    assert np.array_equal(got[0], codes)
-    assert got[1].tobytes() == halves[0].tobytes()
-    assert got[2].tobytes() == halves[1].tobytes()
-
-
-@pytest.mark.parametrize("kind", TERNARY_TYPES.values(), ids=lambda k: k.name)
-@pytest.mark.parametrize("code", [0, 1, 2])
-def test_uniform_blocks(kind, code):
-    codes = np.full((1, BLOCK), code, dtype=np.uint8)
-    alpha, mu = np.array([[0.5]], np.float16), np.array([[-0.125]], np.float16)
-    assert (kind.dequantize(kind.pack(codes, alpha, mu)) == 0.5 * (code - 1) - 0.125).all()
-
-
-@pytest.mark.parametrize("kind", TERNARY_TYPES.values(), ids=lambda k: k.name)
-def test_wrong_input_is_refused(kind):
-    one = np.ones((1, 1), np.float16)
-    with pytest.raises(ValueError, match="codes"):
-        kind.pack(np.zeros((1, 100), np.uint8), one, one)
-    with pytest.raises(ValueError, match="codes are 0, 1 and 2"):
-        kind.pack(np.full((1, BLOCK), 3, np.uint8), one, one)
-    with pytest.raises(ValueError, match="whole blocks"):
-        kind.unpack(np.zeros((1, kind.nbytes + 1), np.uint8))
-
-
 def test_gguf_package_learns_the_types_once():
     register()
     register()
-    for kind in TERNARY_TYPES.values():
+    for kind in formats.TYPES.values():
         member = gguf.GGMLQuantizationType(kind.id)
         assert (member.name, int(member)) == (kind.name, kind.id)
-        assert gguf.GGML_QUANT_SIZES[member] == (BLOCK, kind.nbytes)
+        assert gguf.GGML_QUANT_SIZES[member] == (kind.block, kind.nbytes)
 
 
 # Q2_K ---------------------------------------------------------------------------------------------

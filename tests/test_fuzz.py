@@ -16,6 +16,7 @@ from fuzz.programs import run_programs
 from fuzz.readers import READERS, Reader
 
 from pt2_core.errors import PT2Error
+from pt2_core.formats import DEFAULT
 
 ROOT = Path(__file__).parent.parent
 
@@ -119,8 +120,20 @@ ROBBED = [
     ("sensitivity", 300, "pt2_core.artifact.sensitivity", "sha256_content", lambda *a: ANY),
     ("refine-state", 300, "quantize.refinement.state", "_digest", lambda *a: ANY),
     ("refine-state", 300, "quantize.refinement.state", "validate", lambda *a: None),
-    ("gguf-tq2_1", 600, "llamacpp_bench.run.gguf_info", "_check_extent", lambda *a: None),
-    ("gguf-tq2_1", 600, "llamacpp_bench.run.gguf_info", "_check_kinds", lambda *a: None),
+    (
+        f"gguf-{DEFAULT.ggml_name}",
+        600,
+        "llamacpp_bench.run.gguf_info",
+        "_check_extent",
+        lambda *a: None,
+    ),
+    (
+        f"gguf-{DEFAULT.ggml_name}",
+        600,
+        "llamacpp_bench.run.gguf_info",
+        "_check_kinds",
+        lambda *a: None,
+    ),
     ("results", 600, "llamacpp_bench.results", "validate", lambda *a: None),
     ("results", 600, "llamacpp_bench.results", "_disagreement", lambda results: None),
     ("recipe", 600, "quantize.config", "_typed", lambda name, value, kind: value),

@@ -17,7 +17,7 @@ from quantize_support import tiny_model, token_file
 from safetensors.torch import load_file, save_file
 
 import quantize
-from export import ExportConfig, export_gguf, types
+from export import ExportConfig, export_gguf, gguf_types
 from export.cli import main
 from export.config import parse_size
 from export.fold import dense_plan, fold_plan
@@ -26,6 +26,7 @@ from pt2_core.artifact import sensitivity
 from pt2_core.artifact.folder import Artifact
 from pt2_core.artifact.sensitivity import Linear, Sensitivity
 from pt2_core.errors import PT2Error
+from pt2_core.formats import DEFAULT, SMALLEST
 from pt2_core.model.checkpoint import Checkpoint
 from pt2_core.texts.tokens import read_tokens
 from pt2_llama import api
@@ -204,7 +205,7 @@ def measured(tmp_path):
 
 
 def read(path):
-    types.register()
+    gguf_types.register()
     return {t.name: t for t in gguf.GGUFReader(path).tensors}
 
 
@@ -212,12 +213,12 @@ def read(path):
 @needs_llama
 def test_files_fit_their_target_and_larger_ones_lose_less(measured, tmp_path):
     _, artifact = measured
-    plain = export_gguf(artifact, tmp_path / "p.gguf", ExportConfig(type="tq1_1"))
+    plain = export_gguf(artifact, tmp_path / "p.gguf", ExportConfig(type=SMALLEST.ggml_name))
     assert plain.mixed is None
     kinds, gains = [], []
     for factor in (0.9, 1.1, 1.4, 3.0):
         target = int(factor * plain.file_bytes)
-        config = ExportConfig(type="tq1_1", target_size=target)
+        config = ExportConfig(type=SMALLEST.ggml_name, target_size=target)
         report = export_gguf(artifact, tmp_path / f"{factor}.gguf", config)
         assert report.file_bytes <= target and report.verified
         assert report.mixed is not None and not report.fallbacks
@@ -229,12 +230,12 @@ def test_files_fit_their_target_and_larger_ones_lose_less(measured, tmp_path):
                 and n.startswith("blk")]  # fmt: skip
     assert upgraded and all(n.startswith("blk.1.") for n in upgraded)
     last = {n: k for n, k in kinds[3].items() if n.endswith("weight") and "norm" not in n}
-    assert last.pop("blk.0.attn_q.weight") == "TQ1_1"
+    assert last.pop("blk.0.attn_q.weight") == SMALLEST.name
     assert last.pop("output.weight") == last.pop("token_embd.weight") == "Q8_0"
     assert set(last.values()) == {"Q4_K"}
     # Bits per weight are the same budget in other words; a type that is given stays.
     bits = 8 * 1.4 * plain.file_bytes / plain.parameters
-    config = ExportConfig(type="tq1_1", target_bpw=bits, output_type="q6_k")
+    config = ExportConfig(type=SMALLEST.ggml_name, target_bpw=bits, output_type="q6_k")
     report = export_gguf(artifact, tmp_path / "b.gguf", config)
     assert report.bpw <= bits
     assert read(tmp_path / "b.gguf")["output.weight"].tensor_type.name == "Q6_K"
@@ -247,7 +248,9 @@ def test_files_fit_their_target_and_larger_ones_lose_less(measured, tmp_path):
 def test_restored_linears_are_the_folded_originals(measured, tmp_path):
     """Q4_K of the source's weights, rows and columns where the fold has them."""
     model, folder = measured
-    export_gguf(folder, tmp_path / "m.gguf", ExportConfig(type="tq1_1", target_size=10**7))
+    export_gguf(
+        folder, tmp_path / "m.gguf", ExportConfig(type=SMALLEST.ggml_name, target_size=10**7)
+    )
     tensors = read(tmp_path / "m.gguf")
     checkpoint, artifact = Checkpoint.open(model), Artifact.open(folder)
     from export.fold import Heads
@@ -277,7 +280,10 @@ def test_restored_linears_are_the_folded_originals(measured, tmp_path):
         (["--target-size", "1M", "--target-bpw", "3"], "exclude each other"),
         (["--target-bpw", "-1"], "must lie in 0 to 32"),
         (["--target-size", "small"], "--target-size 'small' is not a size"),
-        (["--target-size", "1M", "--type", "q2_k"], "need --type tq1_1 or tq2_1"),
+        (
+            ["--target-size", "1M", "--type", "q2_k"],
+            f"need --type {DEFAULT.ggml_name} or {SMALLEST.ggml_name}",
+        ),
         (["UNMEASURED", "--target-size", "1M"], "python -m quantize.sensitivities"),
     ],
 )
@@ -286,7 +292,14 @@ def test_targets_that_cannot_be_met(options, message, measured, tmp_path, capsys
     if options[0] == "UNMEASURED":
         options = options[1:]
         (artifact / sensitivity.FILE).unlink()
-    argv = [str(tmp_path / "x.gguf"), "--from", str(artifact), "--type", "tq1_1", *options]
+    argv = [
+        str(tmp_path / "x.gguf"),
+        "--from",
+        str(artifact),
+        "--type",
+        SMALLEST.ggml_name,
+        *options,
+    ]
     assert main(argv) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "x.gguf").exists()

@@ -12,6 +12,7 @@ import pytest
 from pt2_llama_support import calls, set_overlay
 
 from pt2_core.errors import PT2Error
+from pt2_core.formats import DEFAULT
 from pt2_llama import api, builds, compile, smoke, toolchain
 from pt2_llama.build import Options, build
 from pt2_llama.builds import Build
@@ -97,7 +98,7 @@ def test_stock_is_built_from_the_unmodified_source(where: Places) -> None:
     made = build(Options(variant="stock"), where)
     configured = next(line for line in calls(where) if line.startswith("-S"))
     assert configured.split()[1] == str(where.pristine)
-    assert made.stamp.overlay is None and "TQ2_1" not in made.stamp.smoke
+    assert made.stamp.overlay is None and DEFAULT.name not in made.stamp.smoke
     set_overlay(where, "other")
     assert builds.require_build(where, "stock").folder == made.folder
 
@@ -198,7 +199,7 @@ def test_the_real_build_runs_every_type() -> None:
         assert made.tool(tool).is_file()
     command = [str(made.tool("llama-quantize")), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, env=made.env())
-    assert "TQ2_1" in done.stdout + done.stderr
+    assert DEFAULT.name in done.stdout + done.stderr
 
 
 @pytest.mark.llama

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from pt2_llama_support import command_line, report, set_overlay
 
+from pt2_core.formats import DEFAULT, SMALLEST
 from pt2_llama import cli
 from pt2_llama.build import Options, build
 from pt2_llama.cache import Places
@@ -53,7 +54,7 @@ def test_doctor_follows_the_state(where: Places, capfd) -> None:
     assert "cpu|missing|not built|run: pt2-llama build" in report(where)
     made = build(Options(), where)
     assert f"cpu|ok|{made.describe()}|" in report(where)
-    assert "cpu kernels of TQ2_1, TQ1_1|ok|avx2 on the CPU|" in report(where)
+    assert f"cpu kernels of {DEFAULT.name}, {SMALLEST.name}|ok|avx2 on the CPU|" in report(where)
     assert doctor(where) == 1, "the stand-in has no library that tells its kernels"
     set_overlay(where, "other")
     assert "cpu|missing|does not match the current overlay or CPU|run: pt2-llama build" in report(

@@ -8,6 +8,7 @@ import pytest
 from pt2_llama_support import report
 
 from pt2_core.errors import PT2Error
+from pt2_core.formats import DEFAULT, SMALLEST
 from pt2_llama import builds, cli, compile, pinned, source, toolchain
 from pt2_llama.cache import Places
 
@@ -89,11 +90,11 @@ def test_cuda_build_says_where_our_types_run(
     monkeypatch.setattr(toolchain, "find_nvcc", lambda: nvcc)
     assert cli.main(["build", "--cuda", "--cuda-arch", "90"]) == 0
     error = capfd.readouterr().err
-    assert "TQ2_1 and TQ1_1 have no CUDA kernels yet" in error
+    assert f"{DEFAULT.name} and {SMALLEST.name} have no CUDA kernels yet" in error
     assert "no GPU was visible" in error
     made = builds.require_build(where, "cuda")
     assert "-DGGML_CUDA=ON" in made.stamp.flags and "-DGGML_CUDA_NCCL=OFF" in made.stamp.flags
-    assert "TQ2_1 and TQ1_1 have no CUDA kernels" in report(where)
+    assert f"{DEFAULT.name} and {SMALLEST.name} have no CUDA kernels" in report(where)
 
     text = "- {file: ggml/src/ggml-cuda/mmq.cu, anchor: x, replace: y}"
     (where.pristine / "ggml/src/ggml-cuda").mkdir(parents=True)
@@ -103,8 +104,8 @@ def test_cuda_build_says_where_our_types_run(
     (where.overlay / "edits-cuda.yaml").write_text(text)
     assert builds.find_build(where, "cuda") is None
     assert cli.main(["build", "--cuda", "--cuda-arch", "90"]) == 0
-    assert "TQ2_1 and TQ1_1 run on the GPU" in capfd.readouterr().err
-    assert "TQ2_1 and TQ1_1 run on the GPU" in report(where)
+    assert f"{DEFAULT.name} and {SMALLEST.name} run on the GPU" in capfd.readouterr().err
+    assert f"{DEFAULT.name} and {SMALLEST.name} run on the GPU" in report(where)
     assert (where.patched / "ggml/src/ggml-cuda/mmq.cu").read_text() == "y"
     assert "have no CUDA kernels" not in report(where)
     assert cli.main(["build", "--cuda-arch", "90"]) == 2

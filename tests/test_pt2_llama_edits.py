@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pt2_core import formats
 from pt2_core.errors import PT2Error
-from pt2_llama.edits import Edit, apply_edits, find_anchor, parse_edits
+from pt2_llama.edit_lists import parse_edits
+from pt2_llama.edits import Edit, EditsDoNotFit, apply_edits
 from pt2_llama.overlay import (
     Overlay,
     load_overlay,
@@ -22,8 +24,10 @@ from pt2_llama.overlay import (
 LINES = st.lists(st.text("abc {}=;\t", max_size=12), min_size=1, max_size=12)
 
 
-def edit(anchor: str, action: str = "replace", text: str = "NEW", n: int | None = None) -> Edit:
-    return Edit("ggml/a.c", anchor, action, text, n)  # type: ignore[arg-type]
+def edit(
+    anchor: str, action: str = "replace", text: str = "NEW", inside: str | None = None
+) -> Edit:
+    return Edit("ggml/a.c", anchor, action, text, inside)  # type: ignore[arg-type]
 
 
 @given(LINES, st.data())
@@ -48,16 +52,56 @@ def test_insertions_are_whole_lines(
     assert new == expected
 
 
-@given(st.lists(st.sampled_from(["A", "B", "-"]), max_size=20), st.integers(1, 21))
-def test_occurrence_counts_from_one(parts: list[str], n: int) -> None:
-    text = " ".join(parts)
-    count = parts.count("A")
-    if n > count:
-        with pytest.raises(PT2Error, match=r"occurs \d+ times|not found"):
-            find_anchor(text, edit("A", n=n))
-    else:
-        at = find_anchor(text, edit("A", n=n))
-        assert text[at] == "A" and text[:at].count("A") == n - 1
+@given(st.lists(st.sampled_from(["A", "B", "-"]), max_size=8), st.integers(0, 3))
+def test_an_anchor_counts_in_the_body_that_is_named(names: list[str], which: int) -> None:
+    """Every function has the same line; the one that is named is changed, the others are not."""
+    functions = [f"int f{i}(int x) {{\n    same; // {n}\n}}" for i, n in enumerate(names)]
+    text = "\n".join(functions)
+    change = edit("    same;", text="    other;", inside=f"f{which}(")
+    if which >= len(names):
+        with pytest.raises(EditsDoNotFit, match="not found" if not names else "begins 0 bodies"):
+            apply_edits(text, [change])
+        return
+    functions[which] = functions[which].replace("same", "other")
+    assert apply_edits(text, [change]) == "\n".join(functions)
+
+
+def test_inside_demands_one_body_and_one_anchor_in_it() -> None:
+    text = "int f(int);\nint f(int x) {\n    a; a;\n}\nint g() {\n    f(1); b;\n}\nb;\n"
+    for anchor, inside, message in [
+        ("a;", "f(", r"'a;' occurs 2 times inside 'f\('; it stands in line 3, 3"),
+        ("b;", "f(", r"'b;' occurs 0 times inside 'f\('; it stands in line 6, 8"),
+        ("b;", "h(", r"'h\(' begins 0 bodies and not one"),
+        ("b;", "int ", r"'int' begins 2 bodies and not one"),
+    ]:
+        with pytest.raises(EditsDoNotFit, match=message):
+            apply_edits(text, [edit(anchor, inside=inside)])
+    assert "f(1); c;" in apply_edits(text, [edit("b;", text="c;", inside="g(")])
+
+
+def test_every_edit_that_does_not_fit_is_named_with_the_lines_next_to_it() -> None:
+    text = "one line here\nanother place there\nthe same\nthe same\n"
+    edits = [
+        edit("one  line here"),
+        edit("another place there"),
+        edit("the same"),
+        edit("the same", inside="f("),
+        edit("place there"),
+        edit("another place there\none line here"),
+    ]
+    with pytest.raises(EditsDoNotFit) as e:
+        apply_edits(text, edits)
+    assert [str(m) for m in e.value.misfits] == [
+        "ggml/a.c: anchor 'one  line here' not found; nearest: line 1, 'one line here'",
+        "ggml/a.c: anchor 'the same' occurs 2 times; make it longer or say inside what; "
+        "it stands in line 3, 4",
+        "ggml/a.c: 'f(' begins 0 bodies and not one",
+        "ggml/a.c: anchor 'another place there...' not found; nearest: line 2, "
+        "'another place there'; nearest: line 1, 'one line here'",
+        "ggml/a.c: the edits at 'another place there' and 'place there' overlap; merge them",
+    ]
+    assert str(e.value).startswith("5 edits do not fit: ggml/a.c: anchor 'one  line here' not")
+    assert str(e.value).endswith("expected the files of llama.cpp 0c1e57098")
 
 
 @given(st.permutations([0, 1, 2]))
@@ -84,7 +128,7 @@ def test_missing_anchor_names_file_anchor_and_version(text: str) -> None:
 
 
 def test_ambiguous_anchor_is_refused_also_when_occurrences_overlap() -> None:
-    with pytest.raises(PT2Error, match="occurs 2 times; make it longer or give occurrence"):
+    with pytest.raises(PT2Error, match="occurs 2 times; make it longer or say inside what"):
         apply_edits("aXa aXa", [edit("aXa")])
     with pytest.raises(PT2Error, match="occurs 2 times"):
         apply_edits("aXaXa", [edit("aXa")])
@@ -108,8 +152,18 @@ def test_overlapping_edits_are_refused() -> None:
         ("- {file: a, anchor: b, replace: c, colour: red}", "unknown key 'colour'"),
         ("- {file: a, anchor: 3, replace: c}", "anchor must be a text"),
         ("- {anchor: b, replace: c}", "file must be a text"),
-        ("- {file: a, anchor: b, replace: c, occurrence: 0}", "whole number from 1"),
-        ("- {file: a, anchor: b, replace: c, occurrence: true}", "whole number from 1"),
+        ("- {file: a, anchor: b, replace: c, occurrence: 1}", "unknown key 'occurrence'"),
+        ("- {file: a, anchor: b, replace: c, for: all}", "for: is one of types, activations, once"),
+        (
+            "- {file: a, anchor: b, replace: '{nam}', for: types}",
+            "unknown placeholder {nam}; known",
+        ),
+        ("- {file: a, anchor: b, replace: '{id}', for: once}", "unknown placeholder {id}; known"),
+        ("- {file: a, anchor: b, replace: '{layout}', for: activations}", "placeholder {layout}"),
+        ("- {file: a, anchor: b, replace: c, inside: 1}", "inside must be a text, or a list"),
+        ("- {file: a, anchor: b, replace: c, inside: []}", "inside must be a text, or a list"),
+        ("- {file: a, anchor: b, replace: c, inside: [d, 1]}", "inside must be a text, or a list"),
+        ("- {file: a, anchor: b, replace: c, inside: [d, ' ']}", "a text of inside is empty"),
         ("- {file: ../a, anchor: b, replace: c}", "plain path inside"),
         ("- {file: /a, anchor: b, replace: c}", "plain path inside"),
         ("- {file: a, anchor: '', replace: c}", "the anchor is empty"),
@@ -200,8 +254,46 @@ def test_a_failing_edit_leaves_the_tree_and_its_stamp(pristine: Path, tmp_path: 
 def test_overlay_may_not_replace_a_file_of_the_source(pristine: Path) -> None:
     with pytest.raises(PT2Error, match=r"src/llama\.cpp exists in llama\.cpp already"):
         patched_files(pristine, Overlay({"src/llama.cpp": b""}, ()))
-    with pytest.raises(PT2Error, match=r"src/none\.cpp is not in the source tree"):
-        patched_files(pristine, Overlay({}, (Edit("src/none.cpp", "a", "replace", "b"),)))
+
+
+def test_all_files_that_edits_do_not_fit_are_named_at_once(pristine: Path) -> None:
+    edits = (
+        Edit("src/none.cpp", "a", "replace", "b", where="edits.yaml, edit 1"),
+        Edit("src/llama.cpp", "int main", "replace", "b", where="edits.yaml, edit 2"),
+        Edit("src/llama.cpp", "int maim() {", "replace", "b", where="edits.yaml, edit 3"),
+        Edit("ggml/include/ggml.h", "NO", "replace", "b", where="edits-cuda.yaml, edit 1"),
+    )
+    with pytest.raises(EditsDoNotFit) as e:
+        patched_files(pristine, Overlay({}, edits))
+    assert [str(m) for m in e.value.misfits] == [
+        "edits.yaml, edit 1: src/none.cpp: not in the source tree",
+        "edits.yaml, edit 3: src/llama.cpp: anchor 'int maim() {' not found; nearest: line 1, "
+        "'int main() { return 0; }'",
+        "edits-cuda.yaml, edit 1: ggml/include/ggml.h: anchor 'NO' not found",
+    ]
+
+
+def test_one_item_may_name_several_bodies() -> None:
+    made = parse_edits("- {file: a, anchor: b, replace: c, inside: [f, g]}", "x.yaml")
+    assert [(e.inside, e.where) for e in made] == [("f", "x.yaml, edit 1"), ("g", "x.yaml, edit 1")]
+
+
+def test_a_text_for_types_is_written_once_per_type() -> None:
+    item = "- {file: a, anchor: b, for: %s, after: %s}"
+    (made,) = parse_edits(item % ("types", r'"case T_{NAME}: {id} {file_type} {bpw} {sizes};\n"'))
+    lines = [
+        f"case T_{t.name}: {t.id} {t.file_type} {8 * t.nbytes / t.block:g} "
+        f"{' + '.join(map(str, t.fields.values()))};"
+        for t in formats.TYPES.values()
+    ]
+    assert made.text.splitlines() == lines and len(lines) > 1
+    assert parse_edits("- {file: a, anchor: b, for: once, after: 'N = {count}'}")[0].text == (
+        f"N = {max(t.id for t in formats.ALL) + 1}"
+    )
+    (made,) = parse_edits("- {file: a, anchor: b, for: activations, after: 'T_{NAME}; { NAME }; '}")
+    assert made.text == "T_Q8_T; { NAME }; "
+    # without for, braces are what they are
+    assert parse_edits("- {file: a, anchor: b, after: '{NAME}'}")[0].text == "{NAME}"
 
 
 def test_all_lists_of_edits_are_joined(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from pt2_llama_support import calls, set_overlay
 
 from pt2_core.errors import PT2Error
+from pt2_core.formats import DEFAULT
 from pt2_llama import compile, smoke, toolchain
 from pt2_llama.build import Options, build
 from pt2_llama.cache import Places
@@ -41,14 +42,14 @@ def test_smoke_test_compares_with_f16_and_runs_the_gpu() -> None:
     def runner(command: Sequence[str], env: Mapping[str, str]) -> smoke.Outcome:
         if "perplexity" in command[0]:
             hidden.append(("-ngl" in command, env.get("CUDA_VISIBLE_DEVICES") == ""))
-        value = 9000.0 if "TQ2_1" in str(command) else 300.0
+        value = 9000.0 if DEFAULT.name in str(command) else 300.0
         return smoke.Outcome(0, f"Final estimate: PPL = {value}")
 
     values, failure = smoke.smoke_test(Path("/bin"), {}, ("F16", "Q2_K"), True, runner)
     assert list(values) == ["F16", "F16 gpu", "Q2_K", "Q2_K gpu"] and failure is None
     # without -ngl llama.cpp takes the GPU it sees: the CPU's runs must not see one
     assert hidden == [(False, True), (True, False)] * 2
-    _, failure = smoke.smoke_test(Path("/bin"), {}, ("F16", "TQ2_1"), False, runner)
+    _, failure = smoke.smoke_test(Path("/bin"), {}, ("F16", DEFAULT.name), False, runner)
     assert failure is not None and failure.reason == "perplexity 9000.0 where F16 has 300.0"
 
 

@@ -30,12 +30,14 @@ from pt2_core.artifact import sensitivity
 from pt2_core.artifact.folder import MANIFEST, Artifact, read_manifest
 from pt2_core.errors import PT2Error
 from pt2_core.files import read_json, write_json
+from pt2_core.formats import DEFAULT, Q8_T
 from pt2_core.safetensors_file import read_header
 from pt2_core.yaml_file import read_yaml
 from pt2_llama.builds import STAMP, read_build
 from quantize.config import load_recipe
 from quantize.report import write_report
 
+LAYOUT = DEFAULT.layout_key()
 LINEAR = "model.layers.0.self_attn.q_proj"
 
 
@@ -412,7 +414,7 @@ def test_results_with_a_wrong_entry_are_refused(tmp_path: Path, change, words: s
 # GGUF ---------------------------------------------------------------------------------------------
 
 
-def read_changed(tmp_path: Path, change, kind: str = "tq2_1"):
+def read_changed(tmp_path: Path, change, kind: str = DEFAULT.ggml_name):
     """read_gguf of a file of a type, one thing of it changed."""
     file = gguf_file.tiny_file(kind, layers=1)
     change(file)
@@ -463,14 +465,14 @@ def twice(part: str):
         (key("general.alignment", 7, True), "alignment"), (key("general.alignment", 4, 0), "align"),
         (key("general.alignment", 4, 24), "alignment"),
         (key("general.architecture", 4, 7), "general.architecture"),
-        (key("pt2.tq2_1.layout", 7, True), "layout"), (key("pt2.tq2_1.layout", 6, 1.0), "layout"),
-        (key("pt2.tq2_1.layout", 11, 1), "layout"), (key("pt2.tq2_1.layout", 4, 2), "layout"),
+        (key(LAYOUT, 7, True), "layout"), (key(LAYOUT, 6, 1.0), "layout"),
+        (key(LAYOUT, 11, 1), "layout"), (key(LAYOUT, 4, 2), "layout"),
         (key("x", 9, struct.pack("<IQ", 8, 2**60)), "truncated"),
         (key("x", 9, struct.pack("<IQ", 0, 2**63)), "truncated"),
         (key("x", 8, b""), ""), (key("x", 13, b""), "value type"),
         (counts(n_keys=2**60), "truncated"), (counts(n_tensors=2**60), "truncated"),
         (counts(n_tensors=2**64 - 1), "truncated"), (twice("keys"), "twice"),
-        (twice("tensors"), "twice"), (entry(0, type=122), "unknown ggml type 122"),
+        (twice("tensors"), "twice"), (entry(0, type=Q8_T.id), f"unknown ggml type {Q8_T.id}"),
         (entry(0, type=43), "unknown ggml type"), (entry(1, offset=0), "is at byte"),
         (entry(0, offset=2**64 - 32), "truncated"), (entry(0, dims=[2**63, 2]), "shape"),
         (entry(0, dims=[2**62, 2**62]), "truncated"), (entry(0, dims=[256] * 5), "dimensions"),
@@ -487,9 +489,9 @@ def test_gguf_files_with_a_wrong_field_are_refused(tmp_path: Path, change, words
 
 def with_type_122(path: Path, name: bytes) -> Path:
     """A file that fits together, one tensor of which is of the type of activations."""
-    file = gguf_file.tiny_file("tq2_1")
+    file = gguf_file.tiny_file(DEFAULT.ggml_name)
     t = next(t for t in file.tensors if t.name == name)
-    t.type, t.data = 122, bytes(math.prod(t.dims) // 128 * 136)
+    t.type, t.data = Q8_T.id, bytes(math.prod(t.dims) // Q8_T.block * Q8_T.nbytes)
     path.write_bytes(file.to_bytes())
     return path
 
@@ -498,7 +500,7 @@ def with_type_122(path: Path, name: bytes) -> Path:
 @pytest.mark.parametrize("name", [b"blk.0.ffn_down.weight", b"token_embd.weight", b"output.weight"])
 def test_a_tensor_of_the_type_of_activations_is_refused_by_every_program(tmp_path: Path, name):
     model = with_type_122(tmp_path / "m.gguf", name)
-    with refused("unknown ggml type 122"):
+    with refused(f"unknown ggml type {Q8_T.id}"):
         read_gguf(model)
     for program in programs.PROGRAMS:
         code, words = programs.run_program(program, model)

@@ -12,6 +12,7 @@ from bench_support import make_results
 
 from llamacpp_bench.results import Perplexity, Results
 from pt2_core.errors import PT2Error
+from pt2_core.formats import SMALLEST
 
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks/size_perplexity.py"
 spec = importlib.util.spec_from_file_location("size_perplexity", SCRIPT)
@@ -67,7 +68,7 @@ def test_table_and_plot(tmp_path, capsys):
 
 def test_runs_of_pt2_bench_are_joined(tmp_path):
     full, made = ("BF16", "converted", 10.0), ("Q2_K", "llama-quantize", 12.0)
-    wiki = measured("a/wiki.txt", bf16=full, q2=made, best=("TQ1_1", "given", 11.0))
+    wiki = measured("a/wiki.txt", bf16=full, q2=made, best=(SMALLEST.name, "given", 11.0))
     novel = measured("novel.txt", bf16=("BF16", "converted", 20.0), q2=("Q2_K", "x", 30.0))
     for name, results in (("w", wiki), ("n", novel)):
         results.save(tmp_path / f"{name}.json")

@@ -1,14 +1,16 @@
 """The ggml tensor types this tool can name, and how many bytes a block of each takes.
 
 Ids and block sizes are those of `enum ggml_type` and the block structs of llama.cpp
-(ggml/include/ggml.h, ggml/src/ggml-common.h at 0c1e57098) plus the two types of this project
-(third_party/llama.cpp/FORMAT.md). The table is our own rather than gguf-py's because that package
+(ggml/include/ggml.h, ggml/src/ggml-common.h at 0c1e57098) plus the types of this project
+(:mod:`pt2_core.formats`). The table is our own rather than gguf-py's because that package
 refuses a file with a type it does not know, which is the very file that has to be measured.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from pt2_core import formats
 
 
 @dataclass(frozen=True)
@@ -68,15 +70,10 @@ TYPES: dict[int, GGMLType] = {
         (40, "NVFP4", 64, 36),
         (41, "Q1_0", 128, 18),
         (42, "Q2_0", 64, 18),
-        (120, "TQ2_1", 128, 36),
-        (121, "TQ1_1", 128, 30),
+        *((t.id, t.name, t.block, t.nbytes) for t in formats.TYPES.values()),
     )
 }
 BY_NAME: dict[str, GGMLType] = {t.name: t for t in TYPES.values()}
-
-# The metadata key which states the layout of a type of this project, and the layouts known here.
-PT2_LAYOUT_KEYS: dict[str, str] = {"TQ2_1": "pt2.tq2_1.layout", "TQ1_1": "pt2.tq1_1.layout"}
-PT2_LAYOUTS = (1,)
 
 # `general.file_type` of a file made mostly of one type (enum llama_ftype, include/llama.h).
 FILE_TYPES: dict[str, int] = {
@@ -92,6 +89,5 @@ FILE_TYPES: dict[str, int] = {
     "TQ1_0": 36,
     "TQ2_0": 37,
     "Q2_0": 41,
-    "TQ2_1": 120,
-    "TQ1_1": 121,
+    **{t.name: t.file_type for t in formats.TYPES.values()},
 }

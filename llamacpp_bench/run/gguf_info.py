@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llamacpp_bench.run.ggml_types import BY_NAME, PT2_LAYOUT_KEYS, PT2_LAYOUTS, TYPES, GGMLType
+from llamacpp_bench.run.ggml_types import BY_NAME, TYPES, GGMLType
+from pt2_core import formats
 from pt2_core.errors import PT2Error
 from pt2_core.files import first_double
 
@@ -269,7 +270,8 @@ def _check_kinds(r: _Reader, metadata: Mapping[str, Any], kinds: Mapping[str, in
         raise r.fail("general.architecture is no text")
     arch = metadata.get("general.architecture", "unknown")
     hparams = [f"{arch}.{name}" for name in HPARAMS]
-    for key in ("general.alignment", *PT2_LAYOUT_KEYS.values(), *hparams):
+    layouts = [t.layout_key() for t in formats.TYPES.values()]
+    for key in ("general.alignment", *layouts, *hparams):
         kind = kinds.get(key, _UINT32)
         if kind != _UINT32 and not (kind == _ARRAY and key in hparams):
             raise r.fail(f"key {key!r} is {metadata[key]!r}, not a uint32")
@@ -313,7 +315,7 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFInfo:
 
     Raises:
         PT2Error: no such file, not GGUF, truncated, a tensor type or a value type that is not
-            known, or a layout of TQ2_1 or TQ1_1 that is missing or not known.
+            known, or a layout of one of ours that is missing or not known.
     """
     path = Path(path)
     if not path.is_file():
@@ -342,15 +344,15 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFInfo:
 
 
 def check_layouts(info: GGUFInfo) -> None:
-    """Refuse a file whose TQ2_1 or TQ1_1 layout is not stated or not one that is known here."""
+    """Refuse a file with a type of ours whose layout is not stated, or not the one known here."""
     present = {t.type.name for t in info.tensors}
-    for name, key in PT2_LAYOUT_KEYS.items():
+    for kind in formats.TYPES.values():
+        key = kind.layout_key()
         layout = info.metadata.get(key)
-        if name in present and layout not in PT2_LAYOUTS:
+        if kind.name in present and layout != kind.layout:
             state = "is missing" if layout is None else f"is {layout}"
-            known = ", ".join(map(str, PT2_LAYOUTS))
             raise PT2Error(
-                f"{info.path}: {key} {state}, known here: {known}; export the model again"
+                f"{info.path}: {key} {state}, known here: {kind.layout}; export the model again"
             )
 
 

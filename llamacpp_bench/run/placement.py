@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from llamacpp_bench.results import Placement
-from llamacpp_bench.run.ggml_types import PT2_LAYOUT_KEYS
 from llamacpp_bench.run.gguf_info import GGUFInfo
 from llamacpp_bench.run.llama_bench import bench_command
 from llamacpp_bench.run.load import Load
 from llamacpp_bench.run.process import run_tool
 from llamacpp_bench.run.tools import ToolBox
+from pt2_core import formats
 from pt2_core.errors import PT2Error
 
 _NODE = re.compile(
@@ -46,7 +46,7 @@ def probe_placement(
     run_tool(argv, {**tools.env, "GGML_SCHED_DEBUG": "2"}, log, timeout=load.tool_timeout)
     text = log.read_text("utf-8", "replace")
     placement = parse_placement(text, info)
-    ours = [k for k, ops in placement.ops.items() if k in PT2_LAYOUT_KEYS and on_cpu(ops)]
+    ours = [k for k, ops in placement.ops.items() if k in formats.NAMES and on_cpu(ops)]
     if ours and (path := tools.ternary_path()):
         placement.kernels = dict.fromkeys(ours, path)
     if not placement.ops:

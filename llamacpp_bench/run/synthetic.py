@@ -17,11 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
-from llamacpp_bench.run.ggml_types import BY_NAME, FILE_TYPES, PT2_LAYOUT_KEYS, PT2_LAYOUTS
+from llamacpp_bench.run.ggml_types import BY_NAME, FILE_TYPES
 from llamacpp_bench.run.gguf_info import Tensor, header_bytes, padded
 from llamacpp_bench.run.machine import usable_cores
 from llamacpp_bench.run.process import run_tool
 from llamacpp_bench.run.tools import ToolBox
+from pt2_core import formats
 from pt2_core.errors import PT2Error
 from pt2_core.files import atomic_path, human_bytes
 
@@ -103,8 +104,6 @@ _HALVES: dict[str, tuple[tuple[int, ...], float]] = {
     "IQ4_XS": ((0,), SCALE / 800),
     "TQ1_0": ((52,), SCALE),
     "TQ2_0": ((64,), SCALE),
-    "TQ2_1": ((0, 2), SCALE),
-    "TQ1_1": ((0, 2), SCALE),
 }
 
 
@@ -124,19 +123,19 @@ def parse_shapes(text: str) -> list[Shape]:
 
 
 def parse_types(text: str) -> list[str]:
-    """`"tq2_1,q2_k"` -> recipe names in upper case.
+    """`"q2_0,q2_k"` -> recipe names in upper case.
 
     Raises:
         PT2Error: a name is not known; the known ones are listed.
     """
-    known = ("TQ2_1", "TQ1_1", *(t for t in FILE_TYPES if t not in ("TQ2_1", "TQ1_1")))
+    known = (*formats.NAMES, *(t for t in FILE_TYPES if t not in formats.NAMES))
     names = [w.strip().upper() for w in text.split(",") if w.strip()]
     for name in names:
         if name not in known:
             shown = ", ".join(known).lower()
             raise PT2Error(f"unknown type {name.lower()!r} for --types: known are {shown}")
     if not names:
-        raise PT2Error("--types needs at least one type, for example --types tq2_1,q2_k")
+        raise PT2Error("--types needs at least one type, for example --types q2_0,q2_k")
     return list(dict.fromkeys(names))
 
 
@@ -157,14 +156,14 @@ def parse_dry_run(text: str) -> dict[str, str]:
 def recipe(tools: ToolBox, shape: Shape, kind: str, folder: Path) -> dict[str, str]:
     """The type of every tensor of `shape` in a file of type `kind`, as llama-quantize makes it.
 
-    In TQ2_1 and TQ1_1 files the matrices of the blocks are ternary; embeddings and head are what
+    In files of our types the matrices of the blocks are ternary; embeddings and head are what
     llama-quantize gives to its own ternary TQ2_0 (Q4_K and Q6_K), so that types are compared and
     not heads. (pt2-export's head is smaller unless it is told otherwise.)
 
     Raises:
         PT2Error: llama-quantize failed, or left a tensor out.
     """
-    ternary = kind in PT2_LAYOUT_KEYS
+    ternary = kind in formats.NAMES
     ask = "TQ2_0" if ternary else kind
     tensors = [(n, s, "F32" if len(s) == 1 else "F16") for n, s in shape.tensors()]
     head, listed = header_bytes(metadata(shape, "F16"), tensors)
@@ -213,9 +212,9 @@ def metadata(shape: Shape, kind: str) -> dict[str, str | bool | int | float]:
         "tokenizer.ggml.model": "none",
         "pt2.synthetic": True,
     }
-    if kind in PT2_LAYOUT_KEYS:
-        out |= {"pt2.version": 1, "pt2.type": kind, "pt2.group_size": 128}
-        out[PT2_LAYOUT_KEYS[kind]] = PT2_LAYOUTS[-1]
+    if ours := formats.BY_NAME.get(kind):
+        out |= {"pt2.version": 1, "pt2.type": kind, "pt2.group_size": ours.block}
+        out[ours.layout_key()] = ours.layout
     return out
 
 
@@ -235,22 +234,16 @@ def random_blocks(kind: str, count: int, rng: np.random.Generator) -> np.ndarray
     if kind == "BF16":
         bits = rng.normal(0, SCALE, count).astype(np.float32).view(np.uint32) >> 16
         return bits.astype(np.uint16).view(np.uint8).reshape(count, size)
+    if ours := formats.BY_NAME.get(kind):
+        return ours.random_blocks(count, rng, SCALE)
     raw = rng.integers(0, 256, (count, size), dtype=np.uint8)
     if kind == "IQ1_M":
         return _iq1_m_scales(raw, rng)
     if kind not in _HALVES:
         raise PT2Error(f"no random blocks for the type {kind}; leave it out of --types")
-    if kind == "TQ2_1":
-        codes = rng.integers(0, 3, (4, count, 32), dtype=np.uint8)
-        raw[:, 4:] = codes[0] | codes[1] << 2 | codes[2] << 4 | codes[3] << 6
-    elif kind == "TQ1_1":
-        raw[:, 4:] = rng.integers(0, 243, (count, 26), dtype=np.uint8)
-        raw[:, 28:] = rng.integers(0, 81, (count, 2), dtype=np.uint8)  # the fifth digit is 0
     offsets, size_of_scale = _HALVES[kind]
-    for i, at in enumerate(offsets):
+    for at in offsets:
         scale = size_of_scale * rng.uniform(0.5, 1.5, count)
-        if i and kind in ("TQ2_1", "TQ1_1"):  # the offset mu is small and of either sign
-            scale *= rng.choice([-0.1, 0.1], count)
         raw[:, at : at + 2] = scale.astype("<f2").view(np.uint8).reshape(count, 2)
     return raw
 

@@ -28,7 +28,7 @@ print(name().decode())
 class ToolBox:
     """A set of llama.cpp programs of one build.
 
-    `knows_pt2` is False for a build which is known not to read types 120 and 121.
+    `knows_pt2` is False for a build which is known not to read our types.
     """
 
     folder: Path
@@ -52,7 +52,7 @@ class ToolBox:
         return path
 
     def ternary_path(self) -> str | None:
-        """Which code path this build's CPU backend takes for TQ2_1 and TQ1_1 on this machine.
+        """Which code path this build's CPU backend takes for our types on this machine.
 
         Asked of the library itself (`ggml_tq_active_name`), in a process of its own because a
         library of another build may not share one with what is loaded here. None where the library

@@ -25,11 +25,12 @@ from llamacpp_bench.show.look import (
 from llamacpp_bench.show.plots import add_caption, add_legend
 from llamacpp_bench.show.published import Published
 from llamacpp_bench.show.tables import Rows, decode_reads
+from pt2_core import formats
 from pt2_core.errors import PT2Error
 from pt2_core.files import human_bytes
 
-OURS = ("TQ2_1", "TQ1_1")
-OURS_COLOURS = (COLOURS[0], COLOURS[5])
+OURS = formats.NAMES
+OURS_COLOURS = (COLOURS[0], COLOURS[5], COLOURS[2], COLOURS[3])
 OTHER_COLOURS = ("#9A9A9A", "#BDBDBD", "#D9D9D9", "#777777")
 PAPER_COLOUR = COLOURS[1]
 

@@ -1,7 +1,7 @@
 """Which widths of linears a block size can be used with. Free of torch.
 
-A linear is quantised in blocks of columns, and what is written must fit an export type: TQ2_1 and
-TQ1_1 hold blocks of 128, Q2_K super-blocks of 256 that may hold smaller blocks of ours.
+A linear is quantised in blocks of columns, and what is written must fit an export type: our
+own hold blocks of 128, Q2_K super-blocks of 256 that may hold smaller blocks of ours.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
+from pt2_core import formats
 from pt2_core.errors import PT2Error
 from pt2_core.model.architectures import ADAPTERS
 from pt2_core.model.checkpoint import Checkpoint
 
 BLOCK_SIZES = (64, 128, 256)
-TERNARY_BLOCK, Q2K_BLOCK = 128, 256
+TERNARY_BLOCK, Q2K_BLOCK = formats.BLOCK, 256
 
 
 def check_linears(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pt2_core.errors import PT2Error
+from pt2_core.formats import SMALLEST
 from pt2_core.progress import Reporter
 from tests.faults.cases import Maker, cases
 from tests.faults.models import NotHere
@@ -78,7 +79,7 @@ def run(name: str, make: Maker, folder: Path) -> Outcome:
     try:
         preflight = export_preflight(config, True)
         ternarize(model, folder / "artifact", config, reporter=watch, preflight=preflight)
-        exact = ExportConfig(type="tq1_1", embedding_type="f32", output_type="f32")
+        exact = ExportConfig(type=SMALLEST.ggml_name, embedding_type="f32", output_type="f32")
         report = export_gguf(folder / "artifact", folder / "m.gguf", exact)
         assert report.proof is not None
         found = report.proof.difference

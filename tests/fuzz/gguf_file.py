@@ -8,14 +8,17 @@ from typing import Any
 
 import numpy as np
 
+from pt2_core import formats
 from pt2_llama import tiny_model
 
 U32, F32, BOOL, STRING, ARRAY = 4, 6, 7, 8, 9
 FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q",
            12: "d"}  # fmt: skip
 # ggml's number, elements and bytes of a block
-TYPES = {"f32": (0, 1, 4), "f16": (1, 1, 2), "q2_k": (10, 256, 84), "tq2_1": (120, 128, 36),
-         "tq1_1": (121, 128, 30), "q8_t": (122, 128, 136)}  # fmt: skip
+TYPES = {
+    **{"f32": (0, 1, 4), "f16": (1, 1, 2), "q2_k": (10, 256, 84)},
+    **{t.ggml_name: (t.id, t.block, t.nbytes) for t in formats.ALL},
+}
 ALIGNMENT = 32
 
 
@@ -77,11 +80,10 @@ def payload(kind: str, elements: int, rng: np.random.Generator) -> bytes:
     if kind in ("f16", "f32"):
         values = rng.standard_normal(elements) / 16
         return values.astype(np.float16 if kind == "f16" else np.float32).tobytes()
+    if kind in formats.TYPES:
+        return formats.TYPES[kind].random_blocks(elements // block, rng, 1 / 64).tobytes()
     data = rng.integers(0, 81, (elements // block, size), dtype=np.uint8)
     scales = np.abs(rng.normal(size=(len(data), 2)) / 64).astype("<f2").view(np.uint8)
-    if kind == "tq2_1":  # no code may be 3
-        codes = rng.integers(0, 3, (4, len(data), 32), dtype=np.uint8)
-        data[:, 4:] = codes[0] | codes[1] << 2 | codes[2] << 4 | codes[3] << 6
     at = 80 if kind == "q2_k" else 0
     data[:, at : at + 4] = scales.reshape(len(data), -1)
     return data.tobytes()
@@ -101,8 +103,8 @@ def tiny_file(kind: str, layers: int = tiny_model.LAYERS) -> File:
     keys += [(b"general.name", STRING, b"tiny"), (b"general.file_type", U32, TYPES[kind][0])]
     keys += [(f"llama.{k}".encode(), U32, v) for k, v in sizes.items()]
     keys += [(b"llama.attention.layer_norm_rms_epsilon", F32, 1e-5)]
-    if kind in ("tq1_1", "tq2_1"):
-        keys += [(f"pt2.{kind}.layout".encode(), U32, 1)]
+    if ours := formats.TYPES.get(kind):
+        keys += [(ours.layout_key().encode(), U32, ours.layout)]
     keys += [
         (b"tokenizer.ggml.model", STRING, b"llama"),
         (b"tokenizer.ggml.tokens", ARRAY, (STRING, tokens)),

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from pt2_core import formats
 from pt2_llama import api
 
 from . import gguf_file, mutate
@@ -17,7 +18,7 @@ from . import gguf_file, mutate
 C = Path(__file__).parent.parent / "c"
 FLAGS = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 CONTROLS = ("short-weights", "short-activations", "short-result")
-KINDS = ("tq2_1", "tq1_1", "q2_k")
+KINDS = (*formats.TYPES, "q2_k")
 
 
 def has_sanitizers(compiler: str, folder: Path) -> bool:

@@ -9,6 +9,8 @@ import re
 import struct
 from typing import Any
 
+from pt2_core import formats
+
 from . import gguf_file
 
 Rng = random.Random
@@ -227,7 +229,9 @@ def _mutate_tensor(file: gguf_file.File, rng: Rng) -> None:
     t = rng.choice(file.tensors)
     what = rng.randrange(7)
     if what == 0:
-        t.type = rng.choice((0, 1, 2, 4, 8, 10, 15, 30, 36, 43, 120, 121, 122, 123, 2**32 - 1))
+        ours = [t.id for t in formats.ALL]
+        others = (0, 1, 2, 4, 8, 10, 15, 30, 36, 43, max(ours) + 1, 2**32 - 1)
+        t.type = rng.choice((*others, *ours))
     elif what == 1 and t.dims:
         t.dims = list(t.dims)
         t.dims[rng.randrange(len(t.dims))] = rng.choice(ODD_INTEGERS) % 2**64

@@ -10,13 +10,14 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+from pt2_core import formats
 from pt2_llama import api
 
 from . import gguf_file, mutate
 
 LIMIT_SECONDS = 120.0  # of one run; a right file takes a second
 MEMORY_BYTES = 8 << 30
-KINDS = ("tq2_1", "tq1_1")
+KINDS = tuple(formats.TYPES)
 # What each program is called with; {out} is a file that may be written.
 PROGRAMS = {
     "llama-bench": ["-m", "{model}", "-p", "8", "-n", "1", "-r", "1", "-t", "1"],
@@ -58,12 +59,14 @@ def run_programs(runs: int, seed: int) -> int:
         for number in range(runs):
             name, case = list(PROGRAMS)[number % 3], number // 3
             model = folder / "m.gguf"
-            model.write_bytes(changed_file(KINDS[case % 2], case, seed))
+            model.write_bytes(changed_file(KINDS[case % len(KINDS)], case, seed))
             code, words = run_program(name, model)
             outcome = {0: "ran", 1: "refused", None: "hangs"}.get(code, "crashed")
             counts[name][outcome] += 1
             if outcome in ("hangs", "crashed"):
-                findings.append(f"{name} on case {case} of {KINDS[case % 2]}: {code}: {words}")
+                findings.append(
+                    f"{name} on case {case} of {KINDS[case % len(KINDS)]}: {code}: {words}"
+                )
     finally:
         shutil.rmtree(folder)
     for name, c in counts.items():

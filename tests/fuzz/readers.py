@@ -29,12 +29,14 @@ from llamacpp_bench.show.compare import compare, remarks
 from llamacpp_bench.show.merge import merge
 from llamacpp_bench.show.published import load_published
 from llamacpp_bench.show.tables import markdown
+from pt2_core import formats
 from pt2_core.artifact import sensitivity
 from pt2_core.artifact.folder import MANIFEST, PROOF, RUN, Artifact, read_manifest, sha256_array
 from pt2_core.artifact.manifest import check_errors
 from pt2_core.artifact.proof import Proof
 from pt2_core.digest import sha256_content
 from pt2_core.files import read_json, sha256_file
+from pt2_core.formats import DEFAULT, SMALLEST
 from pt2_core.safetensors_file import read_header
 from pt2_llama.builds import STAMP, read_build
 from quantize.config import Config, load_recipe
@@ -295,7 +297,7 @@ def _judge_gguf(folder: Path, value: Any) -> str | None:
         return "a tensor twice"
     known = {v[0] for k, v in gguf_file.TYPES.items() if k != "q8_t"}
     foreign = {t.type.id for t in info.tensors} - known
-    return f"tensors of type {foreign}" if 122 in foreign else None
+    return f"tensors of type {foreign}" if formats.Q8_T.id in foreign else None
 
 
 def _read_results(folder: Path) -> Any:
@@ -366,7 +368,7 @@ READERS = (
     *(Reader(f"gguf-{kind}", partial(seeds.gguf, kind), ("m.gguf",), _read_gguf, _judge_gguf,
              mutate=partial(lambda file, data, rng: mutate.mutate_gguf(file, rng),
                             gguf_file.tiny_file(kind, layers=1)))
-      for kind in ("tq2_1", "tq1_1", "q2_k", "f16")),
+      for kind in (DEFAULT.ggml_name, SMALLEST.ggml_name, "q2_k", "f16")),
     Reader("results", seeds.results, ("results.json",), _read_results, _judge_results),
     Reader("recipe", seeds.texts, ("recipe.yaml",), _read_recipe, _judge_recipe),
     Reader("published", seeds.texts, ("published.yaml",),

@@ -14,6 +14,7 @@ from pt2_core.artifact import sensitivity
 from pt2_core.artifact.folder import RUN, Artifact, ArtifactWriter, TernaryMatrix, pack_ternary
 from pt2_core.artifact.proof import Proof
 from pt2_core.files import write_json
+from pt2_core.formats import DEFAULT
 from pt2_llama.builds import STAMP, Stamp
 
 from . import gguf_file
@@ -156,7 +157,7 @@ def results(folder: Path) -> None:
             buffers={"CPU": 1.5}, placement=Placement(ops={kind: {"MUL_MAT": {"CPU": 2}}}),
             perplexity=[Perplexity("llama.cpp", 10.0, 0.1, 512, 10, 2550)],
         )
-        for name, kind in (("base", "Q2_K"), ("ours", "TQ2_1"))
+        for name, kind in (("base", "Q2_K"), ("ours", DEFAULT.name))
     ]  # fmt: skip
     tests = ("pp128", "tg64", "tg64@b1", "tg64@b8", "tg64@d512", "pp128+tg64")
     samples = [Sample(m.name, t, r, 10.0 + r) for m in models for t in tests for r in range(2)]
@@ -175,7 +176,7 @@ def results(folder: Path) -> None:
 def stamp(folder: Path) -> None:
     """The stamp of a build of llama.cpp."""
     known = Stamp("cpu", "k", "s", "o", "c", "off", ("llama-bench",), ("-DX=1",), "gcc",
-                  {"tq2_1": 9.5}, library_path=("/usr/lib",))  # fmt: skip
+                  {DEFAULT.ggml_name: 9.5}, library_path=("/usr/lib",))  # fmt: skip
     write_json(folder / STAMP, dataclasses.asdict(known))
 
 
