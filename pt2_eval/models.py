@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pt2_core.artifact.folder import MANIFEST, Artifact
 from pt2_core.artifact.manifest import block_of
+from pt2_core.artifact.source import check_made_from
 from pt2_core.errors import PT2Error
 from pt2_core.model.checkpoint import Checkpoint, torch_dtype
 from pt2_core.texts.tokens import bos_token, context_limit, encoder, load_tokenizer
@@ -67,9 +68,7 @@ class TorchModel:
         self.limit = self.context = context_limit(checkpoint.raw_config)
         read: Callable[[str, tuple[int, ...]], Tensor] = checkpoint.read
         if artifact is not None:
-            digest, _ = checkpoint.fingerprint()
-            if artifact.manifest["model"].get("fingerprint") != digest:
-                raise PT2Error(f"{artifact.path} was not made from {path}: give --source DIR")
+            check_made_from(artifact, checkpoint, "--source")
             read = _with_artifact(checkpoint, artifact)
         with torch.no_grad():
             self._network = build_teacher(

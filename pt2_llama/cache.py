@@ -20,18 +20,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pt2_core.cache import cache_root
 from pt2_core.errors import PT2Error
 from pt2_core.progress import say
 from pt2_llama import pinned
-
-
-def cache_root() -> Path:
-    """``$PT2_CACHE``, else ``$XDG_CACHE_HOME/pt2``, else ``~/.cache/pt2``, absolute."""
-    if own := os.environ.get("PT2_CACHE"):
-        return Path(own).expanduser().absolute()
-    if xdg := os.environ.get("XDG_CACHE_HOME"):
-        return Path(xdg).expanduser().absolute() / "pt2"
-    return Path.home() / ".cache" / "pt2"
 
 
 @dataclass(frozen=True)

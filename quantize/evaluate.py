@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from pt2_core.artifact.folder import Array, Artifact
+from pt2_core.artifact.source import check_made_from
 from pt2_core.cli import ArgumentParser, check_threads, run_cli
 from pt2_core.errors import PT2Error
 from pt2_core.model.checkpoint import Checkpoint
@@ -169,9 +170,7 @@ def windows(
 
 def _artifact_for(checkpoint: Checkpoint, path: Path) -> Artifact:
     artifact = Artifact.open(path)
-    digest, _ = checkpoint.fingerprint()
-    if artifact.manifest["model"].get("fingerprint") != digest:
-        raise PT2Error(f"{path} was not made from the model in {checkpoint.path}")
+    check_made_from(artifact, checkpoint, "--artifact")
     checkpoint.replaced = {k: torch.from_numpy(v) for k, v in artifact.replaced().items()}
     return artifact
 

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from pt2_core.artifact.folder import Artifact
 from pt2_core.artifact.sensitivity import Linear, Sensitivity, write
+from pt2_core.artifact.source import check_made_from
 from pt2_core.cli import ArgumentParser, check_threads, run_cli
 from pt2_core.errors import PT2Error
 from pt2_core.model.checkpoint import Checkpoint
@@ -240,8 +241,7 @@ def _measured(given: dict[str, Any], reporter: Reporter) -> tuple[Artifact, Sens
     artifact = Artifact.open(given["artifact"])
     source = artifact.source_model(given["model"], "--model")
     checkpoint = Checkpoint.open(source)
-    if checkpoint.fingerprint()[0] != artifact.manifest["model"].get("fingerprint"):
-        raise PT2Error(f"{artifact.path} was not made from {source}: give the model with --model")
+    check_made_from(artifact, checkpoint)
     check_context(
         given["seqlen"], context_limit(checkpoint.raw_config), checkpoint.path.name, "--seqlen",
         allow=given["allow_long"], warn=reporter.warn,

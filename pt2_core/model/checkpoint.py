@@ -8,7 +8,6 @@ Free of torch until a tensor is read.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pt2_core.commands import command
 from pt2_core.errors import PT2Error
 from pt2_core.model.architectures import ADAPTERS, HEAD
+from pt2_core.model.fingerprint import fingerprint
 from pt2_core.model.leftovers import FLOATS, check_layers, check_leftovers, in_words
 from pt2_core.model.settings import (
     CONFIG,
@@ -196,29 +196,11 @@ class Checkpoint:
         known: dict[str, Any] | None = None,
         progress: Callable[[int], None] = lambda count: None,
     ) -> tuple[str, dict[str, Any]]:
-        """SHA-256 over the contents of all files that count: config, shards and tokenizer.
+        """SHA-256 over all files that count: config, shards and tokenizer.
 
-        Args:
-            known: what an earlier call returned; used when names, sizes and times are unchanged.
-            progress: called with the number of bytes after each piece.
-
-        Returns:
-            (hex digest, a record to hand in as ``known`` next time)
+        Arguments and result are those of :func:`pt2_core.model.fingerprint.fingerprint`.
         """
-        stats = [(self.path / name).stat() for name in self.files]
-        state = [
-            [name, s.st_size, s.st_mtime_ns] for name, s in zip(self.files, stats, strict=True)
-        ]
-        if known and known.get("state") == state and isinstance(known.get("sha256"), str):
-            return known["sha256"], known
-        digest = hashlib.sha256()
-        for name in self.files:
-            digest.update(f"{name}\0{(self.path / name).stat().st_size}\0".encode())
-            with (self.path / name).open("rb") as f:
-                while piece := f.read(1 << 24):
-                    digest.update(piece)
-                    progress(len(piece))
-        return digest.hexdigest(), {"state": state, "sha256": digest.hexdigest()}
+        return fingerprint(self.path, self.files, known, progress)
 
     def identity(self, fingerprint: str) -> dict[str, Any]:
         """What the manifest says of the model: its tensors are those that count."""

@@ -43,6 +43,7 @@ from pt2_core.artifact.folder import (
     sha256_array,
 )
 from pt2_core.artifact.proof import Proof
+from pt2_core.artifact.source import check_made_from
 from pt2_core.errors import PT2Error
 from pt2_core.files import human_bytes, human_seconds, sha256_file, write_json
 from pt2_core.model.checkpoint import Checkpoint, torch_dtype
@@ -147,9 +148,7 @@ def _refine(
     model = source.source_model(model_dir, "--model")
     device = pick_device(config.device)
     checkpoint = Checkpoint.open(model)
-    digest, _ = checkpoint.fingerprint()
-    if source.manifest["model"].get("fingerprint") != digest:
-        raise PT2Error(f"{source.path} was not made from the model in {model}; give --model")
+    check_made_from(source, checkpoint)
     with arithmetic(config.threads), torch.enable_grad():
         streamed = StreamedModel(checkpoint, device, config.dtype)  # refuses what is not supported
         check_context(
