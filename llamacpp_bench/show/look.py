@@ -75,5 +75,5 @@ def test_title(test: str) -> str:
 
 
 def short_name(model: Model) -> str:
-    """The name within its group: of `7b TQ2_1` in group `7b` it is `TQ2_1`."""
+    """The name within its group: of `7b Q4_0` in group `7b` it is `Q4_0`."""
     return model.name.removeprefix(f"{model.group} ") if model.group else model.name
