@@ -16,30 +16,14 @@ from pt2_core import formats
 from pt2_core.commands import command
 from pt2_core.errors import PT2Error
 from pt2_core.files import human_bytes
-from pt2_core.process import children
 from pt2_core.words import screen
 from pt2_llama import builds, pinned, source, toolchain
+from pt2_llama.asking import kernel_paths
 from pt2_llama.bindings import installed_version
 from pt2_llama.build import NO_CUDA_KERNELS
 from pt2_llama.builds import Build
 from pt2_llama.cache import Places, folder_bytes
 from pt2_llama.overlay import load_overlay, stamp_digest
-
-# Asked in a process of its own: the library aborts when GGML_TQ_CPU names a path it does not have.
-_ASK_PATH = """\
-import ctypes, sys
-lib = ctypes.CDLL(sys.argv[1])
-lib.ggml_tq_active_name.restype = ctypes.c_char_p
-lib.ggml_tq_path_names.restype = ctypes.POINTER(ctypes.c_char_p)
-lib.ggml_tq_test_supported.restype = ctypes.c_bool
-names = []
-for name in lib.ggml_tq_path_names():
-    if name is None:
-        break
-    if lib.ggml_tq_test_supported(ctypes.c_char_p(name)):
-        names.append(name.decode())
-print(lib.ggml_tq_active_name().decode(), *names)
-"""
 
 
 @dataclass(frozen=True)
@@ -188,15 +172,10 @@ def kernel_path(build: Build) -> str:
     Raises:
         PT2Error: the library cannot be asked; its own words are in the message.
     """
-    library = next(iter(sorted(build.lib_dir.glob("libggml-cpu.*"))), build.lib_dir)
-    command = [sys.executable, "-c", _ASK_PATH, str(library)]
-    done = children.run(command, timeout=60, env=build.env())
-    words = done.stdout.split()
-    if done.returncode != 0 or not words:
-        lines = [line for line in done.stderr.splitlines() if "GGML_TQ_CPU" in line]
-        last = (lines or done.stderr.strip().splitlines() or ["no answer"])[-1]
-        raise PT2Error(f"{library.name} does not tell: {last}")
-    return f"{words[0]} on the CPU (this machine runs {', '.join(words[1:])})"
+    paths = kernel_paths(build.lib_dir, build.env())
+    if paths is None:
+        raise PT2Error(f"no libggml-cpu with our types in {build.lib_dir}; pt2-llama build --force")
+    return f"{paths[0]} on the CPU (this machine runs {', '.join(paths[1:])})"
 
 
 def doctor(where: Places, as_json: bool = False) -> int:

@@ -19,6 +19,7 @@ from pt2_core.errors import PT2Error
 from pt2_core.process import children
 from pt2_core.process.temporary import temporary_folder
 from pt2_core.progress import open_reporter
+from pt2_llama.asking import until_told
 from pt2_llama.tiny_model import tiny_text, write_tiny_model
 
 STOCK_TYPES: tuple[str, ...] = ("F16", "Q8_0", "Q4_0", "Q6_K", "Q4_K", "Q2_K", "TQ1_0", "TQ2_0")
@@ -135,15 +136,11 @@ def smoke_test(
 
 
 def _run_until_it_tells(runner: Runner, command: Sequence[str], env: Mapping[str, str]) -> Outcome:
-    """Run llama-perplexity, again (at most five times) when it succeeds without its last line.
-
-    This llama.cpp can exit before its log thread has written everything; seen in one run of twenty.
-    """
-    for _ in range(5):
-        outcome = runner(command, env)
-        if outcome.status != 0 or final_perplexity(outcome.output) is not None:
-            break
-    return outcome
+    """Run llama-perplexity until it prints its perplexity, or fails."""
+    return until_told(
+        lambda: runner(command, env),
+        lambda outcome: outcome.status != 0 or final_perplexity(outcome.output) is not None,
+    )
 
 
 def _perplexity(bin_dir: Path, model: Path, text: Path, device: str) -> list[str]:

@@ -21,6 +21,7 @@ from llamacpp_bench.run.placement import parse_placement
 from pt2_core import formats
 from pt2_core.formats import DEFAULT
 from pt2_llama import api, toolchain
+from pt2_llama.asking import until_told
 from pt2_llama.smoke import final_perplexity
 
 pytestmark = [pytest.mark.cuda, pytest.mark.slow]
@@ -85,11 +86,11 @@ def perplexity(build, model: Path, *options: str, route: str | None, layers: int
     env = build.env()
     env |= {"CUDA_VISIBLE_DEVICES": ""} if route is None else {"GGML_CUDA_TQ": route}
     command = [str(build.tool("llama-perplexity")), "-m", str(model), "-c", "512", *options]
-    for _ in range(5):  # it can end before its log is written
-        output = run([*command, *([] if route is None else ["-ngl", str(layers)])], env)
-        if final_perplexity(output) is not None or "Mean    KLD" in output:
-            break
-    return output
+    command += [] if route is None else ["-ngl", str(layers)]
+    return until_told(
+        lambda: run(command, env),
+        lambda output: final_perplexity(output) is not None or "Mean    KLD" in output,
+    )
 
 
 @ROUTES
