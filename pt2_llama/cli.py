@@ -27,7 +27,8 @@ examples:
   pt2-llama run llama-cli -m model.gguf    # a chat model; a base model:
   pt2-llama run llama-completion -m model.gguf -no-cnv -p "Once upon a time" -n 64
   pt2-llama run --variant stock llama-bench -m model.gguf
-  pt2-llama bindings                       # for pt2-eval and llama_cpp in this Python
+  pt2-llama bindings                       # for pt2-eval and llama_cpp in this Python, where
+                                           # build could not install them
   eval "$(pt2-llama env)"                  # llama-* on PATH; llama-cpp-python uses our libraries
   pt2-llama doctor                         # what is there, what is missing
   pt2-llama repin 0.3.99                   # do our edits fit another llama-cpp-python?
@@ -95,6 +96,11 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="from nothing, even if it is there")
     parser.add_argument("--no-tests", action="store_true", help="leave out the test programs")
     parser.add_argument(
+        "--no-bindings",
+        action="store_true",
+        help="do not install llama-cpp-python's bindings into this Python",
+    )
+    parser.add_argument(
         "--cuda-arch",
         metavar="N[,N]",
         help="such as 90 (default: visible GPUs; 90 becomes 90a, which has the tensor-core "
@@ -129,7 +135,12 @@ def _build(args: argparse.Namespace) -> int:
         cmake_args=tuple(args.cmake_arg),
         wait=not args.no_wait,
     )
-    print(build(options, places()).bin_dir)
+    made = build(options, places())
+    if not args.no_bindings and variant != "stock":
+        from pt2_llama import bindings
+
+        bindings.install_if_possible(places())
+    print(made.bin_dir)
     return 0
 
 
