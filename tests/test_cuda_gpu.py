@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from llamacpp_bench.run.gguf_info import read_gguf
 from llamacpp_bench.run.placement import parse_placement
 from pt2_core import formats
 from pt2_core.formats import DEFAULT
+from pt2_core.gguf_info import read_gguf
 from pt2_llama import api, toolchain
 from pt2_llama.perplexity import Told
 

@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llamacpp_bench.results import Perplexity
-from llamacpp_bench.run.gguf_info import GGUFInfo
 from llamacpp_bench.run.load import Load
 from llamacpp_bench.run.process import run_tool
 from llamacpp_bench.run.tools import ToolBox
 from pt2_core.errors import PT2Error
+from pt2_core.gguf_info import GGUFInfo
 from pt2_core.texts.sources import DATA_SETS, Text, read_text, split_sources
 from pt2_llama.perplexity import TRIES, until_told
 
