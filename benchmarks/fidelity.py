@@ -39,27 +39,14 @@ def torch_perplexity(args: list[str]) -> float:
 
 
 def llama_perplexity(variant: str, file: Path, text: str, chunks: int, path: str | None) -> float:
-    """Final estimate of llama-perplexity."""
+    """Final estimate of llama-perplexity, by one CPU path where `path` names it."""
     from pt2_llama.api import require_build
-    from pt2_llama.asking import until_told
-    from pt2_llama.smoke import final_perplexity
 
-    build = require_build(variant)
-    env = {**build.env(), **({"GGML_TQ_CPU": path} if path else {})}
-    command = [str(build.tool("llama-perplexity")), "-m", str(file), "-f", text]
-    command += ["-c", "512", "--chunks", str(chunks), "-t", str(os.cpu_count() or 2)]
-    print(f"$ GGML_TQ_CPU={path or ''}", *command, flush=True)
-
-    def run() -> float | None:
-        done = subprocess.run(command, env=env, capture_output=True, text=True)
-        if done.returncode:
-            raise PT2Error(f"llama-perplexity failed on {file}: {done.stderr[-300:]}")
-        return final_perplexity(done.stdout + done.stderr)
-
-    value = until_told(run, lambda found: found is not None)
-    if value is None:
-        raise PT2Error(f"llama-perplexity printed no final estimate for {file}")
-    return value
+    threads = str(os.cpu_count() or 2)
+    options = ["-f", text, "-c", "512", "--chunks", str(chunks), "-t", threads]
+    print(f"$ GGML_TQ_CPU={path or ''} llama-perplexity -m", file, *options, flush=True)
+    env = {"GGML_TQ_CPU": path} if path else {}
+    return require_build(variant).perplexity(file, *options, env=env).perplexity()
 
 
 def markdown(rows: list[dict[str, Any]], full: float, ours: float, chunks: int) -> str:

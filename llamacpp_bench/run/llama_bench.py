@@ -15,7 +15,7 @@ from llamacpp_bench.run.load import Load
 from llamacpp_bench.run.process import Finished, run_tool
 from llamacpp_bench.run.tools import ToolBox
 from pt2_core.errors import PT2Error
-from pt2_llama.asking import until_told
+from pt2_llama.perplexity import until_told
 
 
 def bench_command(tools: ToolBox, model: Path, load: Load) -> list[str]:
@@ -88,13 +88,13 @@ def run_batched(tools: ToolBox, model: Path, load: Load, log: Path) -> tuple[dic
     """Decode speed per number of sequences, and the peak memory in bytes."""
     argv = batched_command(tools, model, load)
 
-    def run() -> tuple[dict[str, float] | None, int]:
+    def once() -> tuple[dict[str, float] | None, int]:
         done = run_tool(argv, tools.env, log, timeout=load.tool_timeout)
-        text = done.stdout + log.read_text("utf-8", "replace")
-        return parse_batched(text, load.batches), done.peak_rss
+        output = done.stdout + log.read_text("utf-8", "replace")
+        return parse_batched(output, load.batches), done.peak_rss
 
-    speeds, peak = until_told(run, lambda result: bool(result[0]))
-    if not speeds:
+    speeds, peak = until_told(once, lambda found: found[0] is not None)
+    if speeds is None:
         raise PT2Error(f"llama-batched-bench gave no speed for some batch (log: {log})")
     return speeds, peak
 

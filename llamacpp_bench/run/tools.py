@@ -13,6 +13,7 @@ from pathlib import Path
 from pt2_core.errors import PT2Error
 from pt2_core.files import make_folder
 from pt2_core.process.temporary import remove_dead
+from pt2_llama.kernel_path import kernel_path
 
 
 @dataclass(frozen=True)
@@ -45,15 +46,14 @@ class ToolBox:
     def ternary_path(self) -> str | None:
         """Which code path this build's CPU backend takes for our types on this machine.
 
-        None where the build does not know our types; GGML_TQ_CPU is honoured as in the tools.
+        None where the library has none of them; the environment variable GGML_TQ_CPU is honoured
+        as in the tools.
 
         Raises:
-            PT2Error: the library cannot be asked, or GGML_TQ_CPU names a path that it has not.
+            PT2Error: the library cannot be asked.
         """
-        from pt2_llama.asking import kernel_paths
-
-        paths = kernel_paths(self.folder, self.env)
-        return paths[0] if paths else None
+        path = kernel_path(self.folder, self.env)
+        return path.active if path is not None else None
 
     def _build_command(self) -> str:
         flag = {"cuda": " --cuda", "stock": " --stock"}.get(self.variant, "")
