@@ -22,6 +22,7 @@ from quantize.config import (
     CLOSED_FORM,
     DEVICES,
     DTYPES,
+    LEVELS,
     ORDERS,
     Config,
     load_recipe,
@@ -125,6 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
     method = parser.add_argument_group("method")
     _option(method, "order", "of the columns", choices=ORDERS)
     _option(method, "block_size", "columns", choices=BLOCK_SIZES)
+    _option(method, "levels", "of T: -1, 0, 1, and with four of them 2", choices=LEVELS)
     _switch(method, "itf", "Iterative Ternary Fitting")
     _switch(method, "aga", "Activation-aware Grid Alignment")
     _switch(method, "compensate", "carry each block's error into the columns to come")

@@ -57,8 +57,8 @@ def pack_ternary(t: Array) -> Array:
     if cols % 4:
         raise ValueError(f"the number of columns must be a multiple of 4, not {cols}")
     codes = (t.astype(np.int8) + 1).view(np.uint8).reshape(rows, cols // 4, 4)
-    if codes.size and codes.max() > 2:
-        raise ValueError("values must be -1, 0 or 1")
+    if codes.size and codes.max() > 3:
+        raise ValueError("values must be -1, 0, 1 or 2")
     return codes[..., 0] | codes[..., 1] << 2 | codes[..., 2] << 4 | codes[..., 3] << 6
 
 
@@ -135,8 +135,6 @@ def _shape_problem(m: TernaryMatrix) -> str | None:
 
 
 def _value_problem(m: TernaryMatrix) -> str | None:
-    if np.any(m.ternary & (m.ternary >> 1) & 0x55):
-        return "a code that is not ternary"
     if not (np.isfinite(m.alpha).all() and np.isfinite(m.mu).all()):
         return "NaN or Inf in alpha or mu"
     if np.any(m.alpha < 0):
