@@ -1,10 +1,10 @@
 """Alpha and mu of a block in 16 bits: the scale pair (docs/scale-pairs.md has it bit by bit).
 
-    word  = code << 7 | multiple & 127
-    alpha = 0 where code is 0, otherwise (1 + code % 16 / 16) * 2 ** (code // 16 - 18)
-    mu    = alpha * multiple / 32
+    word  = code << 6 | multiple & 63
+    alpha = 0 where code is 0, otherwise (1 + code % 32 / 32) * 2 ** (code // 32 - 18)
+    mu    = alpha * multiple / 16
 
-``code`` has 9 bits, ``multiple`` is a whole number of -64 to 63 in two's complement. Every one of
+``code`` has 10 bits, ``multiple`` is a whole number of -32 to 31 in two's complement. Every one of
 the 65536 words has a finite value. Alpha, mu and ``alpha * t + mu`` for every level t are exact in
 float32, so no two implementations can differ.
 
@@ -24,19 +24,20 @@ if TYPE_CHECKING:
     F64 = NDArray[np.float64]
     U16 = NDArray[np.uint16]
 
-MANTISSA_BITS = 4
+MANTISSA_BITS = 5
 BIAS = 18  # of alpha's exponent
-CODES = 1 << 9  # of alpha
-MULTIPLE_BITS = 7
-STEPS = 32  # multiples of mu to one alpha
-LEAST, MOST = -64, 63  # multiples
-SMALLEST = (1 + 1 / 16) * 2.0**-BIAS  # alpha above 0
-LARGEST = (2 - 1 / 16) * 2.0 ** (31 - BIAS)
+CODES = 1 << 10  # of alpha
+MULTIPLE_BITS = 6
+STEPS = 16  # multiples of mu to one alpha
+LEAST, MOST = -32, 31  # multiples
+LOW_END, HIGH_END = LEAST - 0.5, MOST + 0.5  # of what is rounded to them
+SMALLEST = (1 + 1 / 32) * 2.0**-BIAS  # alpha above 0
+LARGEST = (2 - 1 / 32) * 2.0 ** (31 - BIAS)
 
 
 @cache
 def alphas() -> F64:
-    """The value of every code of alpha, rising, float64 ``[512]``. Not to be changed."""
+    """The value of every code of alpha, rising, float64 ``[1024]``. Not to be changed."""
     import numpy as np
 
     codes = np.arange(CODES)
@@ -67,10 +68,10 @@ def decode(words: U16) -> tuple[F32, F32]:
 def encode(alpha: F32, mu: F32) -> U16:
     """The scale pair that is taken for an alpha and a mu.
 
-    Alpha goes to the nearest code (of two equally near ones to the even one), unless mu is then out
-    of reach: a larger alpha is taken in that case, the smallest that reaches mu. So a block of
-    equal weights (t = 0, and alpha 0) keeps its value to within 1 %. Mu goes to the nearest
-    multiple. What is larger than the largest pair becomes the largest.
+    Alpha goes to the nearest code (of two equally near ones to the even one), and mu to the nearest
+    multiple of it (likewise). Where mu is more than half a step out of reach of that alpha, the
+    smallest alpha is taken that has it in reach, so a block of equal weights (t = 0, and alpha 0)
+    keeps its value. What is larger than the largest pair becomes the largest.
 
     Args:
         alpha: float32, any shape, finite and >= 0.
@@ -93,7 +94,7 @@ def encode(alpha: F32, mu: F32) -> U16:
     middles = (table[:-1] + table[1:]) / 2
     codes = np.searchsorted(middles, wide)
     even_above = codes % 2 * (middles[np.minimum(codes, CODES - 2)] == wide)
-    reach = offset * STEPS / np.where(offset < 0, LEAST, MOST)  # the least alpha that reaches mu
+    reach = offset * STEPS / np.where(offset < 0, LOW_END, HIGH_END)  # the least alpha for this mu
     codes = np.maximum(codes + even_above, np.searchsorted(table, reach))
     codes = np.minimum(codes, CODES - 1)
     found = table[codes]
