@@ -68,6 +68,7 @@ class Result:
         block_size: columns per alpha and mu.
         seconds: of this run.
         warnings: what the log said.
+        levels: of T, 3 or 4.
     """
 
     path: Path
@@ -76,6 +77,7 @@ class Result:
     block_size: int
     seconds: float
     warnings: list[str] = field(default_factory=list)
+    levels: int = 3
 
     @property
     def parameters(self) -> int:
@@ -172,8 +174,9 @@ def _ternarize(
     seconds = time.monotonic() - began
     manifest = writer.manifest
     return Result(
-        out, manifest["matrices"], manifest["kept"], config.block_size, seconds, reporter.warnings
-    )
+        out, manifest["matrices"], manifest["kept"], config.block_size, seconds,
+        reporter.warnings, config.levels,
+    )  # fmt: skip
 
 
 def _try_export(
@@ -360,7 +363,8 @@ class _Run:
                 matrices[name] = result.rows_of(start, stop)
                 records[name] = {
                     "rows": weight.shape[0], "cols": weight.shape[1],
-                    "block_size": self.method.block_size, "order": label,
+                    "block_size": self.method.block_size, "levels": self.method.levels,
+                    "order": label,
                     "norm_w": float(weight.square().sum(dtype=torch.float64)),
                     "norm_x": mean_square(weight, hessian),
                     **errors.rows_of(start, stop),
