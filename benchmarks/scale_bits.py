@@ -2,9 +2,9 @@
 
     python benchmarks/scale_bits.py MODEL --artifact best --text tokens.safetensors:valid --ctx 512
 
-Every alpha and mu is rounded to the formats of :data:`FORMATS`. The scale pair (docs/scale-pairs.md)
-stands by itself; the others have one fp16 scale for each row of a matrix and otherwise so many bits
-for each block. T stays, so this is an upper bound: a
+Every alpha and mu is rounded to the formats of :data:`FORMATS`. The scale pair
+(docs/scale-pairs.md) stands by itself; the others have one fp16 scale for each row of a matrix and
+otherwise so many bits for each block. T stays, so this is an upper bound: a
 quantiser that knew of the rounding would choose T behind it. OUT (-o) gets the figures as JSON.
 """
 

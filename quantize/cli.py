@@ -187,6 +187,8 @@ def _run(args: argparse.Namespace, resume: str) -> int:
         raise PT2Error(f"--report {args.report}: the name must end in .html or .png")
     if args.recipe != "refined" and (args.refine_text or args.refine_steps is not None):
         raise PT2Error("--refine-text and --refine-steps belong to --recipe refined")
+    if args.recipe == "refined" and config.levels != 3:
+        raise PT2Error("--recipe refined moves three levels: use --levels 3, or --recipe best")
     out = _out(args)
 
     from quantize.first_checks import refuse_contradiction
@@ -281,7 +283,8 @@ def print_summary(result: Result) -> None:
     bits = math.log2(result.levels) + 32 / result.block_size
     print(
         f"ternary  {len(result.matrices)} linears, {result.parameters / 1e6:.1f} M weights, "
-        f"{bits:.3f} bits per weight (log2({result.levels}) and two float16 per {result.block_size})"
+        f"{bits:.3f} bits per weight (log2({result.levels}) and two float16 per "
+        f"{result.block_size})"
     )
     if result.kept:
         print(f"kept     {len(result.kept)} linears as they are (--skip)")

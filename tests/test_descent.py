@@ -19,7 +19,7 @@ from quantize.method.ternary import (
     fit_grid,
     iterative_ternary_fitting,
     positive_alpha,
-    start,
+    starting_point,
     store_grid,
 )
 
@@ -33,7 +33,7 @@ def problem(seed: int, rows: int = 8, cols: int = 64, k: int = 16, levels: int =
     h.diagonal().add_(0.01 * h.diagonal().mean())
     codes, grids = [], []
     for block in w.split(k, dim=1):
-        grid, t = iterative_ternary_fitting(block, start(block, levels)[1], 50, levels)
+        grid, t = iterative_ternary_fitting(block, starting_point(block, levels)[1], 50, levels)
         grid, t = positive_alpha(grid, t, levels)
         grids.append(store_grid(grid))
         codes.append(t * (grid.alpha > 0)[:, None])
@@ -78,7 +78,9 @@ def test_neither_step_raises_the_objective_of_any_row(seed, levels):
         grid, t = descent.joint_grid(w, t, grid, h, levels)
         now = descent.objective(w, t, grid, h)
         assert bool((now <= last * (1 + 1e-5)).all())
-        assert bool((grid.alpha >= 0).all()) and set(t.unique().tolist()) <= set(range(-1, levels - 1))
+        assert bool((grid.alpha >= 0).all()) and set(t.unique().tolist()) <= set(
+            range(-1, levels - 1)
+        )
         assert torch.equal(grid.alpha, grid.alpha.half().float())
         assert torch.equal(grid.mu, grid.mu.half().float())
         last = now

@@ -213,11 +213,13 @@ class _Graph:
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
-            _descend_block(*self.inputs, levels)  # libraries set themselves up outside of the recording
+            _descend_block(
+                *self.inputs, levels
+            )  # libraries set themselves up outside of the recording
         torch.cuda.current_stream(device).wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.moved = _descend_block(*self.inputs, levels)
+            self.moved = _descend_block(*self.inputs, levels=levels)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         for mine, given in zip(self.inputs, inputs, strict=True):

@@ -26,7 +26,7 @@ from quantize.method.ternary import (
     fit_grid,
     iterative_ternary_fitting,
     positive_alpha,
-    start,
+    starting_point,
     store_grid,
 )
 
@@ -198,7 +198,7 @@ def ternarize_block(
         if errors is not None:
             errors.add(stage, w, grid.dequantize(t), c)
 
-    grid, t = start(w, method.levels)
+    grid, t = starting_point(w, method.levels)
     note("init", grid, t)
     if method.itf:
         grid, t = iterative_ternary_fitting(w, t, method.itf_steps, method.levels)

@@ -12,7 +12,7 @@ from pt2_core import scale_pairs as pairs
 
 @lru_cache(maxsize=8)
 def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Alpha of every code and the middles between neighbours, float64 ``[codes]``, ``[codes-1]``."""
+    """Alpha of every code, and the middles between neighbours, both float64."""
     table = torch.from_numpy(pairs.alphas().copy()).to(device)
     return table, (table[:-1] + table[1:]) / 2
 

@@ -72,7 +72,7 @@ def range_init(w: Tensor, levels: int) -> tuple[Grid, Tensor]:
     return grid, round_to_grid(w, grid, levels)
 
 
-def start(w: Tensor, levels: int) -> tuple[Grid, Tensor]:
+def starting_point(w: Tensor, levels: int) -> tuple[Grid, Tensor]:
     """Where ITF starts: the paper's start for three levels, :func:`range_init` for four."""
     return ternary_init(w) if levels == 3 else range_init(w, levels)
 
@@ -117,7 +117,7 @@ def iterative_ternary_fitting(
     Rows that have converged are left out of the following steps. The weight error never rises.
 
     Args:
-        t: where to start, see :func:`start`.
+        t: where to start, see :func:`starting_point`.
         max_steps: an upper limit; about 16 steps are usual, 24 the most that was seen.
 
     Returns:
@@ -178,7 +178,7 @@ def activation_grid(w: Tensor, t: Tensor, c: Tensor) -> Grid:
 
 
 def positive_alpha(grid: Grid, t: Tensor, levels: int = 3) -> tuple[Grid, Tensor]:
-    """The same values with alpha >= 0: rows of negative alpha count their levels from the other end.
+    """The same values with alpha >= 0: rows of negative alpha are counted from the other end.
 
     Three levels are their own mirror image, so mu stays; of four, t becomes ``1 - t`` and mu takes
     up the step between.
