@@ -280,11 +280,11 @@ def print_summary(result: Result) -> None:
         cells = [f"{sum(m['E_x'][s] for m in members) / scale:.4f}" for s in stages]
         table.add_row(kind, *cells)
     console.print(table)
-    bits = math.log2(result.levels) + 32 / result.block_size
+    levels = max((m["levels"] for m in result.matrices.values()), default=3)
+    bits = math.log2(levels) + 32 / result.block_size
     print(
         f"ternary  {len(result.matrices)} linears, {result.parameters / 1e6:.1f} M weights, "
-        f"{bits:.3f} bits per weight (log2({result.levels}) and two float16 per "
-        f"{result.block_size})"
+        f"{bits:.3f} bits per weight (log2({levels}) and two float16 per {result.block_size})"
     )
     if result.kept:
         print(f"kept     {len(result.kept)} linears as they are (--skip)")

@@ -68,7 +68,6 @@ class Result:
         block_size: columns per alpha and mu.
         seconds: of this run.
         warnings: what the log said.
-        levels: of T, 3 or 4.
     """
 
     path: Path
@@ -77,7 +76,6 @@ class Result:
     block_size: int
     seconds: float
     warnings: list[str] = field(default_factory=list)
-    levels: int = 3
 
     @property
     def parameters(self) -> int:
@@ -174,9 +172,8 @@ def _ternarize(
     seconds = time.monotonic() - began
     manifest = writer.manifest
     return Result(
-        out, manifest["matrices"], manifest["kept"], config.block_size, seconds,
-        reporter.warnings, config.levels,
-    )  # fmt: skip
+        out, manifest["matrices"], manifest["kept"], config.block_size, seconds, reporter.warnings
+    )
 
 
 def _try_export(

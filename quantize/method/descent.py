@@ -207,9 +207,9 @@ class _Graph:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, device=device)
 
-        self.inputs = [
+        self.inputs = (
             zeros(k, rows), zeros(k, rows), zeros(k, rows), zeros(k, k), zeros(k, rows), zeros(rows)
-        ]  # fmt: skip
+        )  # fmt: skip
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
@@ -219,7 +219,7 @@ class _Graph:
         torch.cuda.current_stream(device).wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.moved = _descend_block(*self.inputs, levels=levels)
+            self.moved = _descend_block(*self.inputs, levels)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         for mine, given in zip(self.inputs, inputs, strict=True):
