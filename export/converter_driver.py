@@ -116,6 +116,8 @@ def load(job: dict[str, Any], notes: list[str]) -> Any:
     except Unsupported as e:
         raise Unsupported(f"{job['shown']}/config.json: {e}") from e
     notes += found
+    if not converter_metadata.has_table(kept):
+        kept = converter_metadata.with_older_names(kept, raw)
     model_class = get_model_class(get_model_architecture(kept, ModelType.TEXT))
     if hasattr(model_class, "_is_qwen3_reranker"):  # guessed from the folder's name and its card
         model_class._is_qwen3_reranker = lambda self: False

@@ -1,0 +1,96 @@
+"""What single classes need besides the common sizes of :mod:`tests.zoo.configs`. Data only.
+
+``config`` goes to the config class; ``...`` takes a common size away. ``raw`` is added to
+``config.json``, as the published models have it there: transformers drops such keys, and llama.cpp's
+converter reads them. ``tokenizer`` is the kind, ``tokenizer_class`` what tokenizer_config.json says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Special:
+    """What one class needs."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+    raw: dict[str, Any] = field(default_factory=dict)
+    tokenizer: str = "bpe"
+    tokenizer_class: str = "PreTrainedTokenizerFast"
+
+
+def _mamba(prefix: str = "mamba_") -> dict[str, Any]:
+    """Eight heads of 64 channels and 64 states in the names of the Granite-like."""
+    return {f"{prefix}n_heads": 8, f"{prefix}d_head": 64, f"{prefix}d_state": 64,
+            f"{prefix}chunk_size": 32}  # fmt: skip
+
+
+# Attention through low ranks: the rotary part apart from the rest, as many heads for the keys.
+MLA: dict[str, Any] = {
+    "head_dim": ..., "num_key_value_heads": 4, "q_lora_rank": 256, "kv_lora_rank": 256,
+    "qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 64,
+}  # fmt: skip
+INDEXED: dict[str, Any] = {"index_topk": 512, "index_head_dim": 128, "index_n_heads": 4}
+# llama.cpp scales the queries by the heads' width.
+GEMMA: dict[str, Any] = {"query_pre_attn_scalar": 64}
+NO_WINDOW: dict[str, Any] = {"sliding_window": None}
+
+SPECIALS: dict[str, Special] = {
+    "AfmoeForCausalLM": Special({"mup_enabled": True}),
+    "BambaForCausalLM": Special({**_mamba(), "attn_layer_indices": [1, 3]}),
+    "BitNetForCausalLM": Special({"tie_word_embeddings": True}, tokenizer="spm"),
+    "DbrxForCausalLM": Special({
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"hidden_size": 256, "ffn_hidden_size": 512, "moe_num_experts": 4,
+                       "moe_top_k": 2},
+    }),
+    "DeepseekV2ForCausalLM": Special({**MLA, "topk_method": "greedy"}),
+    "DeepseekV3ForCausalLM": Special(MLA),
+    "DeepseekV32ForCausalLM": Special({**MLA, **INDEXED}),
+    "FalconForCausalLM": Special({"head_dim": ..., "num_kv_heads": 1}),
+    "FalconH1ForCausalLM": Special({**_mamba(), "mamba_d_ssm": 512}, {"head_dim": 64}),
+    "Gemma2ForCausalLM": Special(GEMMA, tokenizer="spm"),
+    "Gemma3ForCausalLM": Special({**GEMMA, "num_hidden_layers": 6}, tokenizer="spm"),
+    "Gemma3nForCausalLM": Special({
+        "num_hidden_layers": 10, "num_kv_shared_layers": 5, "vocab_size_per_layer_input": 512,
+        "hidden_size_per_layer_input": 256, "laurel_rank": 256,
+    }, tokenizer="spm"),
+    "Gemma4ForCausalLM": Special({
+        "num_hidden_layers": 6, "vocab_size_per_layer_input": 512, "global_head_dim": 128,
+    }, tokenizer="spm"),
+    "GemmaForCausalLM": Special(tokenizer="spm"),
+    "Glm4MoeLiteForCausalLM": Special(MLA),
+    "GlmMoeDsaForCausalLM": Special({**MLA, **INDEXED}),
+    "GraniteMoeHybridForCausalLM": Special({
+        **_mamba(), "layer_types": ["mamba", "attention", "mamba", "attention"],
+        "shared_intermediate_size": 512,
+    }),
+    "KimiLinearForCausalLM": Special({
+        **MLA, "q_lora_rank": None, "linear_head_dim": 64, "linear_num_heads": 4,
+        "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+    }, {"linear_attn_config": {"full_attn_layers": [4], "kda_layers": [1, 2, 3], "head_dim": 64,
+                               "num_heads": 4, "short_conv_kernel_size": 4},
+        "num_shared_experts": 1, "first_k_dense_replace": 1}),
+    "Lfm2ForCausalLM": Special({
+        "block_auto_adjust_ff_dim": False,
+        "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+    }),
+    "Lfm2MoeForCausalLM": Special({
+        "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+    }),
+    "LlamaForCausalLM": Special(tokenizer="spm"),
+    "Mamba2ForCausalLM": Special({"num_heads": 8, "n_groups": 1, "state_size": 64,
+                                  "chunk_size": 32}),
+    "MiniCPM3ForCausalLM": Special(MLA, tokenizer="spm"),
+    "MistralForCausalLM": Special(NO_WINDOW, tokenizer="spm"),
+    "MixtralForCausalLM": Special(NO_WINDOW, tokenizer="spm"),
+    "NemotronHForCausalLM": Special({
+        "mamba_num_heads": 8, "n_groups": 1, "ssm_state_size": 64, "chunk_size": 32,
+        "moe_shared_expert_intermediate_size": 512,
+        "hybrid_override_pattern": "MEM*E",
+    }),
+    "Phi3ForCausalLM": Special(NO_WINDOW, tokenizer_class="GPT2Tokenizer"),
+    "YoutuForCausalLM": Special(MLA),
+}  # fmt: skip
