@@ -2,7 +2,7 @@
 
 ``config`` goes to the config class; ``...`` takes a common size away. ``raw`` is added to
 ``config.json``, as the published models have it there: transformers drops such keys, and llama.cpp's
-converter reads them. ``tokenizer`` is the kind, ``tokenizer_class`` what tokenizer_config.json says.
+converter reads them. ``tokenizer`` is the kind, ``settings`` are added to tokenizer_config.json.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Special:
     config: dict[str, Any] = field(default_factory=dict)
     raw: dict[str, Any] = field(default_factory=dict)
     tokenizer: str = "bpe"
-    tokenizer_class: str = "PreTrainedTokenizerFast"
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def _mamba(prefix: str = "mamba_") -> dict[str, Any]:
@@ -35,20 +35,27 @@ MLA: dict[str, Any] = {
 INDEXED: dict[str, Any] = {"index_topk": 512, "index_head_dim": 128, "index_n_heads": 4}
 # llama.cpp scales the queries by the heads' width.
 GEMMA: dict[str, Any] = {"query_pre_attn_scalar": 64}
+SIGMOID = {"scoring_func": "sigmoid"}
 NO_WINDOW: dict[str, Any] = {"sliding_window": None}
 
 SPECIALS: dict[str, Special] = {
-    "AfmoeForCausalLM": Special({"mup_enabled": True}),
-    "BambaForCausalLM": Special({**_mamba(), "attn_layer_indices": [1, 3]}),
+    "AfmoeForCausalLM": Special({"mup_enabled": True}, {"route_norm": True}),
+    "BambaForCausalLM": Special({**_mamba(), "attn_layer_indices": [1, 3]}, {"attn_rotary_emb": 32}),
     "BitNetForCausalLM": Special({"tie_word_embeddings": True}, tokenizer="spm"),
     "DbrxForCausalLM": Special({
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
-        "ffn_config": {"hidden_size": 256, "ffn_hidden_size": 512, "moe_num_experts": 4,
-                       "moe_top_k": 2},
+        "ffn_config": {"ffn_hidden_size": 512, "moe_num_experts": 4, "moe_top_k": 2},
+        "d_model": 256, "n_heads": 4, "n_layers": 4, "max_seq_len": 512,
+        "hidden_size": ..., "num_attention_heads": ..., "num_hidden_layers": ...,
+        "max_position_embeddings": ...,
     }),
     "DeepseekV2ForCausalLM": Special({**MLA, "topk_method": "greedy"}),
-    "DeepseekV3ForCausalLM": Special(MLA),
-    "DeepseekV32ForCausalLM": Special({**MLA, **INDEXED}),
+    "DeepseekV3ForCausalLM": Special(MLA, SIGMOID),
+    "DeepseekV32ForCausalLM": Special({**MLA, **INDEXED}, SIGMOID, settings={"add_bos_token": True}),
+    "Dots1ForCausalLM": Special({"num_key_value_heads": 4}, SIGMOID),
+    "Ernie4_5_MoeForCausalLM": Special({"moe_num_shared_experts": 1}),
+    "Exaone4ForCausalLM": Special({**NO_WINDOW, "layer_types": ["full_attention"] * 4}),
+    "ExaoneMoeForCausalLM": Special({}, SIGMOID),
     "FalconForCausalLM": Special({"head_dim": ..., "num_kv_heads": 1}),
     "FalconH1ForCausalLM": Special({**_mamba(), "mamba_d_ssm": 512}, {"head_dim": 64}),
     "Gemma2ForCausalLM": Special(GEMMA, tokenizer="spm"),
@@ -59,10 +66,11 @@ SPECIALS: dict[str, Special] = {
     }, tokenizer="spm"),
     "Gemma4ForCausalLM": Special({
         "num_hidden_layers": 6, "vocab_size_per_layer_input": 512, "global_head_dim": 128,
+        "num_experts": None,
     }, tokenizer="spm"),
     "GemmaForCausalLM": Special(tokenizer="spm"),
-    "Glm4MoeLiteForCausalLM": Special(MLA),
-    "GlmMoeDsaForCausalLM": Special({**MLA, **INDEXED}),
+    "Glm4MoeLiteForCausalLM": Special(MLA, {**SIGMOID, "first_k_dense_replace": 1}),
+    "GlmMoeDsaForCausalLM": Special({**MLA, **INDEXED}, {**SIGMOID, "first_k_dense_replace": 1}),
     "GraniteMoeHybridForCausalLM": Special({
         **_mamba(), "layer_types": ["mamba", "attention", "mamba", "attention"],
         "shared_intermediate_size": 512,
@@ -72,7 +80,8 @@ SPECIALS: dict[str, Special] = {
         "layer_types": ["linear_attention"] * 3 + ["full_attention"],
     }, {"linear_attn_config": {"full_attn_layers": [4], "kda_layers": [1, 2, 3], "head_dim": 64,
                                "num_heads": 4, "short_conv_kernel_size": 4},
-        "num_shared_experts": 1, "first_k_dense_replace": 1}),
+        "num_shared_experts": 1, "first_k_dense_replace": 1,
+        "moe_router_activation_func": "sigmoid"}),
     "Lfm2ForCausalLM": Special({
         "block_auto_adjust_ff_dim": False,
         "layer_types": ["conv", "full_attention", "conv", "full_attention"],
@@ -91,6 +100,6 @@ SPECIALS: dict[str, Special] = {
         "moe_shared_expert_intermediate_size": 512,
         "hybrid_override_pattern": "MEM*E",
     }),
-    "Phi3ForCausalLM": Special(NO_WINDOW, tokenizer_class="GPT2Tokenizer"),
+    "Phi3ForCausalLM": Special(NO_WINDOW, settings={"tokenizer_class": "GPT2Tokenizer"}),
     "YoutuForCausalLM": Special(MLA),
 }  # fmt: skip

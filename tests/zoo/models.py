@@ -43,7 +43,7 @@ def write_model(folder: Path, name: str, kind: str) -> Path:
     more = special(name)
     _change(folder / "config.json", more.raw)
     KINDS[more.tokenizer](folder)
-    _change(folder / "tokenizer_config.json", {"tokenizer_class": more.tokenizer_class})
+    _change(folder / "tokenizer_config.json", more.settings)
     return folder
 
 
@@ -102,3 +102,11 @@ def proof_of(folder: Path, model: nn.Module) -> Proof:
     return Proof(
         proof_text.PROSE, tokens, bos, top.indices.int().numpy(), top.values.numpy(), lines, ids
     )
+
+def fields(file: Path) -> dict[str, object]:
+    """A file's metadata."""
+    import gguf
+
+    return {k: v.contents() for k, v in gguf.GGUFReader(file).fields.items()
+            if k.startswith("tokenizer.ggml.") and k.count(".") == 2
+            and not k.endswith(("tokens", "merges", "scores", "token_type"))}  # fmt: skip

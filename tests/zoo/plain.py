@@ -12,7 +12,7 @@ from export.proof import Verdict, check_file
 from export.prove import known_gaps
 from pt2_core.model.checkpoint import Checkpoint
 from pt2_llama import api
-from tests.zoo.models import load, proof_of, write_model
+from tests.zoo.models import fields, load, proof_of, write_model
 
 MAX_KL = 1e-3
 
@@ -27,11 +27,3 @@ def plain(folder: Path, name: str, kind: str) -> Verdict:
     )
     return check_file(file, proof, api.require_build(), gaps=known_gaps(proof, fields(file)))
 
-
-def fields(file: Path) -> dict[str, object]:
-    """A file's metadata."""
-    import gguf
-
-    return {k: v.contents() for k, v in gguf.GGUFReader(file).fields.items()
-            if k.startswith("tokenizer.ggml.") and k.count(".") == 2
-            and not k.endswith(("tokens", "merges", "scores", "token_type"))}  # fmt: skip

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from pt2_core.artifact.proof_text import PROSE
 
-SIZE = 480  # tokens; the models' tables have VOCAB rows, the rest is padding
 VOCAB = 512
 UNKNOWN, BOS, EOS, PAD = "<unk>", "<s>", "</s>", "<pad>"
 SPECIAL = [UNKNOWN, BOS, EOS, PAD]
@@ -31,7 +30,7 @@ def sentencepiece(folder: Path) -> None:
     )  # fmt: skip
     bytes_ = [f"<0x{i:02X}>" for i in range(256)]
     trainer = trainers.BpeTrainer(
-        vocab_size=SIZE, special_tokens=[*SPECIAL, *bytes_], show_progress=False
+        vocab_size=VOCAB, special_tokens=[*SPECIAL, *bytes_], show_progress=False
     )
     made.train_from_iterator(PROSE.split("\n"), trainer)
     value = json.loads(made.to_str())
@@ -48,7 +47,7 @@ def byte_level(folder: Path) -> None:
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=SIZE, special_tokens=[*SPECIAL, *GLM], show_progress=False,
+        vocab_size=VOCAB, special_tokens=[*SPECIAL, *GLM], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
     made.train_from_iterator(PROSE.split("\n"), trainer)
