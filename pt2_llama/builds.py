@@ -267,7 +267,7 @@ def clean(where: Places, everything: bool) -> list[Path]:
             folders += [f for f in sorted(where.builds.iterdir()) if f not in current]
         folders += sorted(where.root.glob(f"{source.TEMPORARY}*"))
         if everything:
-            folders += [where.builds, where.pristine, where.patched]
+            folders += [where.builds, where.pristine, where.patched, where.programs]
         removed = [f for f in folders if f.exists()]
         for folder in removed:
             shutil.rmtree(folder)

@@ -18,7 +18,7 @@ from pt2_core.errors import PT2Error
 from pt2_core.files import human_bytes
 from pt2_core.process import children
 from pt2_core.words import screen
-from pt2_llama import builds, pinned, source, toolchain
+from pt2_llama import builds, pinned, programs, source, toolchain
 from pt2_llama.bindings import installed_version
 from pt2_llama.build import NO_CUDA_KERNELS
 from pt2_llama.builds import Build
@@ -61,28 +61,43 @@ class Finding:
     advice: str = ""
 
 
-def tool_findings() -> list[Finding]:
+def tool_findings(where: Places) -> list[Finding]:
     """Programs that a build needs or profits from."""
     found = []
     try:
-        tc = toolchain.find_toolchain()
-        version = ".".join(map(str, toolchain.cmake_version(tc.cmake)))
-        found += [
-            Finding("tools", "C++ compiler", f"{tc.cxx}: {tc.cxx_version}"),
-            Finding("tools", "cmake", f"{tc.cmake}: {version}"),
-        ]
-        if tc.generator == "Ninja":
-            found.append(Finding("tools", "ninja", "yes"))
-        else:
-            advice = "pip install ninja makes small rebuilds quicker"
-            found.append(Finding("tools", "ninja", "no, make is used", "note", advice))
-        if tc.ccache:
-            found.append(Finding("tools", "ccache", tc.ccache))
-        else:
-            advice = "optional: makes a second build from nothing quick"
-            found.append(Finding("tools", "ccache", "no", "note", advice))
+        _, cxx = toolchain.find_compilers()
+        found.append(
+            Finding("tools", "C++ compiler", f"{cxx}: {toolchain.first_line([cxx, '--version'])}")
+        )
     except PT2Error as e:
         found.append(Finding("tools", "compiling", "not possible", "missing", str(e)))
+    own, needed = programs.fetched(where), programs.missing(where)
+    cmake, ninja = toolchain.find_cmake(own["cmake"]), toolchain.find_ninja(own["ninja"])
+    fetches = "pt2-llama build fetches it into the cache"
+    if cmake is None or "cmake" in needed:
+        old = f"{cmake} is too old" if cmake else "no"
+        found.append(Finding("tools", "cmake", old, "note", fetches))
+    else:
+        version = ".".join(map(str, toolchain.cmake_version(cmake)))
+        found.append(Finding("tools", "cmake", f"{cmake}: {version}"))
+    if ninja:
+        found.append(Finding("tools", "ninja", ninja))
+    elif "ninja" in needed:
+        found.append(Finding("tools", "ninja", "no", "note", fetches))
+    else:
+        advice = "pip install ninja makes small rebuilds quicker"
+        found.append(Finding("tools", "ninja", "no, make is used", "note", advice))
+    if ccache := shutil.which("ccache"):
+        found.append(Finding("tools", "ccache", ccache))
+    else:
+        advice = "optional: makes a second build from nothing quick"
+        found.append(Finding("tools", "ccache", "no", "note", advice))
+    return found + python_findings()
+
+
+def python_findings() -> list[Finding]:
+    """What this Python has of pip and of the bindings."""
+    found = []
     if importlib.util.find_spec("pip") is None:
         advice = f"{command(sys.executable, '-m', 'ensurepip')}, or build with --source"
         found.append(Finding("tools", "pip", "no (fetches the source)", "note", advice))
@@ -202,7 +217,7 @@ def kernel_path(build: Build) -> str:
 def doctor(where: Places, as_json: bool = False) -> int:
     """Print the report on stdout; returns 1 when something needed is missing, else 0."""
     findings = [
-        *tool_findings(),
+        *tool_findings(where),
         *machine_findings(),
         *cache_findings(where),
         *build_findings(where),

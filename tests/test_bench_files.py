@@ -8,6 +8,7 @@ import re
 import struct
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 from bench_support import METADATA, TENSORS, write_gguf
@@ -195,7 +196,6 @@ def test_random_blocks_have_the_size_of_the_type(kind: str) -> None:
      *("IQ4_XS", "F16", "BF16", "F32")],
 )  # fmt: skip
 def test_random_weights_are_small_and_finite(kind: str) -> None:
-    gguf = pytest.importorskip("gguf")
     raw = random_blocks(kind, 256, np.random.default_rng(1))
     values = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind])
     assert np.isfinite(values).all()
