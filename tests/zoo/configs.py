@@ -1,8 +1,8 @@
 """A small config for each class: the same sizes under whatever names its config has them.
 
-:data:`SIZES` is offered to every config, which takes the fields that it has. :mod:`tests.zoo.exceptions`
-says what a class needs besides, and why. Widths are whole multiples of 256, so that every type
-fits every linear.
+:data:`SIZES` is offered to every config, which takes the fields that it has;
+:mod:`tests.zoo.exceptions` says what a class needs besides. Widths are whole multiples of 256, so
+that every type fits every linear.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What single classes need besides the common sizes of :mod:`tests.zoo.configs`. Data only.
 
 ``config`` goes to the config class; ``...`` takes a common size away. ``raw`` is added to
-``config.json``, as the published models have it there: transformers drops such keys, and llama.cpp's
+``config.json``, as the published models have it there: transformers drops such keys, and the
 converter reads them. ``tokenizer`` is the kind, ``settings`` are added to tokenizer_config.json.
 """
 
@@ -35,12 +35,19 @@ MLA: dict[str, Any] = {
 INDEXED: dict[str, Any] = {"index_topk": 512, "index_head_dim": 128, "index_n_heads": 4}
 # llama.cpp scales the queries by the heads' width.
 GEMMA: dict[str, Any] = {"query_pre_attn_scalar": 64}
+# The published ones scale everywhere; queries times 1, the default, would look at one token only.
+GRANITE: dict[str, Any] = {
+    "attention_multiplier": 0.125, "embedding_multiplier": 2.0, "residual_multiplier": 0.5,
+    "logits_scaling": 0.5,
+}  # fmt: skip
 SIGMOID = {"scoring_func": "sigmoid"}
 NO_WINDOW: dict[str, Any] = {"sliding_window": None}
 
 SPECIALS: dict[str, Special] = {
     "AfmoeForCausalLM": Special({"mup_enabled": True}, {"route_norm": True}),
-    "BambaForCausalLM": Special({**_mamba(), "attn_layer_indices": [1, 3]}, {"attn_rotary_emb": 32}),
+    "BambaForCausalLM": Special(
+        {**_mamba(), "attn_layer_indices": [1, 3]}, {"attn_rotary_emb": 32}
+    ),
     "BitNetForCausalLM": Special({"tie_word_embeddings": True}, tokenizer="spm"),
     "DbrxForCausalLM": Special({
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
@@ -51,7 +58,9 @@ SPECIALS: dict[str, Special] = {
     }),
     "DeepseekV2ForCausalLM": Special({**MLA, "topk_method": "greedy"}),
     "DeepseekV3ForCausalLM": Special(MLA, SIGMOID),
-    "DeepseekV32ForCausalLM": Special({**MLA, **INDEXED}, SIGMOID, settings={"add_bos_token": True}),
+    "DeepseekV32ForCausalLM": Special(
+        {**MLA, **INDEXED}, SIGMOID, settings={"add_bos_token": True}
+    ),
     "Dots1ForCausalLM": Special({"num_key_value_heads": 4}, SIGMOID),
     "Ernie4_5_MoeForCausalLM": Special({"moe_num_shared_experts": 1}),
     "Exaone4ForCausalLM": Special({**NO_WINDOW, "layer_types": ["full_attention"] * 4}),
@@ -71,9 +80,17 @@ SPECIALS: dict[str, Special] = {
     "GemmaForCausalLM": Special(tokenizer="spm"),
     "Glm4MoeLiteForCausalLM": Special(MLA, {**SIGMOID, "first_k_dense_replace": 1}),
     "GlmMoeDsaForCausalLM": Special({**MLA, **INDEXED}, {**SIGMOID, "first_k_dense_replace": 1}),
+    "GraniteForCausalLM": Special(GRANITE),
+    "GraniteMoeForCausalLM": Special(GRANITE),
+    "GraniteMoeSharedForCausalLM": Special({**GRANITE, "shared_intermediate_size": 256}),
+    "GraniteMoeSWAForCausalLM": Special(GRANITE),
+    "GraniteSWAForCausalLM": Special(GRANITE),
     "GraniteMoeHybridForCausalLM": Special({
-        **_mamba(), "layer_types": ["mamba", "attention", "mamba", "attention"],
+        **GRANITE, **_mamba(), "layer_types": ["mamba", "attention", "mamba", "attention"],
         "shared_intermediate_size": 512,
+    }),
+    "HunYuanMoEV1ForCausalLM": Special(raw={
+        "moe_intermediate_size": [512] * 4, "moe_topk": [2] * 4, "num_shared_expert": [1] * 4,
     }),
     "KimiLinearForCausalLM": Special({
         **MLA, "q_lora_rank": None, "linear_head_dim": 64, "linear_num_heads": 4,

@@ -19,6 +19,10 @@ LENGTH, WINDOWS = 128, 2
 GAIN = 1.3  # of a linear's weights: its outputs have about this size for inputs of size 1
 
 
+class WrongFile(Exception):
+    """A file from which llama.cpp predicts something else than transformers does."""
+
+
 def write_model(folder: Path, name: str, kind: str) -> Path:
     """Write a class's tiny model with random weights and its tokenizer, as transformers saves it.
 
@@ -102,6 +106,7 @@ def proof_of(folder: Path, model: nn.Module) -> Proof:
     return Proof(
         proof_text.PROSE, tokens, bos, top.indices.int().numpy(), top.values.numpy(), lines, ids
     )
+
 
 def fields(file: Path) -> dict[str, object]:
     """A file's metadata."""

@@ -21,7 +21,8 @@ from export.prove import known_gaps
 from pt2_core import formats
 from pt2_core.artifact.folder import Artifact
 from pt2_llama import api
-from tests.zoo.models import fields, load, proof_of, write_model
+from tests.zoo.kept import keep
+from tests.zoo.models import WrongFile, fields, load, proof_of, write_model
 
 TYPES = (*formats.TYPES, "q2_k")
 # Q2_K rounds the scales, which costs a right file this much at most.
@@ -29,8 +30,13 @@ MAX_KL = {"q2_k": 0.1}
 _EXPERT = re.compile(r"(.*)\[(\d+)\]")
 
 
-def whole(folder: Path, name: str, kind: str) -> dict[str, Any]:
+def whole(folder: Path, name: str, kind: str, keep_in: Path | None = None) -> dict[str, Any]:
     """Run one class through everything.
+
+    Args:
+        folder: for its model, artifact and files.
+        name, kind: the class, and transformers' model type.
+        keep_in: where to keep the file of the first type, with what it has to predict.
 
     Returns:
         ``ternary`` and ``kept``: how many matrices became ternary and how many did not; per type
@@ -60,6 +66,8 @@ def whole(folder: Path, name: str, kind: str) -> dict[str, Any]:
             file, expected, api.require_build(), gaps=known_gaps(expected, fields(file))
         )
         found = verdict.difference
+        if keep_in is not None and type_ == TYPES[0]:
+            keep(file, expected, known_gaps(expected, fields(file)), keep_in, name)
         result[type_] = {
             "kl": found.kl, "same": found.same_top, "proof": report.proof.difference.kl,
             "fallbacks": len(report.fallbacks),
@@ -69,10 +77,6 @@ def whole(folder: Path, name: str, kind: str) -> dict[str, Any]:
         if tokens_differ or (verdict.problem and (limit is None or found.kl > limit)):
             raise WrongFile(f"{type_}: {verdict.problem}")
     return result
-
-
-class WrongFile(Exception):
-    """A file whose predictions are not transformers', though pt2-export has proved it."""
 
 
 def quantiser() -> Any:
