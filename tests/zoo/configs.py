@@ -42,10 +42,18 @@ def tiny_config(name: str, kind: str) -> Any:
 
     made = CONFIG_MAPPING[kind]
     known = made()
-    settings = {k: v for k, v in SIZES.items() if _has(known, k)} | special(name).config
-    config = made(**{k: v for k, v in settings.items() if v is not ...})
+    config = made(**_settings(known, special(name).config))
     config.architectures = [name]
     return config
+
+
+def _settings(known: Any, more: dict[str, Any]) -> dict[str, Any]:
+    """The sizes that a config has, and what is special; the text model's are inside, if there."""
+    found = {k: v for k, v in SIZES.items() if _has(known, k)} | more
+    if isinstance(found.get("text_config"), dict):
+        inner = type(known.get_text_config())()
+        found["text_config"] = _settings(inner, found["text_config"])
+    return {k: v for k, v in found.items() if v is not ...}
 
 
 def special(name: str) -> Special:

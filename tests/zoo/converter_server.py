@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -95,7 +96,8 @@ def serve(job: dict[str, Any]) -> None:
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(job["socket"])
         server.listen(16)
-        while True:
+        # Our standard input is the parent's pipe: it ends when the parent does.
+        while sys.stdin not in select.select([server, sys.stdin], [], [])[0]:
             client, _ = server.accept()
             if os.fork() == 0:
                 server.close()

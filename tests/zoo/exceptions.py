@@ -3,6 +3,8 @@
 ``config`` goes to the config class; ``...`` takes a common size away. ``raw`` is added to
 ``config.json``, as the published models have it there: transformers drops such keys, and the
 converter reads them. ``tokenizer`` is the kind, ``settings`` are added to tokenizer_config.json.
+``renamed`` are parts of tensors' names that transformers does not write as the published files have
+them, and what they are there.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ class Special:
     raw: dict[str, Any] = field(default_factory=dict)
     tokenizer: str = "bpe"
     settings: dict[str, Any] = field(default_factory=dict)
+    renamed: dict[str, str] = field(default_factory=dict)
 
 
 def _mamba(prefix: str = "mamba_") -> dict[str, Any]:
@@ -39,6 +42,14 @@ GEMMA: dict[str, Any] = {"query_pre_attn_scalar": 64}
 GRANITE: dict[str, Any] = {
     "attention_multiplier": 0.125, "embedding_multiplier": 2.0, "residual_multiplier": 0.5,
     "logits_scaling": 0.5,
+}  # fmt: skip
+GEMMA4: dict[str, Any] = {
+    "num_hidden_layers": 6, "vocab_size_per_layer_input": 512, "global_head_dim": 128,
+    "num_experts": None,
+}  # fmt: skip
+VISION: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "image_size": 28, "patch_size": 14,
 }  # fmt: skip
 SIGMOID = {"scoring_func": "sigmoid"}
 NO_WINDOW: dict[str, Any] = {"sliding_window": None}
@@ -69,14 +80,21 @@ SPECIALS: dict[str, Special] = {
     "FalconH1ForCausalLM": Special({**_mamba(), "mamba_d_ssm": 512}, {"head_dim": 64}),
     "Gemma2ForCausalLM": Special(GEMMA, tokenizer="spm"),
     "Gemma3ForCausalLM": Special({**GEMMA, "num_hidden_layers": 6}, tokenizer="spm"),
+    "Gemma3ForConditionalGeneration": Special(
+        {"text_config": {**GEMMA, "num_hidden_layers": 6}, "vision_config": VISION,
+         "mm_tokens_per_image": 4}, tokenizer="spm"
+    ),
+    "Gemma4ForConditionalGeneration": Special(
+        {"text_config": GEMMA4, "vision_config": VISION, "audio_config": None}, tokenizer="spm"
+    ),
+    "Gemma4UnifiedForConditionalGeneration": Special(
+        {"text_config": GEMMA4}, tokenizer="spm"
+    ),
     "Gemma3nForCausalLM": Special({
         "num_hidden_layers": 10, "num_kv_shared_layers": 5, "vocab_size_per_layer_input": 512,
         "hidden_size_per_layer_input": 256, "laurel_rank": 256,
     }, tokenizer="spm"),
-    "Gemma4ForCausalLM": Special({
-        "num_hidden_layers": 6, "vocab_size_per_layer_input": 512, "global_head_dim": 128,
-        "num_experts": None,
-    }, tokenizer="spm"),
+    "Gemma4ForCausalLM": Special(GEMMA4, tokenizer="spm"),
     "GemmaForCausalLM": Special(tokenizer="spm"),
     "Glm4MoeLiteForCausalLM": Special(MLA, {**SIGMOID, "first_k_dense_replace": 1}),
     "GlmMoeDsaForCausalLM": Special({**MLA, **INDEXED}, {**SIGMOID, "first_k_dense_replace": 1}),
@@ -89,6 +107,9 @@ SPECIALS: dict[str, Special] = {
         **GRANITE, **_mamba(), "layer_types": ["mamba", "attention", "mamba", "attention"],
         "shared_intermediate_size": 512,
     }),
+    "HYV4ForCausalLM": Special(
+        {**MLA, **INDEXED}, renamed={"model.hc_pre.hc_head.": "model.hc_head."}
+    ),
     "HunYuanMoEV1ForCausalLM": Special(raw={
         "moe_intermediate_size": [512] * 4, "moe_topk": [2] * 4, "num_shared_expert": [1] * 4,
     }),

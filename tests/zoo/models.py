@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pt2_core.artifact import proof_text
@@ -45,10 +46,19 @@ def write_model(folder: Path, name: str, kind: str) -> Path:
     model.to(torch.bfloat16).save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
     more = special(name)
+    if more.renamed:
+        _rename(folder / "model.safetensors", more.renamed)
     _change(folder / "config.json", more.raw)
     KINDS[more.tokenizer](folder)
     _change(folder / "tokenizer_config.json", more.settings)
     return folder
+
+
+def _rename(file: Path, parts: dict[str, str]) -> None:
+    weights = load_file(file)
+    for old, new in parts.items():
+        weights = {name.replace(old, new): value for name, value in weights.items()}
+    save_file(weights, file, metadata={"format": "pt"})
 
 
 def _change(file: Path, more: dict[str, Any]) -> None:
