@@ -102,19 +102,10 @@ def install(model: Any, job: Mapping[str, Any], notes: list[str]) -> None:
         _settle(model, _tokenizer(folder), notes)
 
     # Whatever way the converter would take for this architecture, it ends here.
-    for part in (model, getattr(model, "impl", None)):
-        if part is not None:
-            _take_over(part, read, job, notes)
-    model.set_vocab = whole
-
-
-def _take_over(model: Any, read: Callable[..., None], job: Mapping[str, Any],
-               notes: list[str]) -> None:  # fmt: skip
-    """Put our reading in place of the converter's, and our choice of a pre-tokenizer in its."""
     for name in ("sentencepiece", "llama_hf", "gpt2", "hybriddna", "qwen"):
         setattr(model, f"_set_vocab_{name}", read)
+    model.set_vocab = whole
     # Some classes write the vocabulary themselves, and only ask for the pre-tokenizer.
-    folder = Path(model.dir_model)
     value = _as_loaded(_tokenizer(folder), _json(folder / "tokenizer.json"))
     if value and family(value) == "byte-level":
         model.get_vocab_base_pre = _pre(type(model).get_vocab_base_pre, model, value, job, notes)

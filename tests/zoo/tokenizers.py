@@ -11,8 +11,8 @@ from pt2_core.artifact.proof_text import PROSE
 VOCAB = 512
 UNKNOWN, BOS, EOS, PAD = "<unk>", "<s>", "</s>", "<pad>"
 SPECIAL = [UNKNOWN, BOS, EOS, PAD]
-# Without these the converter refuses a tokenizer of GLM's.
-GLM = ["<|endoftext|>", "[gMASK]", "<|user|>", "<|observation|>"]
+# Without these the converter refuses a tokenizer of GLM's or Solar's.
+NAMED = ["<|startoftext|>", "<|endoftext|>", "[gMASK]", "<|user|>", "<|observation|>"]
 _SPACE = "\u2581"
 
 
@@ -47,7 +47,7 @@ def byte_level(folder: Path) -> None:
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB, special_tokens=[*SPECIAL, *GLM], show_progress=False,
+        vocab_size=VOCAB, special_tokens=[*SPECIAL, *NAMED], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
     made.train_from_iterator(PROSE.split("\n"), trainer)
