@@ -261,9 +261,10 @@ class TQ2_1(_TwoHalves):
 
     @classmethod
     def _impossible(cls, blocks: U8) -> NDArray[np.bool_]:
+        import numpy as np
+
         qs = blocks[:, 4:]
-        found: NDArray[np.bool_] = (qs & (qs >> 1) & 0x55).any(axis=1)  # a code of 3
-        return found
+        return np.asarray((qs & (qs >> 1) & 0x55).any(axis=1))  # a code of 3
 
 
 class TQ1_1(_TwoHalves):
@@ -304,8 +305,7 @@ class TQ1_1(_TwoHalves):
 
         qs = blocks[:, 4:]
         most = np.where(np.arange(cls._full) < cls._tail, 3**5 - 1, 3**4 - 1)
-        found: NDArray[np.bool_] = (qs > most).any(axis=1)
-        return found
+        return np.asarray((qs > most).any(axis=1))
 
 
 class Q8_T(BlockType):
