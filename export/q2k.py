@@ -96,7 +96,7 @@ def encode(codes: U8, alpha: F16, mu: F16) -> tuple[U8, WeightError]:
 
 
 def _encode_chunk(q: U8, a: Array, b: Array, stride: int, top: int) -> tuple[U8, WeightError]:
-    """Super-blocks ``q`` uint8 ``[n, 16, 16]`` up to ``top``, ``a`` and ``b`` float32 ``[n, 16]``."""
+    """Super-blocks ``q`` uint8 ``[n, 16, 16]``, ``a`` and ``b`` float32 ``[n, 16]``; q <= top."""
     s = _moments(q)
     energy = _quadratic(s, a, b).sum(dtype=np.float64)
     turned = top - q

@@ -160,7 +160,7 @@ def ternarise(
 def four_levels(
     weight: NDArray[np.float32], order: NDArray[np.int32], group: int
 ) -> tuple[NDArray[np.int8], NDArray[np.float16], NDArray[np.float16]]:
-    """T of {-1, 0, 1, 2}, alpha and mu of ``weight[:, order]``, three quarters of the range wide."""
+    """T of {-1, 0, 1, 2}, alpha and mu of ``weight[:, order]``: 3/4 of its range."""
     w = weight[:, order].reshape(len(weight), -1, group)
     low, high = w.min(-1, keepdims=True), w.max(-1, keepdims=True)
     alpha = ((high - low) / 4).astype(np.float16)

@@ -235,7 +235,7 @@ def _store_pairs(grid: Grid) -> Grid:
     low, high = (pairs.LARGEST * end / pairs.STEPS for end in (pairs.LEAST, pairs.MOST))
     if not bool(((size <= pairs.LARGEST) & (grid.mu >= low) & (grid.mu <= high)).all()):
         raise PT2Error(
-            f"alpha or mu does not fit into a scale pair ({pairs.LARGEST:g}): the weights are too large"
+            f"alpha or mu does not fit into a scale pair ({pairs.LARGEST:g}): weights too large"
         )
     alpha, mu = rounded(size, grid.mu)
     return Grid(torch.where(grid.alpha < 0, -alpha, alpha), mu)
