@@ -149,7 +149,8 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     add("--log", type=Path, metavar="FILE", help="for the server's log (default: stderr)")
     what = "seconds that running requests get when it is stopped (default: 5)"
     add("--grace", type=float, default=5.0, metavar="S", help=what)
-    add("more", nargs="*", metavar="-- ...", help="further arguments of llama-server")
+    what = "further argument of llama-server, such as --server-arg=--mlock"
+    add("--server-arg", action="append", default=[], metavar="ARG", help=what)
 
 
 def _add_no_bindings(parser: argparse.ArgumentParser) -> None:
@@ -229,7 +230,9 @@ def _serve(args: argparse.Namespace) -> int:
         raise PT2Error(f"--grace {args.grace}: seconds from 0 to 3600 are meant")
     names = ("host", "port", "slots", "context", "threads", "template", "draft", "log", "grace")
     given = {name: getattr(args, name) for name in (*names, "api_key_file")}
-    serve(api.require_build(args.variant), args.model, Options(**given, more=tuple(args.more)))
+    serve(
+        api.require_build(args.variant), args.model, Options(**given, more=tuple(args.server_arg))
+    )
     return 0
 
 

@@ -1,8 +1,8 @@
-"""A tiny chat model that knows a few dialogues by heart, in ternary weights: its answers are certain.
+"""A tiny ternary chat model that knows a few dialogues by heart, so that its answers are certain.
 
-It is trained through the ternary weights that :func:`export_support.ternarise` makes of its own
-(straight-through gradients), so the exported file is the trained model. Its greedy answers do not hang on the last
-bit of a sum, and so can be compared between one request and eight at a time.
+It is trained through the ternary weights that ``export_support.ternarise`` makes of its own
+(straight-through gradients), so the exported file is the trained model. Its greedy answers do not
+hang on the last bit of a sum, and can be compared between one request and eight at a time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ TEMPLATE = """\
 {%- endif %}
 {%- for message in messages %}
 {%- if message.role == 'tool' %}
-{{- '<|im_start|>user\\n<tool_response>\\n' + message.content + '\\n</tool_response><|im_end|>\\n' }}
+{{- '<|im_start|>user\\n<tool_response>\\n' + message.content }}
+{{- '\\n</tool_response><|im_end|>\\n' }}
 {%- else %}
 {{- '<|im_start|>' + message.role + '\\n' }}
 {%- if message.content %}{{ message.content }}{% endif %}
@@ -40,7 +41,7 @@ TEMPLATE = """\
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}
 """
 ANSWERS = {
-    "Where do rivers begin?": "Most rivers begin in the hills, where springs and melting snow meet.",
+    "Where do rivers begin?": "Most rivers begin in the hills, where springs and snow meet.",
     "What is bread made of?": "Flour, water, salt and a little yeast; the rest is time and warmth.",
     "Why is the sky blue?": "Air scatters blue light more than red, so it comes from everywhere.",
     "How do bees find home?": "They know the sun and the marks on their way, and smell the hive.",
@@ -121,7 +122,7 @@ class Ternary(torch.nn.Module):
         return weight + (value.reshape(weight.shape) - weight).detach()
 
 
-def train(model: Any, tokenizer: Any, steps: int = 200) -> float:
+def train(model: Any, tokenizer: Any, steps: int = 110) -> float:
     """Learn the dialogues by heart; returns the last loss over all tokens."""
     texts = [
         tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
@@ -131,12 +132,13 @@ def train(model: Any, tokenizer: Any, steps: int = 200) -> float:
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
     inputs = ids.clamp(min=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps)
     loss = torch.tensor(0.0)
     for _ in range(steps):
         loss = model(input_ids=inputs, labels=ids).loss
         optimizer.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
     return float(loss.detach())
