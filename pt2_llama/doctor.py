@@ -16,7 +16,6 @@ from pt2_core import formats
 from pt2_core.commands import command
 from pt2_core.errors import PT2Error
 from pt2_core.files import human_bytes
-from pt2_core.process import children
 from pt2_core.words import screen
 from pt2_llama import builds, pinned, programs, source, toolchain
 from pt2_llama.bindings import installed_version
@@ -24,22 +23,6 @@ from pt2_llama.build import NO_CUDA_KERNELS
 from pt2_llama.builds import Build
 from pt2_llama.cache import Places, folder_bytes
 from pt2_llama.overlay import load_overlay, stamp_digest
-
-# Asked in a process of its own: the library aborts when GGML_TQ_CPU names a path it does not have.
-_ASK_PATH = """\
-import ctypes, sys
-lib = ctypes.CDLL(sys.argv[1])
-lib.ggml_tq_active_name.restype = ctypes.c_char_p
-lib.ggml_tq_path_names.restype = ctypes.POINTER(ctypes.c_char_p)
-lib.ggml_tq_test_supported.restype = ctypes.c_bool
-names = []
-for name in lib.ggml_tq_path_names():
-    if name is None:
-        break
-    if lib.ggml_tq_test_supported(ctypes.c_char_p(name)):
-        names.append(name.decode())
-print(lib.ggml_tq_active_name().decode(), *names)
-"""
 
 
 @dataclass(frozen=True)
@@ -174,7 +157,7 @@ def build_findings(where: Places, ask: Callable[[Build], str] | None = None) -> 
             found.append(Finding("builds", variant, build.describe()))
             found += [Finding("builds", f"{variant} note", n, "note") for n in build.stamp.notes]
             if variant != "stock":
-                found.append(_kernel_finding(build, ask or kernel_path))
+                found.append(_kernel_finding(build, ask or kernel_words))
         else:
             older = any(b.variant == variant for b in builds.all_builds(where))
             value = "does not match the current overlay or CPU" if older else "not built"
@@ -197,21 +180,16 @@ def _kernel_finding(build: Build, ask: Callable[[Build], str]) -> Finding:
         return Finding("builds", name, "unknown", "missing", str(e))
 
 
-def kernel_path(build: Build) -> str:
-    """Ask the built library which CPU path our types take, and which it has.
+def kernel_words(build: Build) -> str:
+    """A build's CPU path for our types, and those this machine runs.
 
     Raises:
-        PT2Error: the library cannot be asked; its own words are in the message.
+        PT2Error: the library cannot be asked, or has none of our types.
     """
-    library = next(iter(sorted(build.lib_dir.glob("libggml-cpu.*"))), build.lib_dir)
-    command = [sys.executable, "-c", _ASK_PATH, str(library)]
-    done = children.run(command, timeout=60, env=build.env())
-    words = done.stdout.split()
-    if done.returncode != 0 or not words:
-        lines = [line for line in done.stderr.splitlines() if "GGML_TQ_CPU" in line]
-        last = (lines or done.stderr.strip().splitlines() or ["no answer"])[-1]
-        raise PT2Error(f"{library.name} does not tell: {last}")
-    return f"{words[0]} on the CPU (this machine runs {', '.join(words[1:])})"
+    path = build.kernel_path()
+    if path is None:
+        raise PT2Error(f"the CPU backend in {build.lib_dir} has no kernels of ours")
+    return f"{path.active} on the CPU (this machine runs {', '.join(path.supported)})"
 
 
 def doctor(where: Places, as_json: bool = False) -> int:

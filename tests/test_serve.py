@@ -299,7 +299,8 @@ def test_a_port_in_use_is_refused_and_zero_finds_one() -> None:
 def test_the_stock_build_refuses_our_types(no_server: Any, tmp_path: Path) -> None:
     no_server.variant = "stock"
     metadata = {
-        "general.architecture": "llama", "tokenizer.ggml.model": "gpt2", DEFAULT.layout_key(): DEFAULT.layout,
+        "general.architecture": "llama", "tokenizer.ggml.model": "gpt2",
+        DEFAULT.layout_key(): DEFAULT.layout,
     }  # fmt: skip
     write_gguf(tmp_path / "m.gguf", [("blk.0.ffn_up.weight", (256, 4), DEFAULT.name)], metadata)
     with pytest.raises(
