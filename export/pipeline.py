@@ -33,6 +33,7 @@ from export.encode import (
     plan_items,
 )
 from export.ggml import Ggml
+from export.levels import check_levels, levels_entry
 from export.mixed import Choice, choose
 from export.proof import Verdict
 from export.prove import Prover, placeholders, write_figures
@@ -146,6 +147,7 @@ def export_gguf(
         source.measured()  # before the long work
     columns = {module: m["cols"] for module, m in artifact.matrices.items()}
     check_group_size(source.group_size(), config.type, columns)
+    check_levels(artifact, config.type)
     if config.verify:
         check_model(artifact, model, progress)
     check_disk(out, model, source.shapes())
@@ -319,6 +321,8 @@ def _metadata(source: TernarySource, items: list[Item], config: ExportConfig) ->
         metadata["pt2.pre_tokenizer"] = (options.pre_tokenizer, kind.STRING, None)
     if ours := formats.TYPES.get(config.type):
         metadata[ours.layout_key()] = (ours.layout, kind.UINT32, None)
+    for key, levels in levels_entry(source.artifact, config.type).items():
+        metadata[key] = (levels, kind.UINT32, None)
     return metadata
 
 

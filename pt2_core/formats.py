@@ -7,7 +7,8 @@ together. A new type is a new class here, its kernels, and nothing else: the edi
 name types are written once for all of them (``for: types`` in ``edits.yaml``).
 
 Notation: a block is 128 elements of a row; element ``e`` sits in ``lane = e % 32`` of
-``plane = e // 32``; a code is ``c = t + 1`` in {0, 1, 2}; the weight is ``alpha * (c - 1) + mu``.
+``plane = e // 32``; a code is ``c = t + 1`` in {0, 1, 2}, and with four levels 3; the weight is
+``alpha * (c - 1) + mu``.
 
 NumPy is imported where it is used: commands that only want the tables start without it.
 """
@@ -84,7 +85,8 @@ class TernaryType(BlockType):
         file_type: ``general.file_type`` of a file that is mostly of this type.
         layout: version of the bytes under this id, in the metadata key :meth:`layout_key`.
             llama.cpp sizes a tensor by its id, so another size of a block needs another id.
-        levels: number of different codes; they are 0 to ``levels - 1``.
+        levels: how many codes there is room for, 0 to ``levels - 1``. Code 3 only counts in files
+            whose metadata key :meth:`levels_key` is 4.
     """
 
     file_type: ClassVar[int]
@@ -95,6 +97,11 @@ class TernaryType(BlockType):
     def layout_key(cls) -> str:
         """The metadata key that states :attr:`layout` in every file with tensors of this type."""
         return f"pt2.{cls.ggml_name}.layout"
+
+    @classmethod
+    def levels_key(cls) -> str:
+        """The metadata key that states how many levels are used; 3 where it is missing."""
+        return f"pt2.{cls.ggml_name}.levels"
 
     @classmethod
     def pack(cls, codes: U8, alpha: F16, mu: F16) -> U8:
@@ -175,13 +182,13 @@ class TernaryType(BlockType):
 
     @classmethod
     def random_blocks(cls, count: int, rng: np.random.Generator, scale: float) -> U8:
-        """Valid blocks, uint8 ``[count, nbytes]``: any codes, each alpha about ``scale``.
+        """Ternary blocks, uint8 ``[count, nbytes]``: any codes, each alpha about ``scale``.
 
         The offset mu is a tenth of another such number, and of either sign.
         """
         import numpy as np
 
-        codes = rng.integers(0, cls.levels, (count, cls.block), dtype=np.uint8)
+        codes = rng.integers(0, 3, (count, cls.block), dtype=np.uint8)
         sizes = scale * rng.uniform(0.5, 1.5, (2, count, 1))
         mu = sizes[1] * rng.choice([-0.1, 0.1], (count, 1))
         return cls.pack(codes, sizes[0].astype(np.float16), mu.astype(np.float16))
@@ -244,6 +251,7 @@ class TQ2_1(_TwoHalves):
     """Two bits a code: byte ``lane`` holds the codes of planes 0..3, lowest bits first."""
 
     id = file_type = 120
+    levels = 4
     fields: ClassVar = {"alpha": 2, "mu": 2, "qs": LANES}
     comment = "asymmetric ternary, 2-bit codes (ids far from upstream's next)"
 
@@ -340,7 +348,7 @@ def weights(codes: U8, alpha: F16, mu: F16) -> F32:
     Every implementation gives these very bits: the product is exact, so only the sum rounds.
 
     Args:
-        codes: uint8 ``[rows, cols]`` in {0, 1, 2}.
+        codes: uint8 ``[rows, cols]`` in 0..3.
         alpha: float16 ``[rows, blocks]``, with ``cols`` a multiple of ``blocks``.
         mu: float16 ``[rows, blocks]``.
     """
