@@ -1,4 +1,4 @@
-# Two commands do everything on a fresh machine with Python 3.10+, a C++ compiler and CMake:
+# Two commands do everything on a fresh machine with Python 3.10+ and a C++ compiler:
 #   make demo    quantise the example model, run it in our llama.cpp, measure it
 #   make test    lint, types, unit, property, round-trip and end-to-end tests
 # Variables: PYTHON=python3.11  JOBS=2  WORKERS=2  PT2_CACHE=DIR (where llama.cpp is built and kept)

@@ -16,8 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamacpp_bench.run import synthetic
-from llamacpp_bench.run.ggml_types import BY_NAME, FILE_TYPES
-from llamacpp_bench.run.gguf_info import header_bytes, read_gguf
 from llamacpp_bench.run.synthetic import (
     SHAPES,
     Shape,
@@ -32,6 +30,8 @@ from llamacpp_bench.run.synthetic import (
 from pt2_core import formats
 from pt2_core.errors import PT2Error
 from pt2_core.formats import DEFAULT, SMALLEST
+from pt2_core.ggml_types import BY_NAME, FILE_TYPES
+from pt2_core.gguf_info import header_bytes, read_gguf
 
 WRITABLE = sorted(set(BY_NAME) - {"Q8_1", "Q8_K"})
 

@@ -23,7 +23,6 @@ from safetensors.numpy import load, load_file
 
 from export.config import parse_size
 from llamacpp_bench.results import load_results, to_json
-from llamacpp_bench.run.gguf_info import read_gguf
 from llamacpp_bench.show.compare import compare, remarks
 from llamacpp_bench.show.merge import merge
 from llamacpp_bench.show.published import load_published
@@ -36,6 +35,7 @@ from pt2_core.artifact.proof import Proof
 from pt2_core.digest import sha256_content
 from pt2_core.files import read_json, sha256_file
 from pt2_core.formats import DEFAULT, SMALLEST
+from pt2_core.gguf_info import read_gguf
 from pt2_core.model.fold_edges import edges_for
 from pt2_core.safetensors_file import read_header
 from pt2_llama.builds import STAMP, read_build
