@@ -31,7 +31,7 @@ MODELS = {
     "phi3": ({"spm": True}, {}, ()),
     "gemma3_text": ({"spm": True}, {}, ()),
     "gpt2": ({"n_ctx": 256}, {"transposed": r"c_(attn|proj|fc)\.weight"}, ()),
-    "gpt_neox": ({}, {}, ()),
+    "gpt_neox": ({"rotary_pct": 0.25}, {}, ()),
     "bloom": ({}, {}, ()),
     "gpt_oss": ({}, {"transposed": EXPERTS}, ()),
     "starcoder2": ({}, {}, ()),
