@@ -206,13 +206,15 @@ def _as_json(ternary: Mapping[str, Target]) -> dict[str, Any]:
 
 
 def convert_whole(
-    source_dir: Path, model: Checkpoint, out: Path, options: Options, log: Path | None = None
-) -> list[str]:
-    """Convert a checkpoint to a BF16 file as it is, with the same repairs as an export.
+    source_dir: Path, model: Checkpoint, out: Path, options: Options, log: Path | None = None,
+    *, outtype: str = "bf16",
+) -> list[str]:  # fmt: skip
+    """Convert a checkpoint to a file as it is, with the same repairs as an export.
 
     Args:
         out: the file to write.
         log: where the converter's own log goes.
+        outtype: of its tensors: ``bf16`` or ``f32``.
 
     Returns:
         Notes: what was mended or ignored.
@@ -222,7 +224,7 @@ def convert_whole(
     """
     check_tokenizer(model.path)
     with temporary_folder(Path(tempfile.gettempdir()), "pt2-convert-") as work:
-        more = {"outtype": "bf16", "carrier": str(out.absolute())}
+        more = {"whole": True, "outtype": outtype, "carrier": str(out.absolute())}
         notes: list[str] = _View(model, work).drive(source_dir, options, log, **more)["notes"]
         return notes
 
@@ -254,6 +256,7 @@ class _View:
             "levels": {},
             "reasons": {},
             "values": {},
+            "whole": False,
             "outtype": "f32",
             "max_context": options.max_context,
             "pre_tokenizer": options.pre_tokenizer,

@@ -18,7 +18,8 @@ matrix, whether it is transposed), ``values`` (tensor name -> an .npy with what 
 where it cannot be ternary, folded), ``levels`` (tensor name -> how to give it, where an earlier
 run has found that out), ``orders`` (an .npz with ``rows/NAME`` and ``cols/NAME``), ``replaced`` (an
 .npz of tensors that take the place of the checkpoint's, by its names), ``dropped`` (names of
-tensors that the files hold and that do not count), ``outtype`` ("f32", or "bf16"), ``max_context``
+tensors that the files hold and that do not count), ``whole`` (true: convert the model as it is),
+``outtype`` ("f32", or "bf16" of a whole model), ``max_context``
 (0: as the model), ``pre_tokenizer`` (a name or null), ``vocab`` (false: leave the tokenizer out)
 and ``preflight`` (true: everything but reading weights and writing the carrier).
 
@@ -86,7 +87,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     with torch.inference_mode():
-        if job["outtype"] != "f32":
+        if job["whole"]:
             notes: list[str] = []
             model = load(job, notes)
             for name in job["dropped"]:
@@ -162,13 +163,17 @@ def load(job: dict[str, Any], notes: list[str]) -> Any:
     except Unsupported as e:
         raise Unsupported(f"{job['shown']}/config.json: {e}") from e
     notes += found
+    if not converter_metadata.has_table(kept):
+        kept = converter_metadata.with_older_names(kept, raw)
     model_class = get_model_class(get_model_architecture(kept, ModelType.TEXT))
+    model_class.no_mtp = True  # layers for further tokens: transformers does not load them either
     if hasattr(model_class, "_is_qwen3_reranker"):  # guessed from the folder's name and its card
         model_class._is_qwen3_reranker = lambda self: False
     special: Any = gguf.SpecialVocab
     special._set_special_token = _sound_only(special._set_special_token)
     kinds = {"f32": gguf.LlamaFileType.ALL_F32, "bf16": gguf.LlamaFileType.MOSTLY_BF16}
     model = model_class(folder, kinds[job["outtype"]], Path(job["carrier"]), hparams=kept)
+    model = getattr(model, "impl", model)  # Mistral3's is a shell around another class
     notes += converter_metadata.mend(model, context)
     if job["vocab"]:
         converter_vocab.install(model, job, notes)

@@ -34,7 +34,7 @@ _ERRORS = mapping(number(0), "|".join(STAGES))
 HELD = record({k: number() for k in ("kl", "same_top", "perplexity", "teacher_perplexity")})
 _MATRIX = record(
     {"rows": _SIZE, "cols": _SIZE},
-    {"block_size": _SIZE, "order": text(), "E_w": _ERRORS, "E_x": _ERRORS,
+    {"block_size": _SIZE, "levels": integer(3, 4), "order": text(), "E_w": _ERRORS, "E_x": _ERRORS,
      "norm_w": number(0), "norm_x": number(0), "tensor": text(), "transposed": boolean},
 )  # fmt: skip
 _MODEL = record(
