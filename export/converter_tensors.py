@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from export.stand_ins import VALUES, WIDE, Levels, RowMap, Target, leaves, row_map, watch
+from export.stand_ins import VALUES, WIDE, Levels, RowMap, Target, row_map, sources_of, track, watch
 
 
 class Tensors:
@@ -44,7 +44,9 @@ class Tensors:
             ValueError: the converter knows no tensor of a name that we need.
         """
         import numpy as np
+        from gguf.lazy import LazyBase
 
+        track(LazyBase)
         tensors, job = self.model.model_tensors, self.job
         for name in job["dropped"]:
             tensors.pop(_renamed(self.model, name), None)
@@ -99,7 +101,7 @@ class Tensors:
 
         def add_tensor(name: str, data: Any, raw_shape: Any = None, raw_dtype: Any = None) -> None:
             is_free = raw_dtype == free
-            sources = leaves(data)
+            sources = sources_of(data)
             entry = {"name": name, "sources": sources, "ternary": False, "free": is_free}
             stood_in = [n for n in sources if self.levels.of.get(n, VALUES) != VALUES]
             kind = full if is_free else raw_dtype

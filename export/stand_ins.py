@@ -159,37 +159,53 @@ def first_number(name: str) -> str | None:
 # Lazy tensors of the converter --------------------------------------------------------------------
 
 
-_NAME = "_pt2_tensor"
+_SOURCES = "_pt2_sources"
+
+
+def track(lazy: Any) -> None:
+    """Let every lazy tensor know the checkpoint's tensors that it is computed from.
+
+    This is noted when it is made: one that has been evaluated has forgotten its arguments.
+
+    Args:
+        lazy: the class ``gguf.lazy.LazyBase`` of the converter.
+    """
+    theirs = lazy.__init__
+    if hasattr(theirs, _SOURCES):
+        return
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        theirs(self, *args, **kwargs)
+        setattr(self, _SOURCES, tuple(_found(kwargs.get("args"), kwargs.get("kwargs"))))
+
+    setattr(init, _SOURCES, ())
+    lazy.__init__ = init
+
+
+def _found(*values: Any) -> dict[str, None]:
+    """The sources of all lazy tensors in nested arguments, in their order."""
+    found: dict[str, None] = {}
+    for value in values:
+        if isinstance(value, list | tuple):
+            found |= _found(*value)
+        elif isinstance(value, Mapping):
+            found |= _found(*value.values())
+        else:
+            found |= dict.fromkeys(getattr(value, "__dict__", {}).get(_SOURCES, ()))
+    return found
 
 
 def watch(name: str, make: Callable[[], Any]) -> Callable[[], Any]:
-    """``make``, whose lazy tensors bear the name of the checkpoint's tensor from then on."""
+    """``make``, whose tensors are the checkpoint's of this name."""
 
     def watched() -> Any:
         tensor = make()
-        setattr(tensor, _NAME, name)
+        setattr(tensor, _SOURCES, (name,))
         return tensor
 
     return watched
 
 
-def leaves(tensor: Any) -> list[str]:
+def sources_of(tensor: Any) -> list[str]:
     """The names of the checkpoint's tensors that a lazy one is computed from."""
-    found: dict[str, None] = {}
-    seen: set[int] = set()
-    todo = [tensor]
-    while todo:
-        at = todo.pop()
-        if id(at) in seen:
-            continue
-        seen.add(id(at))
-        own = getattr(at, "__dict__", {})
-        if _NAME in own:
-            found[own[_NAME]] = None
-        elif isinstance(at, list | tuple):
-            todo.extend(reversed(at))
-        elif isinstance(at, Mapping):
-            todo.extend(at.values())
-        elif "_args" in own:
-            todo.extend([own["_kwargs"], own["_args"]])
-    return list(found)
+    return list(_found(tensor))
