@@ -40,6 +40,7 @@ from export.encode import (
     plan_items,
 )
 from export.ggml import Ggml
+from export.levels import check_levels, levels_entry
 from export.mixed import Choice, choose
 from export.proof import Verdict
 from export.prove import Prover, placeholders, write_figures
@@ -152,6 +153,7 @@ def export_gguf(
     if config.targeted:
         source.measured()  # before the long work
     _check_group_size(source, config)
+    check_levels(artifact, config.type)
     if config.verify:
         check_model(artifact, model, progress)
     check_disk(out, model, source.targets)
@@ -347,6 +349,8 @@ def _metadata(source: TernarySource, items: list[Item], config: ExportConfig) ->
         metadata["pt2.pre_tokenizer"] = (options.pre_tokenizer, kind.STRING, None)
     if ours := formats.TYPES.get(config.type):
         metadata[ours.layout_key()] = (ours.layout, kind.UINT32, None)
+    for key, levels in levels_entry(source.artifact, config.type).items():
+        metadata[key] = (levels, kind.UINT32, None)
     return metadata
 
 
