@@ -259,7 +259,7 @@ def export_preflight(config: Config, wanted: bool) -> Preflight:
         try:
             return preflight(
                 checkpoint, ternary, max_context=config.max_context,
-                pre_tokenizer=config.pre_tokenizer, fold=config.order != "none",
+                pre_tokenizer=config.pre_tokenizer,
             )  # fmt: skip
         except NoSource as e:
             return [f"the preflight was left out, as llama.cpp's source cannot be had: {e}"]
