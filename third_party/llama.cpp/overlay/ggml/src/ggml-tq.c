@@ -291,7 +291,22 @@ void dequantize_row_q8_t(const block_q8_t * GGML_RESTRICT x, float * GGML_RESTRI
     }
 }
 
+static int tq_levels = 3; // written while a model's metadata is read, before a backend sees its tensors
+
+void ggml_tq_set_levels(int levels) {
+    if (levels > tq_levels) {
+        tq_levels = levels;
+    }
+}
+
+int ggml_tq_levels(void) {
+    return tq_levels;
+}
+
 bool ggml_tq_validate_codes(enum ggml_type type, const void * data, size_t nblocks) {
+    if (type == GGML_TYPE_TQ2_1 && ggml_tq_levels() > 3) {
+        return true;
+    }
     for (size_t b = 0; b < nblocks; ++b) {
         bool bad = false;
         if (type == GGML_TYPE_TQ2_1) {
