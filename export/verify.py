@@ -86,6 +86,23 @@ def compare_weights(
             raise _differs(f"{name} (weights)")
 
 
+def check_blocks(data: NDArray[Any], kind: type[formats.TernaryType]) -> None:
+    """Refuse a tensor with blocks that no encoder writes.
+
+    What such bytes stand for is defined, so that they can have the values of good ones.
+
+    Args:
+        data: as gguf-py's reader has a tensor of this type, uint8 ``[..., row bytes]``.
+
+    Raises:
+        ValueError: the first of them.
+    """
+    rows = data.view(np.uint8).reshape(-1, data.shape[-1])
+    chunk = max(1, _VALUES_AT_ONCE // (rows.shape[1] // kind.nbytes * kind.block))
+    for first in range(0, len(rows), chunk):
+        kind.check(rows[first : first + chunk], first)
+
+
 def _differs(what: str) -> PT2Error:
     return PT2Error(
         f"the written file does not read back as it should: {what} differs; nothing was kept. "

@@ -27,7 +27,7 @@ from export.ggml import Ggml
 from export.proof import Folder, Programs, Verdict
 from export.prove import MAX_ROW_ERROR, Prover, row_error
 from export.source import TernarySource
-from export.verify import compare_weights
+from export.verify import check_blocks, compare_weights
 from pt2_core import formats
 from pt2_core.artifact.folder import Artifact
 from pt2_core.errors import PT2Error
@@ -212,6 +212,12 @@ def _wrong_values(
     """What is wrong with a tensor's values, if anything."""
     tensor = item.tensor
     kind = item.type.name.lower()
+    if kind in formats.TYPES:
+        try:
+            check_blocks(data, formats.TYPES[kind])
+        except ValueError as e:
+            yield f"{tensor.name} is damaged: {e}"
+            return
     if tensor.source is not None and kind in formats.TYPES:
         try:
             compare_weights(tensor.name, data, item, source.rows, ggml)

@@ -155,6 +155,32 @@ class TernaryType(BlockType):
         return weights(*cls.unpack(data))
 
     @classmethod
+    def check(cls, data: U8, first_row: int = 0) -> None:
+        """Refuse blocks that no encoder writes.
+
+        They have defined values (FORMAT.md), but are a sign of a damaged file.
+
+        Args:
+            data: uint8 ``[rows, bytes]``, rows of whole blocks.
+            first_row: number of the first of these rows, for the message.
+
+        Raises:
+            ValueError: a NaN or infinite scale, or bytes that are no codes; the row and block of
+                the first are named.
+        """
+        import numpy as np
+
+        blocks = np.ascontiguousarray(data).reshape(-1, cls.nbytes)
+        _, alpha, mu = cls._split(blocks)
+        for bad, what in (
+            (~(np.isfinite(alpha) & np.isfinite(mu)), "a NaN or infinite scale"),
+            (cls._impossible(blocks), "bytes that are no codes"),
+        ):
+            if bad.any():
+                row, block = divmod(int(bad.argmax()), data.shape[1] // cls.nbytes)
+                raise ValueError(f"{cls.name}: row {first_row + row}, block {block} has {what}")
+
+    @classmethod
     def random_blocks(cls, count: int, rng: np.random.Generator, scale: float) -> U8:
         """Ternary blocks, uint8 ``[count, nbytes]``: any codes, each alpha about ``scale``.
 
@@ -175,6 +201,11 @@ class TernaryType(BlockType):
     @classmethod
     def _split(cls, blocks: U8) -> tuple[U8, F16, F16]:
         """The inverse of :meth:`_join`."""
+        raise NotImplementedError
+
+    @classmethod
+    def _impossible(cls, blocks: U8) -> NDArray[np.bool_]:
+        """Which blocks have bytes that :meth:`_join` gives for no codes, bool ``[blocks]``."""
         raise NotImplementedError
 
 
@@ -236,6 +267,13 @@ class TQ2_1(_TwoHalves):
 
         return (qs[:, None, :] >> _shifts()) & np.uint8(3)
 
+    @classmethod
+    def _impossible(cls, blocks: U8) -> NDArray[np.bool_]:
+        import numpy as np
+
+        qs = blocks[:, 4:]
+        return np.asarray((qs & (qs >> 1) & 0x55).any(axis=1))  # a code of 3
+
 
 class TQ1_1(_TwoHalves):
     """26 base-3 bytes of up to five codes, lowest digit first.
@@ -264,8 +302,18 @@ class TQ1_1(_TwoHalves):
         import numpy as np
 
         digits = (qs[:, None, :] // _powers()) % 3
+        # A byte above 242 is none that an encoder writes: it counts as the one 81 below.
+        digits[:, 4][qs >= 162] = 2
         tail = digits[:, 4, : cls._tail].reshape(-1, LANES - cls._full, PLANES).swapaxes(1, 2)
         return np.concatenate([digits[:, :PLANES], tail], axis=2)
+
+    @classmethod
+    def _impossible(cls, blocks: U8) -> NDArray[np.bool_]:
+        import numpy as np
+
+        qs = blocks[:, 4:]
+        most = np.where(np.arange(cls._full) < cls._tail, 3**5 - 1, 3**4 - 1)
+        return np.asarray((qs > most).any(axis=1))
 
 
 class Q8_T(BlockType):
@@ -295,7 +343,7 @@ BY_NAME: dict[str, type[TernaryType]] = {t.name: t for t in TYPES.values()}
 
 
 def weights(codes: U8, alpha: F16, mu: F16) -> F32:
-    """``alpha * (code - 1) + mu`` in float32.
+    """``alpha * (code - 1) + mu`` in float32; NaN where alpha or mu is NaN or infinite.
 
     Every implementation gives these very bits: the product is exact, so only the sum rounds.
 
@@ -308,6 +356,8 @@ def weights(codes: U8, alpha: F16, mu: F16) -> F32:
 
     rows, blocks = alpha.shape
     t = codes.reshape(rows, blocks, -1).astype(np.float32) - np.float32(1)
-    t *= alpha.astype(np.float32)[:, :, None]
-    t += mu.astype(np.float32)[:, :, None]
+    with np.errstate(invalid="ignore"):
+        t *= alpha.astype(np.float32)[:, :, None]
+        t += mu.astype(np.float32)[:, :, None]
+    t[~(np.isfinite(alpha) & np.isfinite(mu))] = np.nan
     return t.reshape(rows, -1)
