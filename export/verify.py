@@ -86,13 +86,14 @@ def compare_weights(
             raise _differs(f"{name} (weights)")
 
 
-def check_blocks(data: NDArray[Any], kind: type[formats.TernaryType]) -> None:
+def check_blocks(data: NDArray[Any], kind: type[formats.TernaryType], levels: int) -> None:
     """Refuse a tensor with blocks that no encoder writes.
 
     What such bytes stand for is defined, so that they can have the values of good ones.
 
     Args:
         data: as gguf-py's reader has a tensor of this type, uint8 ``[..., row bytes]``.
+        levels: how many the file is to have.
 
     Raises:
         ValueError: the first of them.
@@ -100,7 +101,7 @@ def check_blocks(data: NDArray[Any], kind: type[formats.TernaryType]) -> None:
     rows = data.view(np.uint8).reshape(-1, data.shape[-1])
     chunk = max(1, _VALUES_AT_ONCE // (rows.shape[1] // kind.nbytes * kind.block))
     for first in range(0, len(rows), chunk):
-        kind.check(rows[first : first + chunk], first)
+        kind.check(rows[first : first + chunk], first, levels)
 
 
 def _differs(what: str) -> PT2Error:

@@ -24,6 +24,7 @@ from export.checks import Progress, check_model, source_model
 from export.converter import Carrier, CarrierTensor, Options, run_converter
 from export.encode import F32_TYPE, Item
 from export.ggml import Ggml
+from export.levels import levels_of, wrong_levels
 from export.proof import Folder, Programs, Verdict
 from export.prove import MAX_ROW_ERROR, Prover, row_error
 from export.source import TernarySource
@@ -103,6 +104,7 @@ def verify_file(
             artifact.replaced(), options,
         )  # fmt: skip
         _compare_metadata(carrier, fields, findings)
+        findings.problems += wrong_levels(artifact, fields, tensors.values())
         items = _compare_tensors(carrier, tensors, source, ggml, findings, progress)
         if proof_tokens:
             prover = Prover(
@@ -214,7 +216,7 @@ def _wrong_values(
     kind = item.type.name.lower()
     if kind in formats.TYPES:
         try:
-            check_blocks(data, formats.TYPES[kind])
+            check_blocks(data, formats.TYPES[kind], levels_of(source.artifact))
         except ValueError as e:
             yield f"{tensor.name} is damaged: {e}"
             return

@@ -9,6 +9,7 @@
 #include "ggml-common.h"
 
 #include "ggml-quants.h"
+#include "ggml-tq-levels.h"
 #include "ggml-impl.h"
 
 #include <assert.h>

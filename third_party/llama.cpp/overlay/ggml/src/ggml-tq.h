@@ -27,8 +27,7 @@ GGML_API size_t quantize_tq1_1(const float * GGML_RESTRICT src, void * GGML_REST
 GGML_API void ggml_tq1_1_unpack_block(const block_tq1_1 * GGML_RESTRICT x, uint8_t * GGML_RESTRICT qs2);
 
 // false, with a message on stderr, if a block's bytes are none that a quantiser can have written
-// (code 3 in TQ2_1 unless ggml_tq_levels() is 4, a byte above 242 or a spare digit in TQ1_1); scales are
-// checked by the caller
+// (code 3 in TQ2_1, a byte above 242 or a spare digit in TQ1_1); scales are checked by the caller
 GGML_API bool ggml_tq_validate_codes(enum ggml_type type, const void * data, size_t nblocks);
 
 #ifdef __cplusplus

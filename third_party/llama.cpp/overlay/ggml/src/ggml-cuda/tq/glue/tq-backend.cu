@@ -2,6 +2,8 @@
 
 #include "tq-backend.cuh"
 
+#include "ggml-tq-levels.h"
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
