@@ -155,7 +155,7 @@ class TernaryType(BlockType):
         return weights(*cls.unpack(data))
 
     @classmethod
-    def check(cls, data: U8, first_row: int = 0, levels: int = 3) -> None:
+    def check(cls, data: U8, first_row: int = 0) -> None:
         """Refuse blocks that no encoder writes.
 
         They have defined values (FORMAT.md), but are a sign of a damaged file.
@@ -163,7 +163,6 @@ class TernaryType(BlockType):
         Args:
             data: uint8 ``[rows, bytes]``, rows of whole blocks.
             first_row: number of the first of these rows, for the message.
-            levels: how many levels the file is to have.
 
         Raises:
             ValueError: a NaN or infinite scale, or bytes that are no codes; the row and block of
@@ -175,7 +174,7 @@ class TernaryType(BlockType):
         _, alpha, mu = cls._split(blocks)
         for bad, what in (
             (~(np.isfinite(alpha) & np.isfinite(mu)), "a NaN or infinite scale"),
-            (cls._impossible(blocks, levels), "bytes that are no codes"),
+            (cls._impossible(blocks), "bytes that are no codes"),
         ):
             if bad.any():
                 row, block = divmod(int(bad.argmax()), data.shape[1] // cls.nbytes)
@@ -205,9 +204,11 @@ class TernaryType(BlockType):
         raise NotImplementedError
 
     @classmethod
-    def _impossible(cls, blocks: U8, levels: int) -> NDArray[np.bool_]:
-        """Which blocks have bytes that :meth:`_join` gives for no codes, bool ``[blocks]``."""
-        raise NotImplementedError
+    def _impossible(cls, blocks: U8) -> NDArray[np.bool_]:
+        """Which blocks have bytes that are no codes, bool ``[blocks]``; here every byte is some."""
+        import numpy as np
+
+        return np.zeros(len(blocks), bool)
 
 
 class _TwoHalves(TernaryType):
@@ -268,13 +269,6 @@ class TQ2_1(_TwoHalves):
 
         return (qs[:, None, :] >> _shifts()) & np.uint8(3)
 
-    @classmethod
-    def _impossible(cls, blocks: U8, levels: int) -> NDArray[np.bool_]:
-        import numpy as np
-
-        qs = blocks[:, 4:] if levels == 3 else blocks[:, :0]
-        return np.asarray((qs & (qs >> 1) & 0x55).any(axis=1))  # a code of 3
-
 
 class TQ1_1(_TwoHalves):
     """26 base-3 bytes of up to five codes, lowest digit first.
@@ -309,7 +303,7 @@ class TQ1_1(_TwoHalves):
         return np.concatenate([digits[:, :PLANES], tail], axis=2)
 
     @classmethod
-    def _impossible(cls, blocks: U8, levels: int) -> NDArray[np.bool_]:
+    def _impossible(cls, blocks: U8) -> NDArray[np.bool_]:
         import numpy as np
 
         qs = blocks[:, 4:]

@@ -38,14 +38,6 @@ def test_a_file_of_four_levels_holds_the_artifact_and_says_so(made, tmp_path):
     assert wrong == ["pt2.tq2_1.levels is missing in place of 4"]
 
 
-def test_code_3_is_damage_where_there_are_three_levels():
-    one = np.ones((1, 1), np.float16)
-    block = formats.TQ2_1.pack(np.full((1, 128), 3, np.uint8), one, one)
-    formats.TQ2_1.check(block, levels=4)
-    with pytest.raises(ValueError, match="no codes"):
-        formats.TQ2_1.check(block)
-
-
 def test_q2_k_takes_four_levels(made, tmp_path):
     _, folder = made(levels=4)
     report = export_gguf(folder, tmp_path / "m.gguf", ExportConfig(type="q2_k"))

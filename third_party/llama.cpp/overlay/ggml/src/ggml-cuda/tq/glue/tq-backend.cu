@@ -2,8 +2,6 @@
 
 #include "tq-backend.cuh"
 
-#include "ggml-tq-levels.h"
-
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -31,23 +29,13 @@ static bool tq_wanted() {
     return wanted;
 }
 
-// Tile form has three codes. Once a model of four levels is known, the shared kernels take everything; a model that
-// lies in tile form already would be misread then.
-static bool tq_three_levels() {
-    static const bool three = ggml_tq_levels() == 3; // of the first tensor that was asked for
-    if (three && ggml_tq_levels() != 3) {
-        GGML_ABORT("a model of four levels after one of three: start this program with GGML_CUDA_TQ=templates");
-    }
-    return three;
-}
-
 bool ggml_cuda_tq_form(int device, const ggml_tensor * tensor) {
     if (!tq_is_type(tensor)) {
         return false;
     }
     const int cc = ggml_cuda_info().devices[device].cc;
     return GGML_CUDA_CC_IS_NVIDIA(cc) && ggml_cuda_highest_compiled_arch(cc) >= GGML_CUDA_CC_AMPERE &&
-        ggml_is_contiguous(tq_root(tensor)) && tq_wanted() && tq_three_levels();
+        ggml_is_contiguous(tq_root(tensor)) && tq_wanted();
 }
 
 bool ggml_cuda_tq_tiles(int device, const ggml_tensor * tensor) {
