@@ -50,6 +50,16 @@ class Rows:
     rows: Tensor
     param_rows: Tensor
 
+    @property
+    def in_order(self) -> bool:
+        """Whether the rows of both are as they follow each other, none left out."""
+        return self.whole and _counts(self.param_rows)
+
+    @property
+    def whole(self) -> bool:
+        """Whether ``rows`` begins with row 0 and counts on."""
+        return _counts(self.rows)
+
 
 @dataclass
 class _Recipe:
@@ -316,6 +326,12 @@ def _read_off(
                 )  # fmt: skip
             at = stop
     return sorted(found, key=lambda r: int(r.param_rows[0]))
+
+
+def _counts(rows: Tensor) -> bool:
+    import torch
+
+    return bool((rows == torch.arange(rows.numel())).all())
 
 
 def _row_count(shape: Shape) -> int:

@@ -46,11 +46,13 @@ class Trace(TorchFunctionMode):
         on_read: called before each product with a weight.
         on_sum: called before a product of ``param`` is added to a tensor of its own shape that is
             no product of a weight: the residual stream.
+        history: keep every result, so that a sum with what was made of the product itself (as in
+            an activation) is told from one with the residual stream. For a few tokens only.
     """
 
     def __init__(
         self, block: nn.Module, on_read: Callable[[Read], None],
-        on_sum: Callable[[str, Tensor], None] | None = None,
+        on_sum: Callable[[str, Tensor], None] | None = None, *, history: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.weights = {
@@ -58,6 +60,7 @@ class Trace(TorchFunctionMode):
             for n, p in block.named_parameters() if p.dim() in (2, 3)
         }  # fmt: skip
         self.on_read, self.on_sum = on_read, on_sum
+        self.history = _History() if history else None
         self.products: dict[int, tuple[str, Tensor]] = {}  # by memory; kept, so it is not reused
 
     def __torch_function__(
@@ -75,6 +78,8 @@ class Trace(TorchFunctionMode):
         out = func(*args, **kwargs)
         if params and self.on_sum is not None and isinstance(out, Tensor):
             self.products[out.untyped_storage().data_ptr()] = (min(params), out)
+        if self.history is not None:
+            self.history.add(out)
         return out
 
     def _reads(self, name: str, args: Any, kwargs: Mapping[str, Any]) -> list[Read]:
@@ -108,8 +113,27 @@ class Trace(TorchFunctionMode):
         for product, other, own in ((made[0], made[1], b), (made[1], made[0], a)):
             if product is not None and other is None and self.on_sum is not None:
                 del self.products[product[1].untyped_storage().data_ptr()]
-                self.on_sum(product[0], own)
+                if self.history is None or self.history.before(own, product[1]):
+                    self.on_sum(product[0], own)
                 return
+
+
+class _History:
+    """The order in which results came to be."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, tuple[int, Tensor]] = {}
+
+    def add(self, out: Any) -> None:
+        if isinstance(out, Tensor):
+            self._made.setdefault(
+                out.untyped_storage().data_ptr(), (len(self._made), out)
+            )  # kept, so that its memory is not used for another
+
+    def before(self, one: Tensor, other: Tensor) -> bool:
+        """Whether a tensor was there before another was made."""
+        places = [self._made.get(t.untyped_storage().data_ptr(), (-1, t))[0] for t in (one, other)]
+        return places[0] < places[1]
 
 
 def _view_of(weight: Tensor, whole: Tensor) -> tuple[bool, int | None, bool]:
@@ -137,6 +161,10 @@ def find_reads(block: nn.Module, run: Callable[[], Any]) -> tuple[list[Read], di
     """All reads of one run in their order, and the parameters whose product joins the stream."""
     reads: list[Read] = []
     joins: dict[str, bool] = {}
-    with torch.no_grad(), Trace(block, reads.append, lambda p, _: joins.setdefault(p, True)):
+
+    def join(param: str, _: Tensor) -> None:
+        joins[param] = True
+
+    with torch.no_grad(), Trace(block, reads.append, join, history=True):
         run()
     return reads, joins

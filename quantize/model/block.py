@@ -1,0 +1,89 @@
+"""One decoder block and its tensors: each is read from the disk once, however often it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from pt2_core.errors import PT2Error
+from quantize.model.shell import fill
+from quantize.model.sites import Matrix, Site
+
+if TYPE_CHECKING:
+    from quantize.model.streamed import StreamedModel
+
+
+class Block:
+    """A decoder block of a streamed model.
+
+    Attributes:
+        index: its number.
+        sites: its inputs and what reads them.
+        matrices: the matrices of the files that it multiplies with, by name.
+    """
+
+    def __init__(self, model: StreamedModel, index: int) -> None:
+        self.model, self.index = model, index
+        self.sites: list[Site] = model.sites(index)
+        self.matrices: dict[str, Matrix] = {m.name: m for m in model.matrices(index)}
+        self.prefix = f"{model.shell.stack}.{index}."
+        self._tensors: dict[str, Tensor] = {}
+
+    def read(self, tensor: str) -> Tensor:
+        """A tensor of the files, on the CPU, in its own dtype; kept as long as the block."""
+        if tensor not in self._tensors:
+            self._tensors[tensor] = self.model.checkpoint.read(tensor)
+        return self._tensors[tensor]
+
+    def weight(self, name: str) -> Tensor:
+        """A matrix of the files, float32 ``[out, in]``, on the device."""
+        matrix = self.matrices[name]
+        value = self.read(matrix.tensor)
+        if matrix.slice is not None:
+            value = value[matrix.slice]
+        value = value.T if matrix.transposed else value
+        return value.to(self.model.device, torch.float32).contiguous()
+
+    def module(
+        self, replace: Mapping[str, Tensor] | None = None, dtype: torch.dtype | None = None
+    ) -> nn.Module:
+        """The block as transformers' class, its weights on the device.
+
+        Args:
+            replace: matrix -> weight ``[out, in]`` to use in place of the files'.
+            dtype: of the weights (None: the model's).
+        """
+        model = self.model
+        layer = model.shell.make_block(self.index)
+        names = list(layer.state_dict())
+        fill(
+            layer, names, lambda wanted: model.layout.values(wanted, self.read), model.device,
+            dtype or model.dtype, self.prefix,
+        )  # fmt: skip
+        self.put(layer, replace or {})
+        return layer
+
+    @torch.no_grad()
+    def put(self, layer: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        """Give matrices of a module of this block other weights (matrix -> ``[out, in]``).
+
+        Raises:
+            PT2Error: the block has no such matrix.
+        """
+        for name, weight in weights.items():
+            if name not in self.matrices:
+                raise PT2Error(f"{name} is no matrix of decoder block {self.index} of the model")
+            for part in self.matrices[name].parts:
+                place = layer.get_parameter(part.param.removeprefix(self.prefix)).data
+                if part.param_slice is not None:
+                    place = place[part.param_slice]
+                place = place.T if part.param_transposed else place
+                value = weight if part.whole and part.rows.numel() == weight.shape[0] else weight[part.rows.to(weight.device)]
+                value = value.to(place.device, place.dtype)
+                if part.param_rows.numel() == place.shape[0] and part.in_order:
+                    place.copy_(value)
+                else:
+                    place[part.param_rows.to(place.device)] = value
