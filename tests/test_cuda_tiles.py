@@ -26,7 +26,8 @@ from pt2_core.formats import BLOCK, TQ1_1
 from pt2_llama import api
 
 ROOT = Path(__file__).parents[1]
-KERNELS = ROOT / "third_party" / "llama.cpp" / "overlay" / "ggml" / "src" / "ggml-cuda"
+OVERLAY = ROOT / "third_party" / "llama.cpp" / "overlay"
+KERNELS = OVERLAY / "ggml" / "src" / "ggml-cuda" / "tq" / "kernels"
 TILE_ROWS, TILE_BYTES, SCALES = 16, 576, 512
 KINDS = pytest.mark.parametrize("kind", formats.TYPES.values(), ids=lambda k: k.name)
 U8 = NDArray[np.uint8]
@@ -255,3 +256,18 @@ def test_the_header_says_what_these_tests_take_from_it() -> None:
     assert "16*(4g + t) + 8h + 4r + i   qs[8t + 4h + i]" in header
     assert "512 + 8g + 4r               alpha, mu" in header
     assert "00, 01, 11 for c = 0, 1, 2" in header
+
+
+def test_kernels_need_no_header_of_ggml_and_templates_none_of_the_kernels() -> None:
+    """What lets benchmarks/cuda_lab compile each kernel alone: CUDA's headers and their own."""
+    included = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
+    folder = KERNELS.parent
+    files = sorted(p for p in folder.rglob("*") if p.suffix in (".cu", ".cuh"))
+    assert {p.parent.name for p in files} == {"glue", "kernels", "templates"}
+    for path in files:
+        for name in included.findall(path.read_text()):
+            target = (path.parent / name).resolve()
+            if path.parent.name == "kernels":
+                assert target.is_file() and target.parent == KERNELS, f"{path.name}: {name}"
+            if path.parent.name == "templates":
+                assert KERNELS not in target.parents, f"{path.name}: {name}"

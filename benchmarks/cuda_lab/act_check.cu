@@ -4,7 +4,7 @@
 // tq_quantize must give the CPU's bytes (Q8_T of FORMAT.md); after a norm or a gated unit, whose float sums
 // depend on their order, each value must be within half a step (and 1e-4 of one) of the float64 result.
 
-#include "../../third_party/llama.cpp/overlay/ggml/src/ggml-cuda/tq-act.cu"
+#include "../../third_party/llama.cpp/overlay/ggml/src/ggml-cuda/tq/kernels/tq-act.cu"
 
 #include <algorithm>
 #include <cmath>

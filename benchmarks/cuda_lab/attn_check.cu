@@ -1,12 +1,12 @@
 // tq-attn.cu against float64, then its time in a CUDA graph.
-//   S=../../third_party/llama.cpp/overlay/ggml/src/ggml-cuda
+//   S=../../third_party/llama.cpp/overlay/ggml/src/ggml-cuda/tq/kernels
 //   nvcc -std=c++17 -O3 -use_fast_math -arch=sm_90a -cudart static -o attn_check attn_check.cu $S/tq-act.cu
 //   ./attn_check check [SECONDS | small | tiny] | bench
 //     small: 15 seconds; tiny: a few launches of each kind, for compute-sanitizer (../h200/sanitize.sh)
 // The floats must be within a few units of float32 of the reference, the activations must be those that
 // tq_quantize makes of the floats, bit for bit, and every repeat must give the same bits.
 
-#include "../../third_party/llama.cpp/overlay/ggml/src/ggml-cuda/tq-attn.cu"
+#include "../../third_party/llama.cpp/overlay/ggml/src/ggml-cuda/tq/kernels/tq-attn.cu"
 
 #include <chrono>
 #include <cmath>

@@ -2,7 +2,7 @@
 // blocks packed here byte by byte as FORMAT.md says, against float64. Needs a patched llama.cpp tree:
 //
 //   nvcc -std=c++17 -O2 -arch=sm_90 --expt-relaxed-constexpr -extended-lambda -DGGML_CUDA_NO_VMM \
-//        -I$TREE/ggml/include -I$TREE/ggml/src -I$TREE/ggml/src/ggml-cuda backend_check.cu -o backend_check
+//        -I$TREE/ggml/include -I$TREE/ggml/src -I$TREE/ggml/src/ggml-cuda/tq/templates backend_check.cu -o backend_check
 #include "tq.cuh"
 
 #include <cmath>

@@ -1,7 +1,7 @@
-// The products of 9 to 64 tokens as the backend has them (overlay/ggml/src/ggml-cuda/tq-batch.cu): are they right, and what does
+// The products of 9 to 64 tokens as the backend has them (overlay/ggml/src/ggml-cuda/tq/kernels/tq-batch.cu): are they right, and what does
 // a layer of them cost, beside the prefill kernels that did them before?
 //
-//   D=../../third_party/llama.cpp/overlay/ggml/src/ggml-cuda
+//   D=../../third_party/llama.cpp/overlay/ggml/src/ggml-cuda/tq/kernels
 //   nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a -DGGML_CUDA_TQ_SM90A -I$D -o batch_product batch_product.cu \
 //        $D/tq-prefill.cu $D/tq-prefill-wgmma.cu $D/tq-act.cu
 //   ./batch_product check [small]       against float64 sums of the quantised problem: every number of tokens, poisoned y

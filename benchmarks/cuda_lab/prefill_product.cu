@@ -1,6 +1,6 @@
 // The prefill kernels of the backend (tq-prefill.cu, tq-prefill-wgmma.cu) by themselves.
 //
-//   D=../../third_party/llama.cpp/overlay/ggml/src/ggml-cuda
+//   D=../../third_party/llama.cpp/overlay/ggml/src/ggml-cuda/tq/kernels
 //   nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a -DGGML_CUDA_TQ_SM90A -I$D -o prefill_product prefill_product.cu \
 //        $D/tq-prefill.cu $D/tq-prefill-wgmma.cu
 //   ./prefill_product check [small|tiny]   against float64 sums of the quantised problem; poisoned y, strides, odd shapes;

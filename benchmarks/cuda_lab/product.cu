@@ -1,7 +1,7 @@
-// The decode products as the backend has them (overlay/ggml/src/ggml-cuda/tq-decode.cu): are they right,
+// The decode products as the backend has them (overlay/ggml/src/ggml-cuda/tq/kernels/tq-decode.cu): are they right,
 // and what does a layer of them cost?
 //
-//   OVERLAY=../../third_party/llama.cpp/overlay/ggml/src/ggml-cuda
+//   OVERLAY=../../third_party/llama.cpp/overlay/ggml/src/ggml-cuda/tq/kernels
 //   nvcc -O3 -std=c++17 -gencode arch=compute_90a,code=sm_90a -I $OVERLAY -o product product.cu $OVERLAY/tq-act.cu
 //   ./product check [small]       against float64
 //   ./product check tiny [GRID]   a few small launches, for compute-sanitizer (../h200/sanitize.sh), which racecheck follows

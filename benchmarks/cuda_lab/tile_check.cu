@@ -2,7 +2,7 @@
 // tq-kernels.cuh and from FORMAT.md: uploads and downloads in pieces that begin and end at any byte, uploads in 2D, and
 // rows to floats, contiguous, strided, permuted and by index. Memory is poisoned, so what should stay must stay.
 //
-//   SRC=../../third_party/llama.cpp/overlay/ggml/src/ggml-cuda
+//   SRC=../../third_party/llama.cpp/overlay/ggml/src/ggml-cuda/tq/kernels
 //   nvcc -std=c++17 -O2 -arch=sm_90 -cudart static -I$SRC tile_check.cu $SRC/tq-tile.cu -o tile_check
 //   ./tile_check [check small|tiny]   # checks, then the rate of an upload's conversion; "small": checks alone, "tiny": one
 //                                     # shape, for compute-sanitizer (../h200/sanitize.sh)

@@ -20,7 +20,7 @@ set -u
 case ${1:-} in -*) sed -n '2,/^set/{/^set/!p}' "$0" | sed 's/^# \{0,1\}//'; exit 2 ;; esac
 HERE=$(cd "$(dirname "$0")" && pwd)
 LAB=$HERE/../cuda_lab
-KERNELS=$HERE/../../third_party/llama.cpp/overlay/ggml/src/ggml-cuda
+KERNELS=$HERE/../../third_party/llama.cpp/overlay/ggml/src/ggml-cuda/tq/kernels
 OUT=${OUT:-sanitize} LIMIT=${LIMIT:-60} TOOLS=${TOOLS:-memcheck racecheck}
 PROGRAMS=${PROGRAMS:-tile_check act_check attn_check product batch_product prefill_product}
 SANITIZER=${SANITIZER:-$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2> /dev/null | tail -1)}

@@ -12,7 +12,7 @@
 // between touches the memory it writes to. GGML_CUDA_TQ_FUSE=0 leaves every node to itself;
 // GGML_CUDA_TQ_DEBUG=1 prints a line a graph.
 
-#include "tq-attn.cuh"
+#include "../kernels/tq-attn.cuh"
 #include "tq-backend.cuh"
 #include "tq-fuse.cuh"
 #include "tq-match.cuh"

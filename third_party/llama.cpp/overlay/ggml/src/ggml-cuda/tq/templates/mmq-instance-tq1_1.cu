@@ -1,6 +1,6 @@
-// One type a file, as the generated instances beside this one, so that they compile side by side.
+// One type a file, as the generated ones in template-instances/, so that they compile side by side.
 
-#include "../mmq.cuh"
+#include "../../mmq.cuh"
 
 #ifdef GGML_CUDA_TQ // from tq.cuh, which mmq.cuh includes once edits-cuda.yaml is applied
 DECL_MMQ_CASE(GGML_TYPE_TQ1_1);

@@ -7,8 +7,8 @@
 // Addresses: a tensor's strides, and the data pointers of views, count the file's bytes, also in tile form
 // (the file's bytes are never more than the tiles'). So a view's place is its distance from its root.
 
-#include "common.cuh"
-#include "tq-kernels.cuh"
+#include "../../common.cuh"
+#include "../kernels/tq-kernels.cuh"
 
 #include <unordered_set>
 #include <vector>

@@ -4,7 +4,7 @@
 // and the matrix-vector products (MMVQ). These are right on every card, and what faster kernels are
 // measured against. FORMAT.md has the bytes.
 
-#include "common.cuh"
+#include "../../common.cuh"
 
 #define GGML_CUDA_TQ // this tree has the edits of edits-cuda.yaml
 

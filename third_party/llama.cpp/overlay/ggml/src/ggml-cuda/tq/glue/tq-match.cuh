@@ -3,7 +3,7 @@
 // What comes before the matrices of a site, recognised in the graph: a norm, a gated unit or attention whose
 // arguments a kernel of ours takes (tq-kernels.cuh, tq-attn.cuh). For tq-fuse.cu alone.
 
-#include "tq-attn.cuh"
+#include "../kernels/tq-attn.cuh"
 #include "tq-backend.cuh"
 #include "tq-fuse.cuh"
 
