@@ -150,7 +150,7 @@ def open_model(
 def _with_artifact(checkpoint: Checkpoint, artifact: Artifact) -> Any:
     """The checkpoint's ``read`` with the artifact's weights; holds one decoder block."""
     checkpoint.replaced = {k: torch.from_numpy(v) for k, v in artifact.replaced().items()}
-    home = {name: block_of(name) for name in artifact.matrices}
+    home = {name: block_of(name, m) for name, m in artifact.matrices.items()}
     held: dict[int, Any] = {}
 
     def read(name: str, shape: tuple[int, ...]) -> Tensor:

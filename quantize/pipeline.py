@@ -60,6 +60,19 @@ class Result:
     seconds: float
     warnings: list[str] = field(default_factory=list)
 
+    def starved(self) -> list[str]:
+        """What is to be said of experts that saw few calibration tokens; empty if none did."""
+        few = {n: m for n, m in self.matrices.items() if m.get("common")}
+        if not few:
+            return []
+        experts = sum(1 for m in self.matrices.values() if "tokens" in m)
+        name = min(few, key=lambda n: few[n]["tokens"])
+        return [
+            f"{len(few)} of {experts} matrices saw few calibration tokens (fewest: "
+            f"{few[name]['tokens']}, {name}): their Hessians are blended with their layer's; "
+            f"{RUN} names all"
+        ]
+
     @property
     def parameters(self) -> int:
         """Weights that are now ternary."""

@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from pt2_core.artifact.manifest import kind_of
 from pt2_core.errors import PT2Error
 from pt2_core.model.fold_edges import FoldEdges, edges_for
 from pt2_core.model.widths import storable, width_problem
@@ -94,7 +95,7 @@ def make_plan(model: StreamedModel, config: Config, *, strict: bool = False) -> 
                 plan.tensors[name] = matrix.record
                 plan.blocks[-1].append(name)
             if not reason or "columns" in reason:
-                widths.setdefault(_kind(name), []).append(matrix.cols)
+                widths.setdefault(kind_of(name), []).append(matrix.cols)
     problem = width_problem(widths, config.block_size, config.skip, exported=exported)
     if strict and plan.by_need:
         name, reason = next(iter(plan.by_need.items()))
@@ -143,12 +144,3 @@ def _router(sites: list[Site]) -> str | None:
 
 def _experts(sites: list[Site]) -> int:
     return max((s.slices for s in sites), default=0)
-
-
-def _kind(name: str) -> str:
-    """The kind of linear that a matrix is, for messages: ``down_proj``.
-
-    >>> _kind("model.layers.0.mlp.experts.down_proj[5]")
-    'down_proj'
-    """
-    return re.sub(r"\[\d+\]$", "", name).rpartition(".")[2]

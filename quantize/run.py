@@ -25,6 +25,7 @@ from pt2_core.artifact.folder import (
     ArtifactWriter,
     TernaryMatrix,
     pack_ternary,
+    sha256_array,
 )
 from pt2_core.errors import PT2Error
 from pt2_core.files import write_json
@@ -219,7 +220,9 @@ class Run:
         return next(iter(of_expert.values()))[0]
 
     def _ternary_of(self, block: Block, site: int) -> list[Matrix]:
-        return [m for m in block.matrices.values() if m.site == site and m.name in self.plan.ternary]
+        return [
+            m for m in block.matrices.values() if m.site == site and m.name in self.plan.ternary
+        ]
 
     def _quantize_site(
         self, block: Block, names: list[str], hessian: Tensor, moments: SiteMoments | None,
@@ -397,6 +400,9 @@ class Run:
 
     def _save_run(self) -> None:
         self.run["warnings"] = self.reporter.warnings
+        few = {n: m for n, m in self.writer.manifest["matrices"].items() if m.get("common")}
+        if few:
+            self.run["few_tokens"] = {n: m["tokens"] for n, m in few.items()}
         write_json(self.writer.path / RUN, self.run)
 
 
@@ -415,8 +421,6 @@ def activation_digest(stream: Stream) -> str:
     Each position's bits, as whole numbers, are summed with odd weights that differ by channel; the
     sums are hashed.
     """
-    from pt2_core.artifact.folder import sha256_array
-
     sums = []
     for batch in stream.batches:
         hidden = batch.hidden

@@ -251,7 +251,7 @@ class Artifact:
             result[name] = TernaryMatrix(name, **{k: v for k, v in parts.items() if v is not None})
             result[name].check(where)
             self._check_record(result[name], index, where)
-        wanted = {name for name in self.matrices if block_of(name) == index}
+        wanted = {name for name, m in self.matrices.items() if block_of(name, m) == index}
         if missing := sorted(wanted - set(result)):
             raise PT2Error(f"{where} lacks {missing[0]}, which the manifest names; quantise again")
         return result
@@ -260,7 +260,7 @@ class Artifact:
         """The manifest's figures are what exporter and evaluation plan by: they must be true."""
         record = self.matrices[m.name]
         size = record.get("block_size", m.block_size)
-        stated = (record["rows"], record["cols"], size, block_of(m.name))
+        stated = (record["rows"], record["cols"], size, block_of(m.name, record))
         if stated != (m.rows, m.cols, m.block_size, index):
             raise PT2Error(
                 f"{where}: {m.name} is {m.rows} x {m.cols} in blocks of {m.block_size}, not as "

@@ -22,7 +22,7 @@ from pt2_core.schema import (
 
 SHA256 = r"[0-9a-f]{64}"
 FILE_NAME = r"(?!block-)[a-z][a-z-]*\.safetensors|block-\d{5}\.safetensors"
-LINEAR_NAME = r"model\.layers\.\d{1,6}\.[\w.]+"
+LINEAR_NAME = r"[\w.]+(\[\d{1,6}\])?"
 STAGES = ("init", "itf", "aga", "reround", "blockwise", "final")  # as they follow in time
 MEND = "quantise again, or copy the artifact again"
 
@@ -32,7 +32,11 @@ HELD = record({k: number() for k in ("kl", "same_top", "perplexity", "teacher_pe
 _MATRIX = record(
     {"rows": _SIZE, "cols": _SIZE},
     {"block_size": _SIZE, "order": text(), "E_w": _ERRORS, "E_x": _ERRORS,
-     "norm_w": number(0), "norm_x": number(0)},
+     "norm_w": number(0), "norm_x": number(0),
+     # Where the matrix is: decoder block, tensor of the files, whether it holds [in, out].
+     "block": integer(0, 999_999), "tensor": text(), "transposed": boolean,
+     # Of an expert: its calibration tokens, the share of the layer's common Hessian in its own.
+     "tokens": integer(0), "common": number(0)},
 )  # fmt: skip
 _MODEL = record(
     {"fingerprint": text()},
@@ -52,6 +56,7 @@ _MANIFEST = record(
     },
     {"activations": mapping(text(), r"\d{1,6}"),
      "proof": mapping(anything),
+     "fold": anything,
      "refinement": record({"before": HELD, "after": HELD})},
 )  # fmt: skip
 
@@ -66,7 +71,12 @@ def check_manifest(value: Any, file: Path) -> None:
     blocks = sorted(name for name in value["files"] if name.startswith("block-"))
     if blocks != [f"block-{i:05d}.safetensors" for i in range(len(blocks))]:
         raise PT2Error(f"{file}: 'files' names {blocks[-1]} but not every block before it; {MEND}")
-    lost = [n for n in value["matrices"] if block_of(n) >= len(blocks)]
+    homes = {n: block_of(n, m) for n, m in value["matrices"].items()}
+    if astray := next((n for n, home in homes.items() if home is None), None):
+        raise PT2Error(
+            f"{file}: 'matrices' does not say which decoder block {astray} is in; {MEND}"
+        )
+    lost = [n for n, home in homes.items() if home is not None and home >= len(blocks)]
     if lost:
         raise PT2Error(f"{file}: 'matrices' has {lost[0]}, of a block without a file; {MEND}")
     cols = {name: m["cols"] % m.get("block_size", 1) for name, m in value["matrices"].items()}
@@ -88,8 +98,23 @@ def check_errors(value: dict[str, Any], file: Path) -> None:
             raise PT2Error(f"{file}: {name} lacks errors of some stages, or their norms; {MEND}")
 
 
-def block_of(module: str) -> int:
-    """The number of the decoder block that a linear of the manifest is in."""
-    match = re.match(r"model\.layers\.(\d+)\.", module)
-    assert match is not None, module  # check_manifest has seen to it
-    return int(match[1])
+def block_of(name: str, entry: dict[str, Any]) -> int | None:
+    """The number of the decoder block that a matrix of the manifest is in.
+
+    Args:
+        entry: of the manifest; one that an older program wrote does not name the block, and the
+            name does.
+    """
+    if "block" in entry:
+        return int(entry["block"])
+    match = re.match(r"model\.layers\.(\d+)\.", name)
+    return int(match[1]) if match else None
+
+
+def kind_of(name: str) -> str:
+    """The kind of linear that a matrix is, as tables and figures group them.
+
+    >>> kind_of("model.layers.0.mlp.experts.down_proj[5]"), kind_of("model.layers.0.mlp.up_proj")
+    ('down_proj', 'up_proj')
+    """
+    return re.sub(r"\[\d+\]$", "", name).rpartition(".")[2]

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 from pt2_core.errors import PT2Error
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 Shape = tuple[int, ...]
@@ -318,7 +317,9 @@ def _read_off(
             inside = ((rows >= at) & (rows < stop)).nonzero()[:, 0]
             if inside.numel():
                 own = columns[inside, 0].long() if flipped else rows[inside] - at
-                if widths != shape[-2 if flipped else -1] or (flipped and (rows[inside] != at).any()):
+                if widths != shape[-2 if flipped else -1] or (
+                    flipped and (rows[inside] != at).any()
+                ):
                     return None
                 place = number if len(shape) == 3 else None
                 found.append(
@@ -352,5 +353,3 @@ def _moved(name: str, was: str, now: str) -> str:
         new[i] if i < len(old) and part == old[i] and part.isdigit() else part
         for i, part in enumerate(parts)
     )
-
-

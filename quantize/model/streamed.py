@@ -16,6 +16,7 @@ Nothing is known of any architecture: the model is transformers' own class
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -23,8 +24,7 @@ from torch import Tensor, nn
 
 from pt2_core.errors import PT2Error
 from pt2_core.model.checkpoint import Checkpoint, torch_dtype
-from pt2_core.model.expected import load_config, meta_model, settle
-from pt2_core.model.settings import CONFIG
+from pt2_core.model.expected import load_config, settle
 from quantize.model.block import Block
 from quantize.model.shell import Batch, Shell, empty_outside, fill_outside, set_value, share
 from quantize.model.sites import Matrix, Site, find_matrices, find_sites
@@ -79,11 +79,11 @@ class StreamedModel:
         self.device = torch.device(device)
         self.dtype = torch_dtype(dtype)
         self.config = load_config(checkpoint)
-        model = meta_model(self.config, checkpoint.path / CONFIG)
-        self.layout = settle(checkpoint, self.config, model)
+        model, self.layout = settle(checkpoint, self.config)
         self.shell = Shell(model, self.device, self.dtype)
         self.n_blocks = len(self.shell.blocks)
         self.hidden_size: int = self.config.hidden_size
+        self._holders = 0
         self._sites: dict[str, list[Site]] = {}
         self._probe: Batch | None = None
         self._matrices: tuple[int, list[Matrix]] = (-1, [])
@@ -114,21 +114,35 @@ class StreamedModel:
             tokens: int64 ``[n, len]``.
             batch_size: windows in a forward pass.
         """
-        fill_outside(self.shell, self.layout, self.checkpoint.read)
-        batches = list(share(self.shell.record(part) for part in tokens.split(batch_size)))
-        for batch in batches:
-            batch.hidden = batch.hidden.clone()
-        empty_outside(self.shell)
+        with self.outside():
+            batches = list(share(self.shell.record(part) for part in tokens.split(batch_size)))
+            for batch in batches:
+                batch.hidden = batch.hidden.clone()
         return Stream(batches)
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """Hold the weights outside the blocks (embeddings, head) while inside.
+
+        :meth:`start` and :meth:`logits` hold them by themselves; between several calls they are
+        then not read again.
+        """
+        self._holders += 1
+        if self._holders == 1:
+            fill_outside(self.shell, self.layout, self.checkpoint.read)
+        try:
+            yield
+        finally:
+            self._holders -= 1
+            if not self._holders:
+                empty_outside(self.shell)
 
     def block(self, index: int) -> Block:
         """Decoder block ``index``; no tensor has been read yet."""
         return Block(self, index)
 
     @torch.no_grad()
-    def logits(
-        self, stream: Stream, first: int = 0, last: int | None = None
-    ) -> Iterator[Tensor]:
+    def logits(self, stream: Stream, first: int = 0, last: int | None = None) -> Iterator[Tensor]:
         """The logits of windows behind the last block, one window after the other.
 
         Args:
@@ -137,8 +151,7 @@ class StreamedModel:
         Returns:
             float32 ``[positions, vocab]`` for each window
         """
-        fill_outside(self.shell, self.layout, self.checkpoint.read)
-        try:
+        with self.outside():
             for batch in stream.batches:
                 length = batch.tokens.shape[1]
                 keep = torch.arange(length, device=self.device)[first:last]
@@ -148,8 +161,6 @@ class StreamedModel:
                     part = replace(batch, tokens=batch.tokens[rows])
                     states = batch.hidden if i is None else batch.hidden[rows]
                     yield from self.shell.logits(part, states, keep)
-        finally:
-            empty_outside(self.shell)
 
     def sites(self, index: int) -> list[Site]:
         """The sites of a decoder block, in the order they run; blocks made alike share them."""
@@ -170,6 +181,7 @@ class StreamedModel:
     def _probed(self) -> Batch:
         """A few tokens before the first block, for embeddings of zero."""
         if self._probe is None:
+            assert not self._holders, "sites are found before weights are held"
             model = self.shell.model
             for name, p in list(model.named_parameters(remove_duplicate=False)):
                 if not name.startswith(f"{self.shell.stack}."):
