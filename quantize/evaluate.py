@@ -27,6 +27,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -101,7 +102,7 @@ def perplexity(
         for index in range(model.n_blocks):
             layer = model.block(index).module(_dequantized(weights, index, grid))
             text = f"block {index + 1}/{model.n_blocks}"
-            stream.advance(layer, index, lambda text=text: reporter.step(text))
+            stream.advance(layer, index, partial(reporter.step, text))
         reporter.done()
         return _score(model, stream, tokens, second_half)
 

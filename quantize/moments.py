@@ -7,6 +7,7 @@ are gathered some experts at a time, so that they fit in memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -103,14 +104,14 @@ def gather(
     twice = streams[0] is not streams[1]
     for batch, reference in zip(streams[0].batches, streams[1].batches, strict=True):
         seen, _ = watch(
-            layers[0], block.sites, wanted, lambda b=batch: b.run(layers[0], block.index),
+            layers[0], block.sites, wanted, partial(batch.run, layers[0], block.index),
             streams=stream,
         )  # fmt: skip
         full = seen
         if twice:
             full, _ = watch(
                 layers[1], block.sites, wanted,
-                lambda b=reference: b.run(layers[1], block.index), streams=stream,
+                partial(reference.run, layers[1], block.index), streams=stream,
             )  # fmt: skip
         for number in wanted:
             if number in seen.inputs:
@@ -134,7 +135,7 @@ def gather_experts(
     moments = ExpertMoments(experts, common)
     for batch in stream.batches:
         seen, _ = watch(
-            layer, block.sites, [site], lambda b=batch: b.run(layer, block.index)
+            layer, block.sites, [site], partial(batch.run, layer, block.index)
         )  # fmt: skip
         moments.add(seen.experts.get(site, {}))
         step()

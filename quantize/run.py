@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -386,7 +387,7 @@ class Run:
         sums: dict[int, Tensor] = {}
         for batch in stream.batches:
             seen, out = watch(
-                layer, block.sites, wanted, lambda b=batch: b.run(layer, block.index),
+                layer, block.sites, wanted, partial(batch.run, layer, block.index),
                 to_the_end=True,
             )  # fmt: skip
             inputs = [(n, x) for n in wanted if (x := seen.inputs.get(n)) is not None]

@@ -26,6 +26,7 @@ import argparse
 import sys
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -178,7 +179,7 @@ def _inputs(block: Block, layer: nn.Module, stream: Stream) -> dict[str, Tensor]
     for batch in stream.batches:
         tokens += batch.tokens.numel()
         seen, _ = watch(
-            layer, block.sites, wanted, lambda b=batch: b.run(layer, block.index)
+            layer, block.sites, wanted, partial(batch.run, layer, block.index)
         )  # fmt: skip
         inputs: list[tuple[tuple[int, int | None], Tensor]] = [
             ((n, None), x) for n, x in seen.inputs.items()

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pt2_core.model.architectures import ADAPTERS, EMBEDDING, HEAD
 from quantize_support import tiny_config, tiny_model, token_file
 from safetensors.torch import load_file, save_file
 
 from pt2_core.errors import PT2Error
 from pt2_core.model.checkpoint import Checkpoint
+from pt2_core.model.tied_tables import EMBEDDING, HEAD
 from pt2_core.model.widths import width_problem
 from quantize.evaluate import perplexity
 from quantize.model.streamed import StreamedModel

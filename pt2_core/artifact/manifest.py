@@ -72,11 +72,7 @@ def check_manifest(value: Any, file: Path) -> None:
     if blocks != [f"block-{i:05d}.safetensors" for i in range(len(blocks))]:
         raise PT2Error(f"{file}: 'files' names {blocks[-1]} but not every block before it; {MEND}")
     homes = {n: block_of(n, m) for n, m in value["matrices"].items()}
-    if astray := next((n for n, home in homes.items() if home is None), None):
-        raise PT2Error(
-            f"{file}: 'matrices' does not say which decoder block {astray} is in; {MEND}"
-        )
-    lost = [n for n, home in homes.items() if home is not None and home >= len(blocks)]
+    lost = [n for n, home in homes.items() if not 0 <= home < len(blocks)]
     if lost:
         raise PT2Error(f"{file}: 'matrices' has {lost[0]}, of a block without a file; {MEND}")
     cols = {name: m["cols"] % m.get("block_size", 1) for name, m in value["matrices"].items()}
@@ -98,17 +94,20 @@ def check_errors(value: dict[str, Any], file: Path) -> None:
             raise PT2Error(f"{file}: {name} lacks errors of some stages, or their norms; {MEND}")
 
 
-def block_of(name: str, entry: dict[str, Any]) -> int | None:
+def block_of(name: str, entry: dict[str, Any]) -> int:
     """The number of the decoder block that a matrix of the manifest is in.
 
     Args:
         entry: of the manifest; one that an older program wrote does not name the block, and the
             name does.
+
+    Returns:
+        -1 where neither does.
     """
     if "block" in entry:
         return int(entry["block"])
     match = re.match(r"model\.layers\.(\d+)\.", name)
-    return int(match[1]) if match else None
+    return int(match[1]) if match else -1
 
 
 def kind_of(name: str) -> str:

@@ -119,7 +119,7 @@ def meta_model(config: Any, where: Any) -> Any:
             f"{where} has the model_type {config.model_type!r}, for which transformers has no "
             "causal language model"
         )
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     kind = kind[0] if isinstance(kind, tuple) else kind
     config._attn_implementation = "sdpa" if getattr(kind, "_supports_sdpa", False) else "eager"
     try:

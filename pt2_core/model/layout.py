@@ -49,15 +49,10 @@ class Rows:
     rows: Tensor
     param_rows: Tensor
 
-    @property
-    def in_order(self) -> bool:
-        """Whether the rows of both are as they follow each other, none left out."""
-        return self.whole and _counts(self.param_rows)
-
-    @property
-    def whole(self) -> bool:
-        """Whether ``rows`` begins with row 0 and counts on."""
-        return _counts(self.rows)
+    def whole(self, file_rows: int, param_rows: int) -> bool:
+        """Whether all rows of the file's matrix are all rows of the class's, in their order."""
+        same = self.rows.numel() == file_rows == param_rows
+        return same and _counts(self.rows) and _counts(self.param_rows)
 
 
 @dataclass
@@ -251,7 +246,7 @@ class Layout:
                 made = [{}, {}]
             known[key] = (first, {n: (v, made[1][n]) for n, v in made[0].items()})
         was, found = known[key]
-        result = {}
+        result: dict[tuple[str, int | None], tuple[Tensor, Tensor]] = {}
         for name, (row_ids, column_ids) in found.items():
             param = first if name == was else _moved(name, was, first)
             if row_ids.dim() == 2:
@@ -317,9 +312,8 @@ def _read_off(
             inside = ((rows >= at) & (rows < stop)).nonzero()[:, 0]
             if inside.numel():
                 own = columns[inside, 0].long() if flipped else rows[inside] - at
-                if widths != shape[-2 if flipped else -1] or (
-                    flipped and (rows[inside] != at).any()
-                ):
+                begins = not flipped or bool((rows[inside] == at).all())
+                if widths != shape[-2 if flipped else -1] or not begins:
                     return None
                 place = number if len(shape) == 3 else None
                 found.append(

@@ -81,13 +81,8 @@ class Block:
                 if part.param_slice is not None:
                     place = place[part.param_slice]
                 place = place.T if part.param_transposed else place
-                value = (
-                    weight
-                    if part.whole and part.rows.numel() == weight.shape[0]
-                    else weight[part.rows.to(weight.device)]
-                )
-                value = value.to(place.device, place.dtype)
-                if part.param_rows.numel() == place.shape[0] and part.in_order:
-                    place.copy_(value)
-                else:
-                    place[part.param_rows.to(place.device)] = value
+                if part.whole(weight.shape[0], place.shape[0]):
+                    place.copy_(weight.to(place.device, place.dtype))
+                    continue
+                value = weight[part.rows.to(weight.device)].to(place.device, place.dtype)
+                place[part.param_rows.to(place.device)] = value

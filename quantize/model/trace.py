@@ -143,7 +143,7 @@ def _view_of(weight: Tensor, whole: Tensor) -> tuple[bool, int | None, bool]:
     at = weight.storage_offset() - whole.storage_offset()
     index = None
     if whole.dim() == 3 and weight.dim() == 2:
-        index, at = divmod(at, whole.stride(0))
+        index, at = divmod(int(at), whole.stride(0))
     straight = (rows, cols) == weight.shape[-2:] and weight.stride()[-2:] == stride
     turned = (cols, rows) == weight.shape[-2:] and weight.stride()[-2:] == stride[::-1]
     plain = at == 0 and weight.dim() <= whole.dim() and (straight or turned)
@@ -153,7 +153,7 @@ def _view_of(weight: Tensor, whole: Tensor) -> tuple[bool, int | None, bool]:
 def same_input(x: Tensor) -> tuple[int, int, int, int, int]:
     """What is equal for two views of the same rows of inputs, unchanged between."""
     return (
-        x.untyped_storage().data_ptr(), x.storage_offset(), x.numel(), x.shape[-1], x._version
+        x.untyped_storage().data_ptr(), int(x.storage_offset()), x.numel(), x.shape[-1], x._version
     )  # fmt: skip
 
 
