@@ -328,14 +328,18 @@ def test_a_missing_model_type_is_that_of_the_architecture(folder):
     refused(folder, "do not belong together")
 
 
-def test_our_defaults_are_those_of_transformers():
-    for name, adapter in ADAPTERS.items():
-        settings = tiny_config(name.removesuffix("ForCausalLM")).to_dict()
-        default = type(tiny_config(name.removesuffix("ForCausalLM")))()
-        assert settings["model_type"] == adapter.model_type
-        assert default.tie_word_embeddings is False
-        for key, value in adapter.defaults.items():
-            assert getattr(default, key) == value
+def test_a_number_of_heads_that_the_files_lack_is_transformers_default(tmp_path):
+    """Mistral's is 8, whatever the number of heads; llama.cpp would take all of them."""
+    folder = tiny_model(tmp_path / "m", "Mistral", num_attention_heads=16, num_key_value_heads=8)
+    config(folder, num_key_value_heads="gone")
+    checkpoint = Checkpoint.open(folder)
+    StreamedModel(checkpoint)
+    assert checkpoint.settings["num_key_value_heads"] == 8
+    assert checkpoint.filled == {"num_key_value_heads": 8}
+    assert "num_key_value_heads: 8" in checkpoint.notes[0]
+    other = Checkpoint.open(folder)
+    other.as_made(checkpoint.identity("x"))
+    assert other.settings == checkpoint.settings
 
 
 def test_a_missing_head_dim_is_transformers_default_where_the_files_fit_it(tmp_path):
@@ -343,7 +347,7 @@ def test_a_missing_head_dim_is_transformers_default_where_the_files_fit_it(tmp_p
     folder = tiny_model(tmp_path / "m", "Qwen3", num_hidden_layers=1, head_dim=128)
     config(folder, head_dim="gone")
     checkpoint = Checkpoint.open(folder)
-    assert StreamedModel(checkpoint).head_dim == checkpoint.settings["head_dim"] == 128
+    assert StreamedModel(checkpoint).config.head_dim == checkpoint.settings["head_dim"] == 128
     assert "head_dim" in checkpoint.notes[0]
     other = tiny_model(tmp_path / "n", "Qwen3", num_hidden_layers=1, head_dim=64)
     config(other, head_dim="gone")
