@@ -12,15 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from quantize_support import tiny_config, tiny_model, token_file
+from quantize_support import tiny_model, token_file
 from safetensors.torch import load_file, save_file
 
 from pt2_core.errors import PT2Error
 from pt2_core.model.checkpoint import Checkpoint
 from pt2_core.model.tied_tables import EMBEDDING, HEAD
 from pt2_core.model.widths import width_problem
+from quantize.config import Config
 from quantize.evaluate import perplexity
 from quantize.model.streamed import StreamedModel
+from quantize.plan import make_plan
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -421,11 +423,11 @@ def test_widths_are_named_together_with_the_one_option_that_settles_them():
 
 def test_a_width_that_no_type_holds_is_refused_before_the_work(tmp_path):
     folder = tiny_model(tmp_path / "m", intermediate_size=192, num_hidden_layers=1)
-    for size in ("128", "64"):
-        done = quantise(folder, tmp_path, "--block-size", size)
-        assert "--skip 'down_proj'" in done.stderr
-    option = ["--block-size", "128", "--skip", "down_proj"]
-    assert quantise(folder, tmp_path, *option, "--calibration", "none.txt", said="none.txt")
+    model = StreamedModel(Checkpoint.open(folder))
+    for size in (128, 64):
+        with pytest.raises(PT2Error, match="--skip 'down_proj'"):
+            make_plan(model, Config(block_size=size), strict=True)
+    assert not make_plan(model, Config(skip="down_proj"), strict=True).by_need
 
 
 # Before torch -------------------------------------------------------------------------------------
@@ -455,13 +457,11 @@ def quantise(folder: Path, tmp_path: Path, *options: str, said: str = "") -> Any
 CHEAP: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
     "no folder": (lambda f: f.rename(f.parent / "gone"), [], "no model folder"),
     "output exists": (lambda f: (f.parent / "out").write_text("x"), [], "is a file"),
-    "architecture": (lambda f: config(f, architectures=["NewForCausalLM"]), [], "NewForCausalLM"),
     "option": (lambda f: None, ["--damping", "99"], "damping"),
     "no text": (lambda f: None, ["--calibration", "none.txt"], "none.txt"),
     "no tokenizer": (lambda f: None, ["--calibration", "wikitext2"], "no tokenizer"),
     "no ids": (lambda f: None, ["--calibration", "none.safetensors:x"], "none.safetensors"),
     "quantised": (lambda f: tensors(f, **{f"{LAYER}.qweight": SMALL}), [], "16-bit"),
-    "width": (lambda f: config(f), ["--block-size", "256"], "--block-size 128"),
 }
 
 

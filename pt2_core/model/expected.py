@@ -144,6 +144,10 @@ def settle(checkpoint: Checkpoint, config: Any) -> tuple[Any, Layout]:
         config.tie_word_embeddings = False
         model = meta_model(config, checkpoint.path / CONFIG)
         layout = _layout(checkpoint, model)
+    for name in (n for n in layout.shapes if n in layout.misshapen):
+        tensor, problem = layout.misshapen[name]
+        where = checkpoint.path / checkpoint.home[tensor]
+        raise PT2Error(f"tensor {tensor} in {where} has shape {problem}")
     parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)}
     ignored = _patterns(model, "_keys_to_ignore_on_load_missing")
     lost = [n for n in layout.missing if n in parameters and not ignored(n)]

@@ -74,6 +74,7 @@ class Layout:
         shapes: parameter (and stored buffer) of the class -> shape.
         extra: tensors of the files that the class does not take.
         missing: parameters that no tensor makes, tied ones left out.
+        misshapen: what is wrong with a tensor of another shape than the class's, by its parameter.
     """
 
     def __init__(self, model: Any, tensors: Mapping[str, Shape]) -> None:
@@ -84,14 +85,14 @@ class Layout:
             tensors: name in the files -> shape.
 
         Raises:
-            PT2Error: transformers cannot join the tensors, or one has another shape than the
-                class's parameter.
+            PT2Error: transformers cannot join the tensors.
         """
         self.model = model
         self.tensors = dict(tensors)
         self.shapes = {n: tuple(p.shape) for n, p in model.state_dict().items()}
         self.tied: dict[str, str] = dict(model.all_tied_weights_keys)
         self.extra: list[str] = []
+        self.misshapen: dict[str, tuple[str, str]] = {}
         recipes = self._recipes()
         self._of: dict[str, _Recipe] = {}
         for recipe in recipes:
@@ -207,11 +208,9 @@ class Layout:
     def _check_shape(self, recipe: _Recipe, target: str, shape: Shape) -> None:
         if shape != self.shapes[target]:
             name = recipe.names()[0]
-            raise PT2Error(
-                f"tensor {name} has shape {list(self.tensors[name])}, but config.json asks for "
-                f"{list(self.shapes[target])}"
-                + ("" if recipe.converter is None else f" of {target}, which is made of it")
-            )
+            of = "" if recipe.converter is None else f" of {target}, which is made of it"
+            wanted = f"{list(self.tensors[name])}, but config.json asks for "
+            self.misshapen[target] = (name, f"{wanted}{list(self.shapes[target])}{of}")
 
     def _pushed(self, recipe: _Recipe) -> dict[tuple[str, int | None], tuple[Tensor, Tensor]]:
         """Matrix of the class -> the numbers that arrived there, of rows and of columns.

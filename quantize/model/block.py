@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from pt2_core.errors import PT2Error
-from quantize.model.shell import fill
+from pt2_core.model.checkpoint import Checkpoint
+from pt2_core.model.layout import Layout
+from quantize.model.shell import Shell, fill
 from quantize.model.sites import Matrix, Site
-
-if TYPE_CHECKING:
-    from quantize.model.streamed import StreamedModel
 
 
 class Block:
@@ -25,17 +23,20 @@ class Block:
         matrices: the matrices of the files that it multiplies with, by name.
     """
 
-    def __init__(self, model: StreamedModel, index: int) -> None:
-        self.model, self.index = model, index
-        self.sites: list[Site] = model.sites(index)
-        self.matrices: dict[str, Matrix] = {m.name: m for m in model.matrices(index)}
-        self.prefix = f"{model.shell.stack}.{index}."
+    def __init__(
+        self, checkpoint: Checkpoint, layout: Layout, shell: Shell, index: int, sites: list[Site],
+        matrices: list[Matrix],
+    ) -> None:  # fmt: skip
+        self.checkpoint, self.layout, self.shell = checkpoint, layout, shell
+        self.index, self.sites = index, sites
+        self.matrices: dict[str, Matrix] = {m.name: m for m in matrices}
+        self.prefix = f"{shell.stack}.{index}."
         self._tensors: dict[str, Tensor] = {}
 
     def read(self, tensor: str) -> Tensor:
         """A tensor of the files, on the CPU, in its own dtype; kept as long as the block."""
         if tensor not in self._tensors:
-            self._tensors[tensor] = self.model.checkpoint.read(tensor)
+            self._tensors[tensor] = self.checkpoint.read(tensor)
         return self._tensors[tensor]
 
     def weight(self, name: str) -> Tensor:
@@ -45,7 +46,7 @@ class Block:
         if matrix.slice is not None:
             value = value[matrix.slice]
         value = value.T if matrix.transposed else value
-        return value.to(self.model.device, torch.float32).contiguous()
+        return value.to(self.shell.device, torch.float32).contiguous()
 
     def module(
         self, replace: Mapping[str, Tensor] | None = None, dtype: torch.dtype | None = None
@@ -56,12 +57,12 @@ class Block:
             replace: matrix -> weight ``[out, in]`` to use in place of the files'.
             dtype: of the weights (None: the model's).
         """
-        model = self.model
-        layer = model.shell.make_block(self.index)
+        shell = self.shell
+        layer = shell.make_block(self.index)
         names = list(layer.state_dict())
         fill(
-            layer, names, lambda wanted: model.layout.values(wanted, self.read), model.device,
-            dtype or model.dtype, self.prefix,
+            layer, names, lambda wanted: self.layout.values(wanted, self.read), shell.device,
+            dtype or shell.dtype, self.prefix,
         )  # fmt: skip
         self.put(layer, replace or {})
         return layer

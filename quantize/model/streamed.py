@@ -139,7 +139,8 @@ class StreamedModel:
 
     def block(self, index: int) -> Block:
         """Decoder block ``index``; no tensor has been read yet."""
-        return Block(self, index)
+        sites, matrices = self.sites(index), self.matrices(index)
+        return Block(self.checkpoint, self.layout, self.shell, index, sites, matrices)
 
     @torch.no_grad()
     def logits(self, stream: Stream, first: int = 0, last: int | None = None) -> Iterator[Tensor]:
