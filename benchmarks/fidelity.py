@@ -25,7 +25,6 @@ from pt2_core.files import atomic_path, write_json
 
 LIMITS = {**dict.fromkeys(formats.TYPES, 0.005), "q2_k": 0.02}
 PATHS = ("generic", "avx2", "avx512")
-FINAL = re.compile(r"Final estimate: PPL = ([\d.]+)")
 
 
 def torch_perplexity(args: list[str]) -> float:
@@ -39,24 +38,15 @@ def torch_perplexity(args: list[str]) -> float:
     return float(numbers[0])
 
 
-def llama_perplexity(
-    variant: str, file: Path, text: str, chunks: int, path: str | None, tries: int = 3
-) -> float:
-    """Final estimate of llama-perplexity; its last line is lost now and then, so it is retried."""
+def llama_perplexity(variant: str, file: Path, text: str, chunks: int, path: str | None) -> float:
+    """Final estimate of llama-perplexity, by one CPU path where `path` names it."""
     from pt2_llama.api import require_build
 
-    build = require_build(variant)
-    env = {**build.env(), **({"GGML_TQ_CPU": path} if path else {})}
-    command = [str(build.tool("llama-perplexity")), "-m", str(file), "-f", text]
-    command += ["-c", "512", "--chunks", str(chunks), "-t", str(os.cpu_count() or 2)]
-    print(f"$ GGML_TQ_CPU={path or ''}", *command, flush=True)
-    for _ in range(tries):
-        done = subprocess.run(command, env=env, capture_output=True, text=True)
-        if done.returncode:
-            raise PT2Error(f"llama-perplexity failed on {file}: {done.stderr[-300:]}")
-        if match := FINAL.search(done.stdout + done.stderr):
-            return float(match[1])
-    raise PT2Error(f"llama-perplexity printed no final estimate for {file}")
+    threads = str(os.cpu_count() or 2)
+    options = ["-f", text, "-c", "512", "--chunks", str(chunks), "-t", threads]
+    print(f"$ GGML_TQ_CPU={path or ''} llama-perplexity -m", file, *options, flush=True)
+    env = {"GGML_TQ_CPU": path} if path else {}
+    return require_build(variant).perplexity(file, *options, env=env).perplexity()
 
 
 def markdown(rows: list[dict[str, Any]], full: float, ours: float, chunks: int) -> str:

@@ -20,7 +20,6 @@ from llamacpp_bench.run.baselines import (
     same_model,
     source_gguf,
 )
-from llamacpp_bench.run.gguf_info import GGUFInfo, read_gguf
 from llamacpp_bench.run.perplexity import (
     PROTOCOLS,
     Plan,
@@ -33,6 +32,7 @@ from llamacpp_bench.run.tools import cache_dir, open_toolbox
 from llamacpp_bench.session import Session, add_model, finish, say_notes, start
 from pt2_core.errors import PT2Error
 from pt2_core.files import human_bytes
+from pt2_core.gguf_info import GGUFInfo, read_gguf
 from pt2_core.texts.sources import read_text
 
 

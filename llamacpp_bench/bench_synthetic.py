@@ -11,7 +11,6 @@ from llamacpp_bench import speed
 from llamacpp_bench.config import Config
 from llamacpp_bench.results import Results
 from llamacpp_bench.run.baselines import check_name
-from llamacpp_bench.run.gguf_info import read_gguf
 from llamacpp_bench.run.synthetic import (
     LABEL,
     Shape,
@@ -25,6 +24,7 @@ from llamacpp_bench.session import Session, add_model, finish, start
 from pt2_core import formats
 from pt2_core.errors import PT2Error
 from pt2_core.files import human_bytes, human_seconds, make_folder
+from pt2_core.gguf_info import read_gguf
 
 
 def bench_synthetic(shapes: Sequence[Shape], types: Sequence[str], config: Config) -> Results:

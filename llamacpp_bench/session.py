@@ -14,13 +14,13 @@ from llamacpp_bench.config import MIN_ROUNDS, Config
 from llamacpp_bench.results import Model, Results
 from llamacpp_bench.run import memory
 from llamacpp_bench.run.baselines import FLOAT_TYPES
-from llamacpp_bench.run.gguf_info import GGUFInfo
 from llamacpp_bench.run.llama_bench import shown_command
 from llamacpp_bench.run.machine import describe_machine
 from llamacpp_bench.run.tools import ToolBox
 from pt2_core import formats
 from pt2_core.errors import PT2Error
 from pt2_core.files import human_bytes, make_folder, sha256_file
+from pt2_core.gguf_info import GGUFInfo
 from pt2_core.progress import Reporter, open_reporter
 from pt2_core.texts.sources import Text, source_name
 

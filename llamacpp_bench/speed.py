@@ -8,7 +8,6 @@ from statistics import fmean
 from typing import Any
 
 from llamacpp_bench.results import Model, Sample
-from llamacpp_bench.run.gguf_info import GGUFInfo
 from llamacpp_bench.run.llama_bench import (
     batched_command,
     bench_command,
@@ -23,6 +22,7 @@ from llamacpp_bench.session import Session
 from pt2_core import formats
 from pt2_core.errors import PT2Error
 from pt2_core.files import human_seconds
+from pt2_core.gguf_info import GGUFInfo
 
 
 def measure_group(session: Session, group: str) -> None:

@@ -47,7 +47,10 @@ def zero_shot(
     missing = next((f for f in files if not f.is_file()), None)
     if missing:
         raise PT2Error(f"there is no task file {missing}")
-    manager = TaskManager(include_path=sorted({str(f.parent.resolve()) for f in files}) or None)
+    manager = TaskManager(
+        include_path=sorted({str(f.parent.resolve()) for f in files}) or None,
+        include_defaults=len(files) < len(tasks),  # reading thousands of files takes 10 s
+    )
     names = [_task_name(Path(t)) if Path(t) in files else t for t in tasks]
     unknown = [n for n in names if n not in manager.all_tasks]
     if unknown:

@@ -53,6 +53,28 @@ def install(where: Places, given: Path | None = None, force: bool = False) -> No
     check(where)
 
 
+def install_if_possible(where: Places) -> None:
+    """Install the bindings beside a build, from the wheel that came with its source.
+
+    A build is of use without them, so what stops this is said and no error: another version is
+    installed, there is no such wheel, or pip may not write here.
+    """
+    version = installed_version()
+    if version == pinned.VERSION:
+        return
+    why = ""
+    if version is not None:
+        why = f"{version} is installed in {sys.prefix}"
+    elif not (where.root / WHEEL).is_file():
+        why = "the source was given as a folder, which has none"
+    else:
+        try:
+            return install(where)
+        except PT2Error as e:
+            why = str(e)
+    say(f"note: {pinned.PACKAGE}'s bindings are left as they are ({why})")
+
+
 def installed_version() -> str | None:
     """The version of llama-cpp-python in this environment, None where there is none."""
     try:

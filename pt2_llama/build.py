@@ -13,7 +13,7 @@ from pt2_core.errors import PT2Error
 from pt2_core.files import human_seconds
 from pt2_core.process.temporary import temporary_folder
 from pt2_core.progress import say
-from pt2_llama import builds, compile, pinned, smoke, source, toolchain
+from pt2_llama import builds, compile, pinned, programs, smoke, source, toolchain
 from pt2_llama.builds import Build, Stamp
 from pt2_llama.cache import Places, check_disk, lock
 from pt2_llama.edits import EditsDoNotFit
@@ -82,8 +82,12 @@ class Plan:
 
     @property
     def objects_name(self) -> str:
-        """Name of the object folder: it does not depend on the overlay, which ninja follows."""
-        key = builds.build_key("", self.flags, (), self.tc.cxx_version, self.cpu)
+        """Name of the object folder: it does not depend on the overlay, which ninja follows.
+
+        CMake refuses a folder that it has configured for another build program.
+        """
+        flags = self.flags if self.tc.ninja else (*self.flags, self.tc.generator)
+        key = builds.build_key("", flags, (), self.tc.cxx_version, self.cpu)
         return f"{self.options.variant}-{key[:12]}"
 
 
@@ -95,7 +99,7 @@ def make_plan(options: Options, where: Places) -> Plan:
     """
     builds.check_variant(options.variant)
     cuda = options.variant == "cuda"
-    tc = toolchain.find_toolchain(cuda)
+    tc = toolchain.find_toolchain(cuda, programs.fetched(where))
     flags = [*compile.base_flags(), *compile.toolchain_flags(tc)]
     library_path: tuple[str, ...] = ()
     if tc.nvcc is not None:
@@ -167,6 +171,8 @@ def build(options: Options, where: Places) -> Build:
         PT2Error: anything that stops it, with what to do.
     """
     start = time.monotonic()
+    builds.check_variant(options.variant)
+    programs.ensure(where, options.wait)
     plan = make_plan(options, where)
     with lock(where, f"build of the {options.variant} variant", options.wait):
         # The overlay may have changed while we waited.

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -15,9 +15,11 @@ from pt2_core.errors import PT2Error
 from pt2_core.files import read_json, write_json
 from pt2_core.process.temporary import remove_dead
 from pt2_core.schema import of, validate
-from pt2_llama import pinned, source
+from pt2_llama import kernel_path, pinned, source
 from pt2_llama.cache import Places, cache_root, lock
 from pt2_llama.overlay import load_overlay
+from pt2_llama.perplexity import TOOL as PERPLEXITY
+from pt2_llama.perplexity import Told, run_perplexity
 from pt2_llama.toolchain import cpu_signature
 
 VARIANTS = ("cpu", "cuda", "stock")
@@ -114,6 +116,34 @@ class Build:
     def env(self) -> dict[str, str]:
         """The whole environment in which the programs run."""
         return dict(os.environ) | self.exports()
+
+    def perplexity(
+        self,
+        model: Path,
+        *options: str | Path,
+        env: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+    ) -> Told:
+        """Run llama-perplexity on a file, again where it loses its last lines.
+
+        Args:
+            options: the text (``-f``) and others, as llama-perplexity takes them.
+            env: variables beside those of :meth:`env`.
+            timeout: seconds for each run (None: as long as it takes).
+
+        Raises:
+            PT2Error: this build has no llama-perplexity, or as :func:`run_perplexity`.
+        """
+        command = [self.tool(PERPLEXITY), "-m", model, *options]
+        return run_perplexity(command, {**self.env(), **(env or {})}, timeout)
+
+    def kernel_path(self) -> kernel_path.KernelPath | None:
+        """Which code path the CPU backend takes for our types here; None of a build without them.
+
+        Raises:
+            PT2Error: the library cannot be asked.
+        """
+        return kernel_path.kernel_path(self.lib_dir, self.env())
 
     def describe(self) -> str:
         """One line: variant, key, age, compiler, AMX."""
@@ -267,7 +297,7 @@ def clean(where: Places, everything: bool) -> list[Path]:
             folders += [f for f in sorted(where.builds.iterdir()) if f not in current]
         folders += sorted(where.root.glob(f"{source.TEMPORARY}*"))
         if everything:
-            folders += [where.builds, where.pristine, where.patched]
+            folders += [where.builds, where.pristine, where.patched, where.programs]
         removed = [f for f in folders if f.exists()]
         for folder in removed:
             shutil.rmtree(folder)

@@ -6,6 +6,7 @@
                               /patched    the same with the current overlay and edits
                               /objects/   one object folder per variant and set of options, reused
                               /builds/    finished builds: bin/, stamp.json, build.log
+                              /programs/  CMake and Ninja, where the machine has none
                               /lock
 """
 
@@ -53,6 +54,10 @@ class Places:
     @property
     def builds(self) -> Path:
         return self.root / "builds"
+
+    @property
+    def programs(self) -> Path:
+        return self.root / "programs"
 
 
 def places() -> Places:

@@ -17,6 +17,7 @@ from pt2_core.commands import command
 from pt2_core.errors import PT2Error
 from pt2_core.files import human_bytes
 from pt2_llama import api, builds, pinned, source
+from pt2_llama.builds import Build
 from pt2_llama.cache import cache_root, folder_bytes, places
 
 EPILOG = f"""\
@@ -27,7 +28,10 @@ examples:
   pt2-llama run llama-cli -m model.gguf    # a chat model; a base model:
   pt2-llama run llama-completion -m model.gguf -no-cnv -p "Once upon a time" -n 64
   pt2-llama run --variant stock llama-bench -m model.gguf
-  pt2-llama bindings                       # for pt2-eval and llama_cpp in this Python
+  pt2-llama pack --out laptop.tar.gz       # for a machine that shall not compile; there:
+  pt2-llama unpack laptop.tar.gz
+  pt2-llama bindings                       # for pt2-eval and llama_cpp in this Python, where
+                                           # build could not install them
   eval "$(pt2-llama env)"                  # llama-* on PATH; llama-cpp-python uses our libraries
   pt2-llama doctor                         # what is there, what is missing
   pt2-llama repin 0.3.99                   # do our edits fit another llama-cpp-python?
@@ -69,6 +73,20 @@ def make_parser() -> argparse.ArgumentParser:
     bindings.add_argument("--source", type=Path, metavar="PATH", help="archive, not a download")
     bindings.add_argument("--force", action="store_true", help="replace what is installed")
 
+    pack = commands.add_parser("pack", help="write a build as one archive, for another machine")
+    pack.description = (
+        "Write the current build (programs, libraries, llama.cpp's converter, the Python bindings) "
+        "as one archive. It runs on machines with the same system and an equal or newer CPU and C "
+        "library; a native build asks for the instructions of the CPU it was made on."
+    )
+    _add_variant(pack)
+    pack.add_argument("--out", type=Path, metavar="FILE", help="the archive (default: named here)")
+
+    unpack = commands.add_parser("unpack", help="install an archive of pack into the cache")
+    unpack.add_argument("archive", type=Path, metavar="FILE", help="what pt2-llama pack wrote")
+    unpack.add_argument("--sha256", metavar="HEX", help="refuse a file with another SHA-256")
+    _add_no_bindings(unpack)
+
     repin = commands.add_parser("repin", help="try our edits on another llama-cpp-python")
     repin.description = (
         "Say of every edit whether another version takes it (ok, moved, ambiguous, missing), and "
@@ -94,6 +112,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--force", action="store_true", help="from nothing, even if it is there")
     parser.add_argument("--no-tests", action="store_true", help="leave out the test programs")
+    _add_no_bindings(parser)
     parser.add_argument(
         "--cuda-arch",
         metavar="N[,N]",
@@ -104,6 +123,14 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
         "--cmake-arg", action="append", default=[], metavar="ARG", help="such as -DGGML_BLAS=ON"
     )
     parser.add_argument("--no-wait", action="store_true", help="fail if another build is running")
+
+
+def _add_no_bindings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--no-bindings",
+        action="store_true",
+        help="do not install llama-cpp-python's bindings into this Python",
+    )
 
 
 def _add_variant(parser: argparse.ArgumentParser) -> None:
@@ -129,8 +156,30 @@ def _build(args: argparse.Namespace) -> int:
         cmake_args=tuple(args.cmake_arg),
         wait=not args.no_wait,
     )
-    print(build(options, places()).bin_dir)
+    return _made(build(options, places()), args.no_bindings)
+
+
+def _made(build: Build, no_bindings: bool) -> int:
+    """A build is there: the bindings beside it, and its programs' folder on stdout."""
+    if not no_bindings and build.variant != "stock":
+        from pt2_llama import bindings
+
+        bindings.install_if_possible(places())
+    print(build.bin_dir)
     return 0
+
+
+def _pack(args: argparse.Namespace) -> int:
+    from pt2_llama.pack import pack
+
+    print(pack(places(), args.variant, args.out))
+    return 0
+
+
+def _unpack(args: argparse.Namespace) -> int:
+    from pt2_llama.unpack import unpack
+
+    return _made(unpack(args.archive, places(), args.sha256), args.no_bindings)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -196,6 +245,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "doctor": _doctor,
         "source": _source,
         "bindings": _bindings,
+        "pack": _pack,
+        "unpack": _unpack,
         "repin": _repin,
         "clean": _clean,
     }

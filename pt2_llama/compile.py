@@ -138,6 +138,8 @@ def configure(tc: Toolchain, tree: Path, objects: Path, flags: Sequence[str], lo
     """
     objects.mkdir(parents=True, exist_ok=True)
     command = [tc.cmake, "-S", str(tree), "-B", str(objects), "-G", tc.generator, *flags]
+    if tc.ninja:  # it need not be on PATH
+        command.append(f"-DCMAKE_MAKE_PROGRAM={tc.ninja}")
     with open_reporter().phase("configuring"):
         status = run_logged(command, build_environment(tree), log)
         if status != 0:

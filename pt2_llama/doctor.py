@@ -16,30 +16,13 @@ from pt2_core import formats
 from pt2_core.commands import command
 from pt2_core.errors import PT2Error
 from pt2_core.files import human_bytes
-from pt2_core.process import children
 from pt2_core.words import screen
-from pt2_llama import builds, pinned, source, toolchain
+from pt2_llama import builds, pinned, programs, source, toolchain
 from pt2_llama.bindings import installed_version
 from pt2_llama.build import NO_CUDA_KERNELS
 from pt2_llama.builds import Build
 from pt2_llama.cache import Places, folder_bytes
 from pt2_llama.overlay import load_overlay, stamp_digest
-
-# Asked in a process of its own: the library aborts when GGML_TQ_CPU names a path it does not have.
-_ASK_PATH = """\
-import ctypes, sys
-lib = ctypes.CDLL(sys.argv[1])
-lib.ggml_tq_active_name.restype = ctypes.c_char_p
-lib.ggml_tq_path_names.restype = ctypes.POINTER(ctypes.c_char_p)
-lib.ggml_tq_test_supported.restype = ctypes.c_bool
-names = []
-for name in lib.ggml_tq_path_names():
-    if name is None:
-        break
-    if lib.ggml_tq_test_supported(ctypes.c_char_p(name)):
-        names.append(name.decode())
-print(lib.ggml_tq_active_name().decode(), *names)
-"""
 
 
 @dataclass(frozen=True)
@@ -61,28 +44,43 @@ class Finding:
     advice: str = ""
 
 
-def tool_findings() -> list[Finding]:
+def tool_findings(where: Places) -> list[Finding]:
     """Programs that a build needs or profits from."""
     found = []
     try:
-        tc = toolchain.find_toolchain()
-        version = ".".join(map(str, toolchain.cmake_version(tc.cmake)))
-        found += [
-            Finding("tools", "C++ compiler", f"{tc.cxx}: {tc.cxx_version}"),
-            Finding("tools", "cmake", f"{tc.cmake}: {version}"),
-        ]
-        if tc.generator == "Ninja":
-            found.append(Finding("tools", "ninja", "yes"))
-        else:
-            advice = "pip install ninja makes small rebuilds quicker"
-            found.append(Finding("tools", "ninja", "no, make is used", "note", advice))
-        if tc.ccache:
-            found.append(Finding("tools", "ccache", tc.ccache))
-        else:
-            advice = "optional: makes a second build from nothing quick"
-            found.append(Finding("tools", "ccache", "no", "note", advice))
+        _, cxx = toolchain.find_compilers()
+        found.append(
+            Finding("tools", "C++ compiler", f"{cxx}: {toolchain.first_line([cxx, '--version'])}")
+        )
     except PT2Error as e:
         found.append(Finding("tools", "compiling", "not possible", "missing", str(e)))
+    own, needed = programs.fetched(where), programs.missing(where)
+    cmake, ninja = toolchain.find_cmake(own["cmake"]), toolchain.find_ninja(own["ninja"])
+    fetches = "pt2-llama build fetches it into the cache"
+    if cmake is None or "cmake" in needed:
+        old = f"{cmake} is too old" if cmake else "no"
+        found.append(Finding("tools", "cmake", old, "note", fetches))
+    else:
+        version = ".".join(map(str, toolchain.cmake_version(cmake)))
+        found.append(Finding("tools", "cmake", f"{cmake}: {version}"))
+    if ninja:
+        found.append(Finding("tools", "ninja", ninja))
+    elif "ninja" in needed:
+        found.append(Finding("tools", "ninja", "no", "note", fetches))
+    else:
+        advice = "pip install ninja makes small rebuilds quicker"
+        found.append(Finding("tools", "ninja", "no, make is used", "note", advice))
+    if ccache := shutil.which("ccache"):
+        found.append(Finding("tools", "ccache", ccache))
+    else:
+        advice = "optional: makes a second build from nothing quick"
+        found.append(Finding("tools", "ccache", "no", "note", advice))
+    return found + python_findings()
+
+
+def python_findings() -> list[Finding]:
+    """What this Python has of pip and of the bindings."""
+    found = []
     if importlib.util.find_spec("pip") is None:
         advice = f"{command(sys.executable, '-m', 'ensurepip')}, or build with --source"
         found.append(Finding("tools", "pip", "no (fetches the source)", "note", advice))
@@ -159,7 +157,7 @@ def build_findings(where: Places, ask: Callable[[Build], str] | None = None) -> 
             found.append(Finding("builds", variant, build.describe()))
             found += [Finding("builds", f"{variant} note", n, "note") for n in build.stamp.notes]
             if variant != "stock":
-                found.append(_kernel_finding(build, ask or kernel_path))
+                found.append(_kernel_finding(build, ask or kernel_words))
         else:
             older = any(b.variant == variant for b in builds.all_builds(where))
             value = "does not match the current overlay or CPU" if older else "not built"
@@ -182,27 +180,22 @@ def _kernel_finding(build: Build, ask: Callable[[Build], str]) -> Finding:
         return Finding("builds", name, "unknown", "missing", str(e))
 
 
-def kernel_path(build: Build) -> str:
-    """Ask the built library which CPU path our types take, and which it has.
+def kernel_words(build: Build) -> str:
+    """A build's CPU path for our types, and those this machine runs.
 
     Raises:
-        PT2Error: the library cannot be asked; its own words are in the message.
+        PT2Error: the library cannot be asked, or has none of our types.
     """
-    library = next(iter(sorted(build.lib_dir.glob("libggml-cpu.*"))), build.lib_dir)
-    command = [sys.executable, "-c", _ASK_PATH, str(library)]
-    done = children.run(command, timeout=60, env=build.env())
-    words = done.stdout.split()
-    if done.returncode != 0 or not words:
-        lines = [line for line in done.stderr.splitlines() if "GGML_TQ_CPU" in line]
-        last = (lines or done.stderr.strip().splitlines() or ["no answer"])[-1]
-        raise PT2Error(f"{library.name} does not tell: {last}")
-    return f"{words[0]} on the CPU (this machine runs {', '.join(words[1:])})"
+    path = build.kernel_path()
+    if path is None:
+        raise PT2Error(f"the CPU backend in {build.lib_dir} has no kernels of ours")
+    return f"{path.active} on the CPU (this machine runs {', '.join(path.supported)})"
 
 
 def doctor(where: Places, as_json: bool = False) -> int:
     """Print the report on stdout; returns 1 when something needed is missing, else 0."""
     findings = [
-        *tool_findings(),
+        *tool_findings(where),
         *machine_findings(),
         *cache_findings(where),
         *build_findings(where),

@@ -83,3 +83,28 @@ TREE_SHA256: dict[str, str] = {
     "tools": "08055f7b23229e11d1e89ea840aabeb713823d9c01c0815973c556155fe464a4",
     "vendor": "fe519423ef199e37b690ccb4ee5ce91d9fef7662dd75349aa65c4b72319a2852",
 }
+
+# CMake and Ninja of the package index, for machines that have none: (version, SHA-256 of the wheels
+# for Linux with glibc and with musl, each on x86-64 and aarch64, and for macOS).
+BUILD_PROGRAMS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "cmake": (
+        "3.31.10",
+        (
+            "2f766bb46367e5e0559fa33184653754bce044583a06014dcaebf8e6dff8a1f1",
+            "a4a5615f31f692c9b9aa8b365704e4b76172348af6fa40e16fea3f118bb01194",
+            "678fc23db37cc69f01e18eb28790450ecc9401fd2fcd43364cc18f92330c12c2",
+            "c2e5361dea9754ed3b06cf834894fb47dcbe7036d5e5d87acaeb10ff3dd5fd10",
+            "ad697643a00d9ba85179590a383c4f7401169b55ebf4b8b2938daf28c6bdeb6d",
+        ),
+    ),
+    "ninja": (
+        "1.13.0",
+        (
+            "fb46acf6b93b8dd0322adc3a4945452a4e774b75b91293bafcc7b7f8e6517dfa",
+            "3d00c692fb717fd511abeb44b8c5d00340c36938c12d6538ba989fe764e79630",
+            "b4f2a072db3c0f944c32793e91532d8948d20d9ab83da9c0c7c15b5768072200",
+            "11be2d22027bde06f14c343f01d31446747dbb51e72d00decca2eb99be911e2f",
+            "fa2a8bfc62e31b08f83127d1613d10821775a0eb334197154c4d6067b7068ff1",
+        ),
+    ),
+}

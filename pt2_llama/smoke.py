@@ -7,11 +7,11 @@ arithmetic is right is for test-quantize-fns, test-backend-ops and our own tests
 from __future__ import annotations
 
 import math
-import re
 import signal
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pt2_core import formats
@@ -19,6 +19,7 @@ from pt2_core.errors import PT2Error
 from pt2_core.process import children
 from pt2_core.process.temporary import temporary_folder
 from pt2_core.progress import open_reporter
+from pt2_llama.perplexity import final_perplexity, until_told
 from pt2_llama.tiny_model import tiny_text, write_tiny_model
 
 STOCK_TYPES: tuple[str, ...] = ("F16", "Q8_0", "Q4_0", "Q6_K", "Q4_K", "Q2_K", "TQ1_0", "TQ2_0")
@@ -75,12 +76,6 @@ def crash_signal(status: int) -> str | None:
     return signal.Signals(number).name if number in faults else None
 
 
-def final_perplexity(output: str) -> float | None:
-    """The figure of llama-perplexity's ``Final estimate: PPL = 12.3``; None when there is none."""
-    match = re.search(r"Final estimate: PPL\s*=\s*([-+.\deE]+|nan|-?inf)", output)
-    return float(match.group(1)) if match else None
-
-
 def smoke_test(
     bin_dir: Path,
     env: Mapping[str, str],
@@ -121,7 +116,7 @@ def smoke_test(
                 command = _perplexity(bin_dir, model, text, device)
                 # By default llama.cpp takes every GPU it sees, and the CPU would go untested.
                 seen = {**env, "CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else env
-                outcome = _run_until_it_tells(runner, command, seen)
+                outcome = until_told(partial(runner, command, seen), _told)
                 if failure := _judge(f"llama-perplexity of {label}", outcome):
                     return results, failure
                 value = final_perplexity(outcome.output)
@@ -134,16 +129,8 @@ def smoke_test(
     return results, None
 
 
-def _run_until_it_tells(runner: Runner, command: Sequence[str], env: Mapping[str, str]) -> Outcome:
-    """Run llama-perplexity, again (at most five times) when it succeeds without its last line.
-
-    This llama.cpp can exit before its log thread has written everything; seen in one run of twenty.
-    """
-    for _ in range(5):
-        outcome = runner(command, env)
-        if outcome.status != 0 or final_perplexity(outcome.output) is not None:
-            break
-    return outcome
+def _told(outcome: Outcome) -> bool:
+    return outcome.status != 0 or final_perplexity(outcome.output) is not None
 
 
 def _perplexity(bin_dir: Path, model: Path, text: Path, device: str) -> list[str]:

@@ -247,8 +247,13 @@ def explain_pip(
     doing: str = "fetch",
     by_hand: str = f", or fetch {pinned.SDIST_NAME} elsewhere and give it with --source",
     version: str = pinned.VERSION,
+    what: str = "",
 ) -> str:
-    """One line about why pip failed, from what it printed."""
+    """One line about why pip failed, from what it printed.
+
+    Args:
+        what: another package than llama-cpp-python, as ``name==version``.
+    """
     if "No module named pip" in log:
         ensure = command(sys.executable, "-m", "ensurepip")
         return f"this Python has no pip: run {ensure}{by_hand}"
@@ -258,11 +263,11 @@ def explain_pip(
     if any(sign in log for sign in network):
         return f"no network: pip could not reach the package index; connect{by_hand}"
     if "DO NOT MATCH THE HASHES" in log:
-        return f"the package index gave another file than the pinned {pinned.SDIST_NAME}"
+        return f"the package index gave another file than the pinned {what or pinned.SDIST_NAME}"
     lines = [line for line in log.splitlines() if line.strip()]
     last = next((x for x in reversed(lines) if x.startswith("ERROR")), lines[-1] if lines else "")
-    what = f"{pinned.PACKAGE}=={version} ({last.strip()})"
-    return f"pip could not {doing} {what}{by_hand}"
+    package = what or f"{pinned.PACKAGE}=={version}"
+    return f"pip could not {doing} {package} ({last.strip()}){by_hand}"
 
 
 def locate(source: Path) -> Path:

@@ -8,7 +8,8 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Sequence
+import sysconfig
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,16 +22,21 @@ BYTES_PER_JOB = {"cpu": 1_500_000_000, "cuda": 3_000_000_000}
 
 @dataclass(frozen=True)
 class Toolchain:
-    """Programs for a build, as found on PATH (or in CC and CXX)."""
+    """Programs for a build. ``ninja`` is None where make is used."""
 
     cmake: str
-    generator: str
+    ninja: str | None
     cc: str
     cxx: str
     cxx_version: str
     ccache: str | None
     nvcc: str | None = None
     nvcc_version: str | None = None
+
+    @property
+    def generator(self) -> str:
+        """What CMake calls the build program."""
+        return "Ninja" if self.ninja else "Unix Makefiles"
 
 
 @dataclass(frozen=True)
@@ -63,32 +69,75 @@ def _program(variable: str, names: Sequence[str]) -> str | None:
     return next((p for name in ([own] if own else names) if (p := shutil.which(name))), None)
 
 
-def find_toolchain(cuda: bool = False) -> Toolchain:
-    """Find everything a build needs.
+def _beside_python(name: str) -> str | None:
+    """A program that pip put beside this Python: a virtual environment need not be active."""
+    return shutil.which(name, path=sysconfig.get_path("scripts"))
+
+
+def new_enough(cmake: str) -> bool:
+    """Whether llama.cpp can be configured with this CMake."""
+    return cmake_version(cmake) >= MIN_CMAKE
+
+
+def find_cmake(fetched: Path | None = None) -> str | None:
+    """CMake on PATH, beside this Python, or ``fetched``: the first that is new enough.
+
+    Where all are too old, the first of them.
+    """
+    places = [shutil.which("cmake"), _beside_python("cmake")]
+    if fetched is not None and fetched.is_file():
+        places.append(str(fetched))
+    found = [place for place in places if place]
+    return next((f for f in found if new_enough(f)), found[0] if found else None)
+
+
+def find_ninja(fetched: Path | None = None) -> str | None:
+    """Ninja on PATH, beside this Python, or ``fetched``."""
+    own = str(fetched) if fetched is not None and fetched.is_file() else None
+    on_path = shutil.which("ninja") or shutil.which("ninja-build")
+    return on_path or _beside_python("ninja") or own
+
+
+def find_compilers() -> tuple[str, str]:
+    """The C and the C++ compiler of CC and CXX, else of PATH.
 
     Raises:
-        PT2Error: what is missing, and how to get it.
+        PT2Error: one is missing, and how to get it.
     """
-    cmake = shutil.which("cmake")
-    if cmake is None:
-        raise PT2Error("cmake is missing: apt install cmake, or pip install cmake ninja")
-    version = cmake_version(cmake)
-    if version < MIN_CMAKE:
-        shown = ".".join(map(str, version)) or "an unknown version"
-        raise PT2Error(
-            f"cmake {MIN_CMAKE[0]}.{MIN_CMAKE[1]} or newer is needed, {cmake} is {shown}"
-        )
-    ninja = shutil.which("ninja") or shutil.which("ninja-build")
-    if ninja is None and shutil.which("make") is None:
-        raise PT2Error(
-            "neither ninja nor make is there: apt install ninja-build, or pip install ninja"
-        )
     cc = _program("CC", ("cc", "gcc", "clang"))
     cxx = _program("CXX", ("c++", "g++", "clang++"))
     if cc is None or cxx is None:
         which = "C" if cc is None else "C++"
         raise PT2Error(
             f"no {which} compiler: apt install build-essential, or set CC and CXX to one"
+        )
+    return cc, cxx
+
+
+def find_toolchain(cuda: bool = False, fetched: Mapping[str, Path] | None = None) -> Toolchain:
+    """Find everything a build needs.
+
+    Args:
+        fetched: paths of "cmake" and "ninja" that count where the machine has none; they need not
+            exist.
+
+    Raises:
+        PT2Error: what is missing, and how to get it.
+    """
+    fetched = fetched or {}
+    cc, cxx = find_compilers()
+    cmake = find_cmake(fetched.get("cmake"))
+    if cmake is None:
+        raise PT2Error("cmake is missing: apt install cmake, or pip install cmake ninja")
+    if not new_enough(cmake):
+        shown = ".".join(map(str, cmake_version(cmake))) or "an unknown version"
+        raise PT2Error(
+            f"cmake {MIN_CMAKE[0]}.{MIN_CMAKE[1]} or newer is needed, {cmake} is {shown}"
+        )
+    ninja = find_ninja(fetched.get("ninja"))
+    if ninja is None and shutil.which("make") is None:
+        raise PT2Error(
+            "neither ninja nor make is there: apt install ninja-build, or pip install ninja"
         )
     nvcc = find_nvcc() if cuda else None
     if cuda and nvcc is None:
@@ -98,7 +147,7 @@ def find_toolchain(cuda: bool = False) -> Toolchain:
         )
     return Toolchain(
         cmake=cmake,
-        generator="Ninja" if ninja else "Unix Makefiles",
+        ninja=ninja,
         cc=cc,
         cxx=cxx,
         cxx_version=first_line([cxx, "--version"]),

@@ -12,7 +12,7 @@ import pytest
 
 from llamacpp_bench import Config
 from llamacpp_bench.results import Model, Perplexity, Results, Sample
-from llamacpp_bench.run.gguf_info import header_bytes, padded
+from pt2_core.gguf_info import header_bytes, padded
 
 Setup = Callable[..., Config]  # Config's fields by name -> a configuration of the fake tools
 

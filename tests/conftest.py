@@ -1,15 +1,61 @@
-"""Fixtures that several test files share; what they are made of is in their subject's module."""
+"""Fixtures that several test files share, and the one policy for builds of llama.cpp.
+
+A test that needs one is marked ``llama`` (or ``llama("stock")``, the unmodified one). Where that
+build is missing, or older than the overlay, the test fails with the command to run: a test that
+is skipped because something is stale has tested nothing. ``pytest --no-llama`` leaves them out.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 from bench_support import Setup, configurer
 from pt2_llama_support import stand_in_places
 
+from pt2_core.errors import PT2Error
+from pt2_llama import api
 from pt2_llama.cache import Places
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add ``--no-llama``."""
+    text = "leave out the tests that need a build of llama.cpp (without it they fail if none fits)"
+    parser.addoption("--no-llama", action="store_true", help=text)
+
+
+def variants_of(item: pytest.Item) -> list[str]:
+    """The builds that a test is marked to need."""
+    return [v for mark in item.iter_markers("llama") for v in mark.args or ("cpu",)]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what ``--no-llama`` leaves out."""
+    if config.getoption("--no-llama"):
+        for item in filter(variants_of, items):
+            item.add_marker(pytest.mark.skip(reason="left out by --no-llama"))
+
+
+@cache
+def missing_build(variant: str) -> str | None:
+    """Why there is no build of a variant, None if there is one."""
+    try:
+        api.require_build(variant)
+    except PT2Error as e:
+        return str(e)
+    return None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Fail a test whose build is missing, before any of its fixtures is made."""
+    if item.config.getoption("--no-llama"):
+        return
+    for variant in variants_of(item):
+        if reason := missing_build(variant):
+            pytest.fail(f"{reason} (or leave these tests out: pytest --no-llama)", pytrace=False)
 
 
 @pytest.fixture

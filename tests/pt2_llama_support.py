@@ -85,6 +85,9 @@ def stand_in_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Places:
     for name in ("CC", "CXX", "MODE", "LD_LIBRARY_PATH", "GGML_TQ_CPU"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(toolchain, "gpus", list)
+    # Nothing of the Python that runs the tests counts, nor is anything installed into it.
+    monkeypatch.setattr(toolchain, "_beside_python", lambda name: None)
+    monkeypatch.setattr("pt2_llama.bindings.installed_version", lambda: pinned.VERSION)
     monkeypatch.setattr("pt2_llama.cache.places", lambda: places)
     for module in ("api", "cli"):
         monkeypatch.setattr(f"pt2_llama.{module}.places", lambda: places)

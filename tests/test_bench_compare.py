@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from llamacpp_bench import cli
 from llamacpp_bench.results import paired_ratio, summarise, token_bytes
-from llamacpp_bench.run.gguf_info import read_gguf
 from llamacpp_bench.run.llama_bench import interleave
 from llamacpp_bench.run.perplexity import plan, standard_error
 from llamacpp_bench.show.compare import compare, remarks, verdict
 from pt2_core.errors import PT2Error
+from pt2_core.gguf_info import read_gguf
 
 
 def test_interleaving_gives_each_model_every_place() -> None:

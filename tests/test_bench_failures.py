@@ -84,7 +84,7 @@ def test_a_missing_tool_is_said_before_anything_is_measured(tmp_path: Path, setu
         ("fail", r"llama-bench failed \(exit 1\): error: the model is purple \(log: "),
         ("garbage", r"log does not say where the tensors ran"),
         ("short", r"text.txt has only 17 tokens; llama.cpp windows of 512 need 1024"),
-        ("lost", r"llama-perplexity lost its last lines 4 times"),
+        ("lost", r"llama-perplexity lost its last lines 5 times"),
     ],
 )
 def test_a_failing_tool_gives_one_line_and_a_log(

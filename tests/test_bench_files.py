@@ -8,6 +8,7 @@ import re
 import struct
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 from bench_support import METADATA, TENSORS, write_gguf
@@ -15,8 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamacpp_bench.run import synthetic
-from llamacpp_bench.run.ggml_types import BY_NAME, FILE_TYPES
-from llamacpp_bench.run.gguf_info import header_bytes, read_gguf
 from llamacpp_bench.run.synthetic import (
     SHAPES,
     Shape,
@@ -31,6 +30,8 @@ from llamacpp_bench.run.synthetic import (
 from pt2_core import formats
 from pt2_core.errors import PT2Error
 from pt2_core.formats import DEFAULT, SMALLEST
+from pt2_core.ggml_types import BY_NAME, FILE_TYPES
+from pt2_core.gguf_info import header_bytes, read_gguf
 
 WRITABLE = sorted(set(BY_NAME) - {"Q8_1", "Q8_K"})
 
@@ -195,7 +196,6 @@ def test_random_blocks_have_the_size_of_the_type(kind: str) -> None:
      *("IQ4_XS", "F16", "BF16", "F32")],
 )  # fmt: skip
 def test_random_weights_are_small_and_finite(kind: str) -> None:
-    gguf = pytest.importorskip("gguf")
     raw = random_blocks(kind, 256, np.random.default_rng(1))
     values = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind])
     assert np.isfinite(values).all()

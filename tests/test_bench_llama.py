@@ -13,7 +13,6 @@ from llamacpp_bench.run.tools import open_toolbox
 from pt2_core import formats
 from pt2_core.errors import PT2Error
 from pt2_core.formats import DEFAULT
-from pt2_llama.api import find_build
 
 pytestmark = pytest.mark.llama
 STOCK_TYPES = ["Q2_K", "Q2_0", "IQ1_M", "IQ2_XXS", "TQ2_0", "TQ1_0", "Q4_K_M", "F16"]
@@ -28,14 +27,8 @@ TINY = {
 }
 
 
-def needs(variant: str) -> None:
-    if find_build(variant) is None:
-        pytest.skip(f"no {variant} build of llama.cpp (pt2-llama build)")
-
-
 @pytest.mark.parametrize("repack", [True, False])
 def test_synthetic_files_of_every_type_run(tmp_path: Path, repack: bool) -> None:
-    needs("cpu")
     types = [*formats.NAMES, *STOCK_TYPES]
     config = Config(**TINY, repack=repack, out=str(tmp_path / "out"))  # type: ignore[arg-type]
     results = bench_synthetic([SHAPES["tiny"]], types, config)
@@ -54,13 +47,12 @@ def test_synthetic_files_of_every_type_run(tmp_path: Path, repack: bool) -> None
 
 
 def test_the_forced_path_is_the_one_that_is_stated(monkeypatch: pytest.MonkeyPatch) -> None:
-    needs("cpu")
     monkeypatch.setenv("GGML_TQ_CPU", "generic")
     assert open_toolbox("cpu").ternary_path() == "generic"
 
 
+@pytest.mark.llama("stock")
 def test_stock_builds_run_stock_types_only(tmp_path: Path) -> None:
-    needs("stock")
     config = Config(**TINY, variant="stock", out=str(tmp_path / "out"))  # type: ignore[arg-type]
     results = bench_synthetic([SHAPES["tiny"]], STOCK_TYPES, config)
     assert {m.main_type for m in results.models} >= {"Q2_K", "TQ2_0", "IQ1_M"}
@@ -68,8 +60,8 @@ def test_stock_builds_run_stock_types_only(tmp_path: Path) -> None:
         bench_synthetic([SHAPES["tiny"]], [DEFAULT.name], config)
 
 
+@pytest.mark.llama("stock")
 def test_recipes_are_those_of_llama_quantize(tmp_path: Path) -> None:
-    needs("stock")
     config = Config(**TINY, variant="stock", out=str(tmp_path / "o"))  # type: ignore[arg-type]
     model = bench_synthetic([SHAPES["tiny"]], ["Q2_K"], config).models[0]
     # attn_v, attn_output and ffn_down are Q3_K and the head is Q6_K in llama.cpp's Q2_K files

@@ -12,10 +12,10 @@ from bench_support import METADATA, TENSORS, Setup, calls, write_gguf
 from llamacpp_bench import bench, speed
 from llamacpp_bench.results import Placement
 from llamacpp_bench.run.baselines import Wanted
-from llamacpp_bench.run.gguf_info import read_gguf
 from llamacpp_bench.run.placement import parse_placement
 from pt2_core.errors import PT2Error
 from pt2_core.formats import DEFAULT
+from pt2_core.gguf_info import read_gguf
 
 
 def test_placement_is_stated(tmp_path: Path, setup: Setup) -> None:

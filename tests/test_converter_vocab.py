@@ -39,7 +39,6 @@ from pt2_core.model.checkpoint import Checkpoint
 from pt2_llama import api
 
 WORDS = (TEXT + "été naïve x=1; for(i) { a_b += 10 }\nnew  line 你好 ") * 3
-needs_llama = pytest.mark.skipif(api.find_build() is None, reason="needs pt2-llama build")
 
 
 def sentencepiece_like(size: int = 420, special: tuple[str, ...] = ("<unk>", "<s>", "</s>")):
@@ -150,7 +149,7 @@ def test_what_a_tokenizer_puts_around_a_text_is_seen():
     assert around(made) == ([], [2])
 
 
-@needs_llama
+@pytest.mark.llama
 def test_a_sentencepiece_like_vocabulary_is_padded_and_said(tmp_path):
     made = sentencepiece_like()
     folder = with_tokenizer(tmp_path / "m", made, rows=made.get_vocab_size() + 7)
@@ -158,7 +157,7 @@ def test_a_sentencepiece_like_vocabulary_is_padded_and_said(tmp_path):
     assert "padded with 7 unused tokens" in said and "merges of tokenizer.json" in said
 
 
-@needs_llama
+@pytest.mark.llama
 def test_tokens_without_embeddings_are_refused_with_numbers(tmp_path):
     made = sentencepiece_like()
     size = made.get_vocab_size()
@@ -168,7 +167,7 @@ def test_tokens_without_embeddings_are_refused_with_numbers(tmp_path):
         notes(folder)
 
 
-@needs_llama
+@pytest.mark.llama
 def test_an_unknown_pre_tokenizer_is_refused_with_a_way_out(tmp_path):
     folder = with_tokenizer(tmp_path / "m", byte_level([GPT2, r"\p{N}{1,2}"]))
     with pytest.raises(PT2Error, match=r"--pre-tokenizer NAME, one of .*gpt-2.*qwen2"):
@@ -178,7 +177,7 @@ def test_an_unknown_pre_tokenizer_is_refused_with_a_way_out(tmp_path):
         notes(folder, pre_tokenizer="nonsense")
 
 
-@needs_llama
+@pytest.mark.llama
 def test_the_written_file_holds_types_scores_and_bos_as_transformers_has_them(tmp_path):
     import gguf
 

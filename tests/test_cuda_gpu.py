@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from llamacpp_bench.run.gguf_info import read_gguf
 from llamacpp_bench.run.placement import parse_placement
 from pt2_core import formats
 from pt2_core.formats import DEFAULT
+from pt2_core.gguf_info import read_gguf
 from pt2_llama import api, toolchain
-from pt2_llama.smoke import final_perplexity
+from pt2_llama.perplexity import Told
 
 pytestmark = [pytest.mark.cuda, pytest.mark.slow]
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -33,10 +33,9 @@ ROUTES = pytest.mark.parametrize("route", ["tiles", "templates"])
 def build():
     if not toolchain.gpus():
         pytest.skip("no NVIDIA GPU is visible")
-    found = api.find_build("cuda")
-    if found is None:
-        pytest.skip("no cuda build of llama.cpp (pt2-llama build --cuda)")
-    return found
+    if api.find_build("cuda") is None and shutil.which("nvcc") is None:
+        pytest.skip("a GPU is visible, but there is no nvcc to build for it with")
+    return api.require_build("cuda")
 
 
 @pytest.fixture(scope="module")
@@ -81,16 +80,11 @@ def run(command: list[str], env: dict[str, str]) -> str:
     return done.stdout
 
 
-def perplexity(build, model: Path, *options: str, route: str | None, layers: int = 99) -> str:
-    """Output of llama-perplexity with layers on the GPU by one of the ROUTES; None: on the CPU."""
-    env = build.env()
-    env |= {"CUDA_VISIBLE_DEVICES": ""} if route is None else {"GGML_CUDA_TQ": route}
-    command = [str(build.tool("llama-perplexity")), "-m", str(model), "-c", "512", *options]
-    for _ in range(5):  # it can end before its log is written
-        output = run([*command, *([] if route is None else ["-ngl", str(layers)])], env)
-        if final_perplexity(output) is not None or "Mean    KLD" in output:
-            break
-    return output
+def perplexity(build, model: Path, *options: str, route: str | None, layers: int = 99) -> Told:
+    """llama-perplexity with layers on the GPU by one of the ROUTES; None: on the CPU."""
+    env = {"CUDA_VISIBLE_DEVICES": ""} if route is None else {"GGML_CUDA_TQ": route}
+    gpu = () if route is None else ("-ngl", str(layers))
+    return build.perplexity(model, "-c", "512", *options, *gpu, env=env, timeout=900)
 
 
 @ROUTES
@@ -140,12 +134,13 @@ def test_perplexity_is_the_cpus(
 ) -> None:
     text = ("-f", str(EXAMPLES / "text" / "wiki.test.txt"), "--chunks", "4")
     base = ("--kl-divergence-base", str(tmp_path / "cpu.kld"))
-    on_cpu = final_perplexity(perplexity(build, models[kind], *text, *base, route=None))
-    assert on_cpu is not None
+    on_cpu = perplexity(build, models[kind], *text, *base, route=None).perplexity()
     # -b as well: with -ub alone, several sequences at once take a token each
     for tokens in (512, 64, 40, 16, 9, 8, 3, 1) if route == "tiles" else (512, 1):
         batch = ("-b", str(tokens), "-ub", str(tokens))
-        output = perplexity(build, models[kind], *base, "--kl-divergence", *batch, route=route)
+        output = perplexity(
+            build, models[kind], *base, "--kl-divergence", *batch, route=route
+        ).output
         found = dict(re.findall(r"(Mean PPL\(Q\)|Mean    KLD)\s*:\s*([-\d.e]+)", output))
         assert abs(float(found["Mean PPL(Q)"]) / on_cpu - 1) < 0.02, (tokens, output[-2000:])
         assert float(found["Mean    KLD"]) < 0.005, (tokens, output[-2000:])
@@ -156,12 +151,11 @@ def test_several_sequences_at_once_are_as_right_as_one(
     build, models: dict[str, Path], kind: str
 ) -> None:
     text = ("-f", str(EXAMPLES / "text" / "wiki.test.txt"), "--chunks", "8")
-    on_cpu = final_perplexity(perplexity(build, models[kind], *text, route=None))
-    assert on_cpu is not None
+    on_cpu = perplexity(build, models[kind], *text, route=None).perplexity()
     for tokens in (8, 16, 64):  # 1, 2 and 8 of each of the eight sequences that -b has room for
         batch = ("-b", "4096", "-ub", str(tokens))
-        found = final_perplexity(perplexity(build, models[kind], *text, *batch, route="tiles"))
-        assert found is not None and abs(found / on_cpu - 1) < 0.01, tokens
+        found = perplexity(build, models[kind], *text, *batch, route="tiles").perplexity()
+        assert abs(found / on_cpu - 1) < 0.01, tokens
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -169,10 +163,8 @@ def test_weights_lent_by_the_host_for_large_batches(
     build, models: dict[str, Path], kind: str
 ) -> None:
     text = ("-f", str(EXAMPLES / "text" / "wiki.test.txt"), "--chunks", "4")
-    on_cpu = final_perplexity(perplexity(build, models[kind], *text, route=None))
-    lent = perplexity(build, models[kind], *text, route="tiles", layers=0)
-    found = final_perplexity(lent)
-    assert on_cpu is not None and found is not None
+    on_cpu = perplexity(build, models[kind], *text, route=None).perplexity()
+    found = perplexity(build, models[kind], *text, route="tiles", layers=0).perplexity()
     assert abs(found / on_cpu - 1) < 0.005
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from pathlib import Path
@@ -25,9 +24,6 @@ from quantize.pipeline import ternarize
 EXAMPLES = Path(__file__).parents[1] / "examples"
 MODEL = EXAMPLES / "wiki-llama-7m"
 TEXT = EXAMPLES / "text/austen.test.txt"
-needs_bindings = pytest.mark.skipif(  # importing them would load the wrong library
-    importlib.util.find_spec("llama_cpp") is None, reason="needs llama-cpp-python's bindings"
-)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +117,6 @@ def local_task(folder: Path) -> Path:
 
 
 def test_a_local_task_runs_without_a_connection(model, tmp_path, monkeypatch):
-    pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness (the extra 'eval')")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     result = zero_shot(model, [str(local_task(tmp_path))])["pt2_sentences"]
     assert result["acc"] >= 0.75 and result["questions"] == 4
@@ -180,7 +175,6 @@ def test_texts_have_their_names():
 
 
 @pytest.mark.llama
-@needs_bindings
 def test_a_gguf_file_measures_as_its_artifact(artifact, ids, tmp_path):
     from export import ExportConfig, export_gguf
 
@@ -197,7 +191,6 @@ def test_a_gguf_file_measures_as_its_artifact(artifact, ids, tmp_path):
 
 
 @pytest.mark.llama
-@needs_bindings
 def test_refined_norms_and_embeddings_reach_the_file(artifact, ids, tmp_path):
     from export import ExportConfig, export_gguf
     from quantize.refinement.config import RefineConfig

@@ -10,7 +10,7 @@ import pytest
 import torch
 from export_support import make_artifact, make_model, read
 from safetensors.torch import load_file, save_file
-from test_export_predictions import BUILD, divergence
+from test_export_predictions import divergence
 
 from export import ExportConfig, export_gguf
 from export.encode import check_group_size
@@ -79,7 +79,7 @@ def test_what_counts_is_exported_and_nothing_else(case, tmp_path):
     model = shutil.copytree(good, tmp_path / "model")
     change(model)
     artifact = make_artifact(tmp_path / "artifact", model)
-    assert divergence(good, artifact, tmp_path, DEFAULT.ggml_name, BUILD) < 0.003
+    assert divergence(good, artifact, tmp_path, DEFAULT.ggml_name) < 0.003
 
 
 def test_a_trained_table_of_a_tied_model_with_a_stored_head_is_not_lost(tmp_path):
@@ -97,6 +97,39 @@ def test_a_trained_table_of_a_tied_model_with_a_stored_head_is_not_lost(tmp_path
     order = artifact.residual_perm
     written = np.asarray(found["token_embd.weight"].data).view(np.float32).reshape(table.shape)
     assert np.array_equal(written, trained[:, order])
+
+
+# GGUF's names of what pt2-refine may replace, and whether the residual stream's order is in it.
+REPLACED = {
+    EMBEDDING: ("token_embd.weight", True),
+    HEAD: ("output.weight", True),
+    "model.norm.weight": ("output_norm.weight", True),
+    "model.layers.{}.input_layernorm.weight": ("blk.{}.attn_norm.weight", True),
+    "model.layers.{}.post_attention_layernorm.weight": ("blk.{}.ffn_norm.weight", True),
+    "model.layers.{}.self_attn.q_norm.weight": ("blk.{}.attn_q_norm.weight", False),
+    "model.layers.{}.self_attn.k_norm.weight": ("blk.{}.attn_k_norm.weight", False),
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_every_replaced_tensor_is_in_the_file(family, tmp_path):
+    """Refined norms, embeddings and head, read back from the file: to the bit, in their order."""
+    model = make_model(tmp_path / "model", family)
+    path = make_artifact(tmp_path / "artifact", model)
+    artifact, source = Artifact.open(path), Checkpoint.open(model)
+    names = {a.format(i): (b.format(i), on) for a, (b, on) in REPLACED.items() for i in range(2)}
+    names = {a: b for a, b in names.items() if a in source.tensors}
+    assert len(names) == 3 + 2 * (4 if family == "qwen3" else 2)
+    rng = np.random.default_rng(0)
+    trained = {n: rng.normal(size=source.info(n).shape).astype(np.float32) for n in names}
+    ArtifactWriter(path, artifact.manifest).write_replaced(trained)
+    config = ExportConfig(embedding_type="f32", output_type="f32", proof_tokens=0)
+    export_gguf(path, tmp_path / "m.gguf", config)
+    found, _ = read(tmp_path / "m.gguf")
+    for name, (written, on_stream) in names.items():
+        values = np.asarray(found[written].data).view(np.float32).reshape(trained[name].shape)
+        meant = trained[name][..., artifact.residual_perm] if on_stream else trained[name]
+        assert np.array_equal(values, meant), name
 
 
 def test_a_baseline_is_made_of_what_counts(tmp_path):

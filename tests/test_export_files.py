@@ -15,11 +15,8 @@ from pt2_core import formats
 from pt2_core.artifact.folder import Artifact
 from pt2_core.errors import PT2Error
 from pt2_core.formats import DEFAULT
-from pt2_llama import api
 
 pytestmark = pytest.mark.llama
-if api.find_build() is None:
-    pytest.skip("needs llama.cpp: run pt2-llama build", allow_module_level=True)
 
 
 @pytest.mark.parametrize("kind", formats.TYPES)

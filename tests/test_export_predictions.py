@@ -14,9 +14,6 @@ from pt2_core.formats import DEFAULT, SMALLEST
 from pt2_llama import api
 
 pytestmark = pytest.mark.llama
-BUILD = api.find_build()
-if BUILD is None:
-    pytest.skip("needs llama.cpp: run pt2-llama build", allow_module_level=True)
 
 
 @pytest.mark.parametrize(
@@ -28,13 +25,19 @@ if BUILD is None:
     ],
 )
 def test_llama_cpp_predicts_as_the_artifacts_weights_do(family, tied, kind, made, tmp_path):
-    """Folded, converted and quantised, on llama.cpp, against transformers with alpha T + mu.
-
-    Q2_K on an unmodified llama.cpp, where one has been built.
-    """
+    """Folded, converted and quantised, on llama.cpp, against transformers with alpha T + mu."""
     model, artifact = made(family, tied=tied)
-    stock = api.find_build("stock") if kind == "q2_k" else None
-    assert divergence(model, artifact, tmp_path, kind, stock or BUILD) < 0.003
+    assert divergence(model, artifact, tmp_path, kind) < 0.003
+
+
+@pytest.mark.llama("stock")
+def test_an_unmodified_llama_cpp_predicts_the_same_from_q2_k(made, tmp_path):
+    """Q2_K files need no patch: the same comparison with the programs of the stock build."""
+    model, artifact = made("qwen3", tied=False)
+    assert divergence(model, artifact, tmp_path, "q2_k", "stock") < 0.003
+    text = tmp_path / "text.txt"
+    other = llama_predictions(tmp_path / "m.gguf", text, "cpu")[1]
+    assert np.abs(other - llama_predictions(tmp_path / "m.gguf", text, "stock")[1]).max() < 0.05
 
 
 def test_rope_factors_of_llama_3_pass_through(tmp_path):
@@ -42,7 +45,7 @@ def test_rope_factors_of_llama_3_pass_through(tmp_path):
                "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
     model = make_model(tmp_path / "model", rope_parameters=scaling)
     artifact = make_artifact(tmp_path / "artifact", model)
-    assert divergence(model, artifact, tmp_path, DEFAULT.ggml_name, BUILD) < 0.003
+    assert divergence(model, artifact, tmp_path, DEFAULT.ggml_name) < 0.003
     factors = read(tmp_path / "m.gguf")[0]["rope_freqs.weight"]
     assert factors.tensor_type.name == "F32" and float(np.max(factors.data)) == 8.0
 
@@ -59,7 +62,7 @@ def test_the_comparison_notices_a_missing_fold(made, tmp_path, monkeypatch):
         return result
 
     monkeypatch.setattr(source, "fold_plan", forgetful)
-    assert divergence(*made(), tmp_path, DEFAULT.ggml_name, BUILD) > 0.1
+    assert divergence(*made(), tmp_path, DEFAULT.ggml_name) > 0.1
 
 
 def test_splits_are_named_and_hold_everything(made, tmp_path):
@@ -83,7 +86,7 @@ def test_splits_are_named_and_hold_everything(made, tmp_path):
     assert np.array_equal(*predictions)
 
 
-def divergence(model, artifact, folder, kind, build):
+def divergence(model, artifact, folder, kind, variant="cpu"):
     """Export and return the mean KL divergence in nats of llama.cpp's predictions from torch's.
 
     Activations in eight bits cost 0.0002 to 0.0004 here, Q2_K's scales 0.001.
@@ -94,7 +97,7 @@ def divergence(model, artifact, folder, kind, build):
     text = folder / "text.txt"
     words = np.random.default_rng(0).choice(TEXT.split(), 900)
     text.write_text(" ".join(words), encoding="utf-8")
-    tokens, got = llama_predictions(folder / "m.gguf", text, build)
+    tokens, got = llama_predictions(folder / "m.gguf", text, variant)
     with torch.no_grad():
         logits = dequantized_model(model, artifact)(torch.from_numpy(tokens)).logits
     meant = logits[:, tokens.shape[1] // 2 : -1].double().log_softmax(-1)
@@ -102,13 +105,14 @@ def divergence(model, artifact, folder, kind, build):
     return float((meant.exp() * (meant - got)).sum(-1).mean())
 
 
-def llama_predictions(file, text, build=BUILD, chunks=4, context=128):
+def llama_predictions(file, text, variant="cpu", chunks=4, context=128):
     """What llama-perplexity saves for its --kl-divergence.
 
     Returns:
         tokens int64 ``[chunks, context]``, BOS first where there is one, and log-probabilities
         float32 ``[chunks, context - 1 - context / 2, vocab]`` of the second halves.
     """
+    build = api.require_build(variant)
     saved = file.with_suffix(".logits")
     command = [build.tool("llama-perplexity"), "-m", file, "-f", text, "-c", str(context),
                "--chunks", str(chunks), "-t", "1", "--save-all-logits", saved]  # fmt: skip

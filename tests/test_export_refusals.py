@@ -16,11 +16,8 @@ from export_support import foldable_orders, make_artifact
 from export import export_gguf
 from export.cli import main, newest_artifact
 from pt2_core.artifact.folder import MANIFEST
-from pt2_llama import api
 
 pytestmark = pytest.mark.llama
-if api.find_build() is None:
-    pytest.skip("needs llama.cpp: run pt2-llama build", allow_module_level=True)
 
 
 def damage_block(model, artifact):

@@ -13,7 +13,6 @@ from export_support import make_artifact, make_model
 
 from pt2_core.errors import PT2Error
 from pt2_core.process.foreign_code import check_folder
-from pt2_llama import api
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKER = "CODE_WAS_RUN"
@@ -22,7 +21,6 @@ HOSTILE = (
 )
 NAMES = ("export", "quantize", "yaml", "gguf", "torch", "transformers", "numpy", "conversion",
          "json", "sentencepiece", "sitecustomize", "usercustomize")  # fmt: skip
-needs_llama = pytest.mark.skipif(api.find_build() is None, reason="needs pt2-llama build")
 
 
 def edit(file: Path, **changes) -> None:
@@ -68,7 +66,7 @@ sys.exit(run_cli("pt2-bench", body))
 """
 
 
-@needs_llama
+@pytest.mark.llama
 def test_a_tokenizer_that_only_the_folder_defines_is_refused_and_not_run(tmp_path):
     # For a class of this name llama.cpp's converter asks transformers to run the folder's code.
     name, marker = "HybridDNATokenizer", tmp_path / MARKER
@@ -88,7 +86,7 @@ def test_a_tokenizer_that_only_the_folder_defines_is_refused_and_not_run(tmp_pat
     assert not marker.exists()
 
 
-@needs_llama
+@pytest.mark.llama
 def test_auto_map_beside_classes_of_transformers_is_refused_too(tmp_path):
     """What the folder's code does may be something else, and the entry can be removed."""
     marker = tmp_path / MARKER
@@ -106,7 +104,7 @@ def test_the_converter_s_process_ignores_auto_map_beside_classes_of_transformers
     assert "auto_map in tokenizer_config.json is ignored" in said
 
 
-@needs_llama
+@pytest.mark.llama
 def test_modules_of_the_working_folder_are_not_imported(made, tmp_path):
     model, artifact = made()
     marker = tmp_path / MARKER

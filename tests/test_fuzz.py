@@ -123,14 +123,14 @@ ROBBED = [
     (
         f"gguf-{DEFAULT.ggml_name}",
         600,
-        "llamacpp_bench.run.gguf_info",
+        "pt2_core.gguf_info",
         "_check_extent",
         lambda *a: None,
     ),
     (
         f"gguf-{DEFAULT.ggml_name}",
         600,
-        "llamacpp_bench.run.gguf_info",
+        "pt2_core.gguf_info",
         "_check_kinds",
         lambda *a: None,
     ),

@@ -29,12 +29,8 @@ from pt2_core.errors import PT2Error
 from pt2_core.formats import DEFAULT, SMALLEST
 from pt2_core.model.checkpoint import Checkpoint
 from pt2_core.texts.tokens import read_tokens
-from pt2_llama import api
 from quantize import sensitivities
 from quantize.config import Config
-
-BUILD = api.find_build()
-needs_llama = pytest.mark.skipif(BUILD is None, reason="needs llama.cpp: run pt2-llama build")
 
 # The knapsack -------------------------------------------------------------------------------------
 
@@ -210,7 +206,6 @@ def read(path):
 
 
 @pytest.mark.llama
-@needs_llama
 def test_files_fit_their_target_and_larger_ones_lose_less(measured, tmp_path):
     _, artifact = measured
     plain = export_gguf(artifact, tmp_path / "p.gguf", ExportConfig(type=SMALLEST.ggml_name))
@@ -244,7 +239,6 @@ def test_files_fit_their_target_and_larger_ones_lose_less(measured, tmp_path):
 
 
 @pytest.mark.llama
-@needs_llama
 def test_restored_linears_are_the_folded_originals(measured, tmp_path):
     """Q4_K of the source's weights, rows and columns where the fold has them."""
     model, folder = measured
@@ -271,7 +265,6 @@ def test_restored_linears_are_the_folded_originals(measured, tmp_path):
 
 
 @pytest.mark.llama
-@needs_llama
 @pytest.mark.parametrize(
     ("options", "message"),
     [

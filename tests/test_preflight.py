@@ -17,8 +17,6 @@ from pt2_core.model.checkpoint import Checkpoint
 from pt2_llama import api
 from quantize.cli import main
 
-needs_llama = pytest.mark.skipif(api.find_build() is None, reason="needs pt2-llama build")
-
 
 def options(model: Path, out: Path, *more: str) -> list[str]:
     text = out.parent / "text.txt"
@@ -35,7 +33,7 @@ def no_weight_is_read(monkeypatch):
     monkeypatch.setattr(Checkpoint, "read", read)
 
 
-@needs_llama
+@pytest.mark.llama
 def test_a_setting_that_llama_cpp_does_not_have_is_refused_before_a_weight_is_read(
     tmp_path, capsys, no_weight_is_read
 ):
@@ -48,7 +46,7 @@ def test_a_setting_that_llama_cpp_does_not_have_is_refused_before_a_weight_is_re
     assert not (tmp_path / "a").exists()
 
 
-@needs_llama
+@pytest.mark.llama
 def test_max_context_is_kept_and_written_into_the_file(tmp_path):
     model = make_model(tmp_path / "m", "mistral", sliding_window=64)
     out = tmp_path / "a"
@@ -85,7 +83,7 @@ def test_without_the_source_the_preflight_is_left_out_by_name(tmp_path, monkeypa
     assert len(said) == 1 and "preflight was left out" in said[0] and "no network" in said[0]
 
 
-@needs_llama
+@pytest.mark.llama
 def test_a_yarn_factor_is_written_where_llama_cpp_reads_it(tmp_path):
     from export.converter import Options, convert_whole
 

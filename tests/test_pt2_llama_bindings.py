@@ -142,3 +142,35 @@ def test_only_the_pinned_archive_is_taken(
         assert cli.main(["bindings", "--source", str(given)]) == 2
         assert capsys.readouterr().err.count("\n") == 1
     assert pip == [] and not (where.root / WHEEL).exists()
+
+
+def test_a_build_installs_them_beside_it_where_it_can(where: Places, archive, monkeypatch, capsys):
+    pip: list[list[str]] = []
+    status = 0
+    run = bindings.children.run
+
+    def stand_in(argv, **kwargs):
+        if "pip" not in argv and "import llama_cpp" not in argv[-1]:
+            return run(argv, **kwargs)
+        pip.append(argv)
+        return subprocess.CompletedProcess(
+            argv, status, "", "ERROR: externally-managed-environment"
+        )
+
+    monkeypatch.setattr(bindings.children, "run", stand_in)
+    installed(monkeypatch, None)
+    assert cli.main(["build"]) == 0
+    assert "bindings are left as they are (the source was given" in capsys.readouterr().err
+    assert make_wheel(archive, where.root) is not None
+    assert cli.main(["build", "--no-bindings"]) == 0
+    assert pip == []
+    assert cli.main(["build"]) == 0
+    assert pip[0][-1] == str(where.root / WHEEL)
+    assert f"{pinned.VERSION} (the bindings alone) is installed" in capsys.readouterr().err
+    installed(monkeypatch, "0.2.1")
+    assert cli.main(["build"]) == 0, "another version stays, and the build is of use without"
+    assert "as they are (0.2.1 is installed in" in capsys.readouterr().err
+    installed(monkeypatch, None)
+    status = 1
+    assert cli.main(["build"]) == 0
+    assert "as they are (pip could not install" in capsys.readouterr().err

@@ -71,7 +71,7 @@ def test_doctor_names_missing_tools(
 ) -> None:
     (tmp_path / "programs" / "c++").unlink()
     monkeypatch.setenv("PATH", str(tmp_path / "programs"))
-    missing = [f for f in tool_findings() if f.state == "missing"]
+    missing = [f for f in tool_findings(where) if f.state == "missing"]
     assert [f.advice for f in missing] == [
         "no C++ compiler: apt install build-essential, or set CC and CXX to one"
     ]

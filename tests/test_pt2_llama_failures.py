@@ -65,14 +65,14 @@ def test_missing_programs_are_named_with_the_remedy(
     monkeypatch.setattr(toolchain, "find_nvcc", lambda: None)
     with pytest.raises(PT2Error, match=r"--cuda needs nvcc"):
         toolchain.find_toolchain(cuda=True)
-    (programs / "c++").unlink()
-    with pytest.raises(PT2Error, match=r"no C\+\+ compiler: apt install build-essential"):
-        toolchain.find_toolchain()
     (programs / "ninja").unlink()
     with pytest.raises(PT2Error, match="neither ninja nor make"):
         toolchain.find_toolchain()
     (programs / "cmake").unlink()
     with pytest.raises(PT2Error, match="cmake is missing: apt install cmake"):
+        toolchain.find_toolchain()
+    (programs / "c++").unlink()
+    with pytest.raises(PT2Error, match=r"no C\+\+ compiler: apt install build-essential"):
         toolchain.find_toolchain()
 
 

@@ -23,7 +23,6 @@ from safetensors.numpy import load_file, save_file
 from export.config import parse_size
 from export.fold import Heads
 from llamacpp_bench.results import load_results
-from llamacpp_bench.run.gguf_info import read_gguf
 from llamacpp_bench.show.merge import merge
 from llamacpp_bench.show.published import load_published
 from pt2_core.artifact import sensitivity
@@ -31,6 +30,7 @@ from pt2_core.artifact.folder import MANIFEST, Artifact, read_manifest
 from pt2_core.errors import PT2Error
 from pt2_core.files import read_json, write_json
 from pt2_core.formats import DEFAULT, Q8_T
+from pt2_core.gguf_info import read_gguf
 from pt2_core.safetensors_file import read_header
 from pt2_core.yaml_file import read_yaml
 from pt2_llama.builds import STAMP, read_build

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shlex
@@ -11,8 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from pt2_llama import api
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "examples/wiki-llama-7m"
@@ -76,11 +73,7 @@ def shell(tmp_path):
 
 
 @pytest.mark.llama
-@pytest.mark.skipif(
-    importlib.util.find_spec("llama_cpp") is None, reason="needs the bindings (pt2-llama bindings)"
-)
 def test_the_lines_for_a_model_of_ones_own_run_as_written(shell):
-    api.require_build()
     first, *_ = blocks()
     assert first[0].startswith("pip install .  ")
     said = {}
@@ -92,7 +85,6 @@ def test_the_lines_for_a_model_of_ones_own_run_as_written(shell):
 
 @pytest.mark.llama
 def test_the_lines_for_a_base_model_run_as_written(shell):
-    api.require_build()
     _, base = blocks()
     shell(f"cp -r {shlex.quote(str(MODEL))} Llama-3.2-1B")
     said = [shell(quick(line)) for line in base]

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamacpp_bench.run.gguf_info import GGUFInfo, read_gguf
 from llamacpp_bench.run.process import run_tool
 from llamacpp_bench.run.tools import ToolBox, cache_dir
 from pt2_core.errors import PT2Error
 from pt2_core.files import atomic_path, read_json
+from pt2_core.gguf_info import GGUFInfo, read_gguf
 from pt2_core.texts.sources import CHARACTERS_PER_TOKEN, Text
 
 # The names llama-quantize takes (tools/quantize/quantize.cpp), upper case.

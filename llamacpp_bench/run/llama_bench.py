@@ -15,9 +15,7 @@ from llamacpp_bench.run.load import Load
 from llamacpp_bench.run.process import Finished, run_tool
 from llamacpp_bench.run.tools import ToolBox
 from pt2_core.errors import PT2Error
-
-# Tools with a log thread may exit before it has written the last line (docs/design.md).
-LOST_LINE_TRIES = 4
+from pt2_llama.perplexity import until_told
 
 
 def bench_command(tools: ToolBox, model: Path, load: Load) -> list[str]:
@@ -89,12 +87,16 @@ def parse_batched(text: str, batches: Sequence[int]) -> dict[str, float] | None:
 def run_batched(tools: ToolBox, model: Path, load: Load, log: Path) -> tuple[dict[str, float], int]:
     """Decode speed per number of sequences, and the peak memory in bytes."""
     argv = batched_command(tools, model, load)
-    for _ in range(LOST_LINE_TRIES):
+
+    def once() -> tuple[dict[str, float] | None, int]:
         done = run_tool(argv, tools.env, log, timeout=load.tool_timeout)
-        speeds = parse_batched(done.stdout + log.read_text("utf-8", "replace"), load.batches)
-        if speeds:
-            return speeds, done.peak_rss
-    raise PT2Error(f"llama-batched-bench gave no speed for some batch (log: {log})")
+        output = done.stdout + log.read_text("utf-8", "replace")
+        return parse_batched(output, load.batches), done.peak_rss
+
+    speeds, peak = until_told(once, lambda found: found[0] is not None)
+    if speeds is None:
+        raise PT2Error(f"llama-batched-bench gave no speed for some batch (log: {log})")
+    return speeds, peak
 
 
 def interleave(n_models: int, rounds: int) -> list[tuple[int, int]]:

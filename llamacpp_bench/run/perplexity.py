@@ -23,13 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llamacpp_bench.results import Perplexity
-from llamacpp_bench.run.gguf_info import GGUFInfo
-from llamacpp_bench.run.llama_bench import LOST_LINE_TRIES
 from llamacpp_bench.run.load import Load
 from llamacpp_bench.run.process import run_tool
 from llamacpp_bench.run.tools import ToolBox
 from pt2_core.errors import PT2Error
+from pt2_core.gguf_info import GGUFInfo
 from pt2_core.texts.sources import DATA_SETS, Text, read_text, split_sources
+from pt2_llama.perplexity import TRIES, until_told
 
 LLAMA_WINDOW = 512
 PAPERS_WINDOW = 2048
@@ -116,12 +116,15 @@ def measure_perplexity(
             on_chunk(int(steps[-1][0]))
 
     argv = perplexity_command(tools, info, text, p, load)
-    for _ in range(LOST_LINE_TRIES):
+
+    def once() -> Perplexity | None:
         done = run_tool(argv, tools.env, log, follow)
-        found = parse_perplexity(done.stdout, log.read_text("utf-8", "replace"), p, text, log)
-        if found is not None:
-            return found
-    raise PT2Error(f"llama-perplexity lost its last lines {LOST_LINE_TRIES} times (log: {log})")
+        return parse_perplexity(done.stdout, log.read_text("utf-8", "replace"), p, text, log)
+
+    found = until_told(once, lambda found: found is not None)
+    if found is None:
+        raise PT2Error(f"llama-perplexity lost its last lines {TRIES} times (log: {log})")
+    return found
 
 
 def parse_perplexity(stdout: str, stderr: str, p: Plan, text: Path, log: Path) -> Perplexity | None:

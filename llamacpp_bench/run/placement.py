@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from llamacpp_bench.results import Placement
-from llamacpp_bench.run.gguf_info import GGUFInfo
 from llamacpp_bench.run.llama_bench import bench_command
 from llamacpp_bench.run.load import Load
 from llamacpp_bench.run.process import run_tool
 from llamacpp_bench.run.tools import ToolBox
 from pt2_core import formats
 from pt2_core.errors import PT2Error
+from pt2_core.gguf_info import GGUFInfo
 
 _NODE = re.compile(
     r"^node #\s*\d+ \(\s*(\S+)\):\s*(.*?) \(\s*\S+\) \[\s*(\S+)\s[^\]]*\][^:]*:(.*)$"

@@ -17,14 +17,14 @@ from pathlib import Path
 
 import numpy as np
 
-from llamacpp_bench.run.ggml_types import BY_NAME, FILE_TYPES
-from llamacpp_bench.run.gguf_info import Tensor, header_bytes, padded
 from llamacpp_bench.run.machine import usable_cores
 from llamacpp_bench.run.process import run_tool
 from llamacpp_bench.run.tools import ToolBox
 from pt2_core import formats
 from pt2_core.errors import PT2Error
 from pt2_core.files import atomic_path, human_bytes
+from pt2_core.ggml_types import BY_NAME, FILE_TYPES
+from pt2_core.gguf_info import Tensor, header_bytes, padded
 
 POOL_BLOCKS = 1 << 16
 PIECE_BYTES = 64 << 20  # what one thread writes in one go

@@ -6,22 +6,14 @@ The one seam between the bench and the builds, so that everything else only know
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from pt2_core.errors import PT2Error
 from pt2_core.files import make_folder
-from pt2_core.process import children
 from pt2_core.process.temporary import remove_dead
-
-_ASK_PATH = """
-import ctypes, sys
-name = ctypes.CDLL(sys.argv[1]).ggml_tq_active_name
-name.restype = ctypes.c_char_p
-print(name().decode())
-"""
+from pt2_llama.kernel_path import kernel_path
 
 
 @dataclass(frozen=True)
@@ -54,16 +46,14 @@ class ToolBox:
     def ternary_path(self) -> str | None:
         """Which code path this build's CPU backend takes for our types on this machine.
 
-        Asked of the library itself (`ggml_tq_active_name`), in a process of its own because a
-        library of another build may not share one with what is loaded here. None where the library
-        has no such function; the environment variable GGML_TQ_CPU is honoured as in the tools.
+        None where the library has none of them; the environment variable GGML_TQ_CPU is honoured
+        as in the tools.
+
+        Raises:
+            PT2Error: the library cannot be asked.
         """
-        library = next(iter(sorted(self.folder.glob("libggml-cpu*"))), None)
-        if library is None:
-            return None
-        argv = [sys.executable, "-c", _ASK_PATH, str(library)]
-        done = children.run(argv, env=self.env)
-        return done.stdout.strip() or None if done.returncode == 0 else None
+        path = kernel_path(self.folder, self.env)
+        return path.active if path is not None else None
 
     def _build_command(self) -> str:
         flag = {"cuda": " --cuda", "stock": " --stock"}.get(self.variant, "")

@@ -24,7 +24,6 @@ from safetensors.numpy import load, load_file
 from export.config import parse_size
 from export.fold import Heads
 from llamacpp_bench.results import load_results, to_json
-from llamacpp_bench.run.gguf_info import read_gguf
 from llamacpp_bench.show.compare import compare, remarks
 from llamacpp_bench.show.merge import merge
 from llamacpp_bench.show.published import load_published
@@ -37,6 +36,7 @@ from pt2_core.artifact.proof import Proof
 from pt2_core.digest import sha256_content
 from pt2_core.files import read_json, sha256_file
 from pt2_core.formats import DEFAULT, SMALLEST
+from pt2_core.gguf_info import read_gguf
 from pt2_core.safetensors_file import read_header
 from pt2_llama.builds import STAMP, read_build
 from quantize.config import Config, load_recipe

@@ -7,7 +7,7 @@
 
 constexpr int TQ_HEAD = TQ_BLOCK; // columns of a head
 // Keys up to which this kernel is taken. Beyond, the rate at which they are read is all that counts, and this kernel's is not
-// the best there is (KERNELS.md).
+// the best there is (docs/kernels/fusion.md).
 constexpr int TQ_ATTENTION_KEYS = 2048;
 
 // out = softmax(scale * q k^T + mask) v for every token and head; head h reads head h / (heads / heads_kv) of k and v. Each of

@@ -1,4 +1,4 @@
-// Products with 9 to 64 tokens on sm_90 and newer: which shape of thread block, and the launch. See KERNELS.md ("CUDA: batches").
+// Products with 9 to 64 tokens on sm_90 and newer: which shape of thread block, and the launch. See docs/kernels/batches.md.
 
 #include "tq-batch.cuh"
 

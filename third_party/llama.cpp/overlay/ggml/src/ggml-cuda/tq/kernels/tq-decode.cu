@@ -1,4 +1,4 @@
-// Products with 1 to 8 tokens: which kernel, and how it is cut. See KERNELS.md ("CUDA: decode").
+// Products with 1 to 8 tokens: which kernel, and how it is cut. See docs/kernels/decode.md.
 
 #include "tq-decode-registers.cuh"
 #include "tq-decode-stream.cuh"
@@ -39,7 +39,7 @@ template <int N, int UNIT, int TILES, int KIB> stream_kernel make_stream(const c
             Shape::RING_AT + STAGES * Shape::STAGE};
 }
 
-// Two thread blocks of 8 warps for each multiprocessor; larger, fewer or deeper ones were slower (KERNELS.md).
+// Two thread blocks of 8 warps for each multiprocessor; larger, fewer or deeper ones were slower (docs/kernels/lab-book.md).
 enum stream_shape { ONE_BY_4, TWO_BY_2, TWO_BY_1, STREAM_SHAPES };
 
 template <int N> stream_kernel stream_by_shape(int shape) {

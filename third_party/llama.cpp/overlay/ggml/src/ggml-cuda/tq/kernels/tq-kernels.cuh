@@ -2,7 +2,7 @@
 
 // The kernels for TQ2_1 and TQ1_1 of our own: what they take and who provides it. Nothing here needs
 // ggml's headers, so that the kernels can be compiled and checked by themselves
-// (benchmarks/cuda_lab). KERNELS.md says why they look as they do.
+// (benchmarks/cuda_lab). docs/kernels says why they look as they do.
 //
 // Weights on a card of compute capability 8.0 or more are kept in tile form, whatever their type in the file. On older
 // cards, or with GGML_CUDA_TQ=templates, the file's bytes are kept and the templates shared by all types (tq.cuh) used.

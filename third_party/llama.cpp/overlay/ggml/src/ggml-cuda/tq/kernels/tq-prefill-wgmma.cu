@@ -1,5 +1,5 @@
 // Products with more than 8 tokens on sm_90a: wgmma with the weights unpacked into registers (A) and the activations
-// in shared memory as tq-act.cu left them (B). KERNELS.md says what bounds it.
+// in shared memory as tq-act.cu left them (B). docs/kernels/prefill.md says what bounds it.
 //
 // A thread block has 64 rows for each of its consumer warpgroups and N tokens. Every warp brings its own weights, four
 // blocks of 16 rows at a time, and a producer warp the activations, a stage for each block of 128 columns, all by bulk

@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llamacpp_bench.run.ggml_types import BY_NAME, TYPES, GGMLType
 from pt2_core import formats
 from pt2_core.errors import PT2Error
 from pt2_core.files import first_double
+from pt2_core.ggml_types import BY_NAME, TYPES, GGMLType
 
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
