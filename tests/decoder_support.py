@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def small_model(kind: str, folder: Path | None = None, **changes: Any) -> Any:
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 and "embed" not in name:
                 parameter.normal_(std=0.08)
-    model = model.to(torch.bfloat16)
+            parameter.copy_(parameter.bfloat16())
     if folder is not None:
-        model.save_pretrained(folder)
-    return model.float().eval()
+        copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
+    return model.eval()

@@ -66,7 +66,9 @@ def test_an_artifact_of_any_decoder_computes_what_it_says(kind, tmp_path, calibr
     """The artifact's matrices, put into transformers' own model by their names and places in the
     files, give the logits that streaming gives."""
     small_model(kind, tmp_path / "m")
-    result = quantize.ternarize(tmp_path / "m", tmp_path / "a", settings(calibration))
+    # Without compensation, which for so few tokens moves the weights far.
+    config = settings(calibration, compensate=False, reround=0)
+    result = quantize.ternarize(tmp_path / "m", tmp_path / "a", config)
     artifact = Artifact.open(result.path)
     tensors = load_file(tmp_path / "m" / "model.safetensors")
     for index in range(artifact.n_blocks):
@@ -186,7 +188,7 @@ def test_experts_without_tokens_are_quantised_counted_and_named(tmp_path, calibr
         for layer in full.model.layers:
             layer.mlp.gate.weight[0] = layer.mlp.gate.weight[1:].mean(dim=0)
             layer.mlp.gate.weight[0] *= 0.01
-    full.to(torch.bfloat16).save_pretrained(tmp_path / "m")
+    full.to(torch.bfloat16).save_pretrained(tmp_path / "m")  # its buffers are not used any more
     result = quantize.ternarize(tmp_path / "m", tmp_path / "a", settings(calibration))
     tokens = {
         n: m["tokens"] for n, m in result.matrices.items() if "tokens" in m and "layers.0." in n
