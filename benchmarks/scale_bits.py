@@ -2,8 +2,9 @@
 
     python benchmarks/scale_bits.py MODEL --artifact best --text tokens.safetensors:valid --ctx 512
 
-Every alpha and mu is rounded to the formats of :data:`FORMATS`, which have one fp16 scale for each
-row of a matrix and otherwise so many bits for each block. T stays, so this is an upper bound: a
+Every alpha and mu is rounded to the formats of :data:`FORMATS`. The scale pair
+(docs/scale-pairs.md) stands by itself; the others have one fp16 scale for each row of a matrix and
+otherwise so many bits for each block. T stays, so this is an upper bound: a
 quantiser that knew of the rounding would choose T behind it. OUT (-o) gets the figures as JSON.
 """
 
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pt2_core import scale_pairs
 from pt2_core.artifact.folder import Array
 from pt2_core.cli import ArgumentParser, run_cli
 from pt2_core.files import write_json
@@ -47,6 +49,7 @@ def uniform(bits: int) -> GridChange:
 # name -> bits of alpha and mu for each block, and what to make of them
 FORMATS: dict[str, tuple[int, GridChange | None]] = {
     "fp16": (32, None),
+    "scale pair": (16, scale_pairs.rounded),
     "8 bits, equal steps": (16, uniform(8)),
     "fp8 e4m3": (16, lambda alpha, mu: (e4m3(alpha), e4m3(mu))),
     "6 bits, equal steps": (12, uniform(6)),

@@ -150,13 +150,15 @@ def try_converter(
 
 
 def convert_whole(
-    source_dir: Path, model: Checkpoint, out: Path, options: Options, log: Path | None = None
-) -> list[str]:
-    """Convert a checkpoint to a BF16 file as it is, with the same repairs as an export.
+    source_dir: Path, model: Checkpoint, out: Path, options: Options, log: Path | None = None,
+    *, outtype: str = "bf16",
+) -> list[str]:  # fmt: skip
+    """Convert a checkpoint to a file as it is, with the same repairs as an export.
 
     Args:
         out: the file to write.
         log: where the converter's own log goes.
+        outtype: of its tensors: ``bf16`` or ``f32``.
 
     Returns:
         Notes: what was mended or ignored.
@@ -166,7 +168,7 @@ def convert_whole(
     """
     check_tokenizer(model.path)
     with temporary_folder(Path(tempfile.gettempdir()), "pt2-convert-") as work:
-        more = {"outtype": "bf16", "carrier": str(out.absolute())}
+        more = {"outtype": outtype, "carrier": str(out.absolute())}
         return _drive(source_dir, model, work, options, log, **more)
 
 

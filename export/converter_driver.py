@@ -116,13 +116,17 @@ def load(job: dict[str, Any], notes: list[str]) -> Any:
     except Unsupported as e:
         raise Unsupported(f"{job['shown']}/config.json: {e}") from e
     notes += found
+    if not converter_metadata.has_table(kept):
+        kept = converter_metadata.with_older_names(kept, raw)
     model_class = get_model_class(get_model_architecture(kept, ModelType.TEXT))
+    model_class.no_mtp = True  # layers for further tokens: transformers does not load them either
     if hasattr(model_class, "_is_qwen3_reranker"):  # guessed from the folder's name and its card
         model_class._is_qwen3_reranker = lambda self: False
     special: Any = gguf.SpecialVocab
     special._set_special_token = _sound_only(special._set_special_token)
     kinds = {"f32": gguf.LlamaFileType.ALL_F32, "bf16": gguf.LlamaFileType.MOSTLY_BF16}
     model = model_class(folder, kinds[job["outtype"]], Path(job["carrier"]), hparams=kept)
+    model = getattr(model, "impl", model)  # Mistral3's is a shell around another class
     notes += converter_metadata.mend(model, context)
     if job["vocab"]:
         converter_vocab.install(model, job, notes)

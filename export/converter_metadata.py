@@ -7,10 +7,48 @@ of functions.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from export.settings import COMMON, KEPT, TABLES, examine, judge
+
+# Settings that the converter reads under a name that transformers no longer writes -> the value.
+_OLDER: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "n_ctx": lambda h: h.get("n_positions") or h.get("max_position_embeddings"),
+    "rotary_pct": lambda h: _rope_of(h).get("partial_rotary_factor", 1.0),
+}
+# Kinds of layers that transformers has renamed, by the model type whose converter knows them by
+# their old names.
+_OLDER_LAYERS = {
+    "granitemoehybrid": {"linear_attention": "mamba", "full_attention": "attention"},
+}
+
+
+def with_older_names(hparams: dict[str, Any], raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings as the converter knows them.
+
+    transformers renames settings of older files, and writes none that it has no use for; the
+    converter was written for the files as they were published.
+
+    Args:
+        hparams: as ``ModelBase.load_hparams`` gives them.
+        raw: ``config.json`` itself; what only it has is added.
+    """
+    known = {**raw, **hparams}
+    more = {name: value(known) for name, value in _OLDER.items() if known.get(name) is None}
+    layers = _OLDER_LAYERS.get(str(known.get("model_type")))
+    if layers and isinstance(known.get("layer_types"), list):
+        more["layer_types"] = [layers.get(kind, kind) for kind in known["layer_types"]]
+    return {**known, **{name: value for name, value in more.items() if value is not None}}
+
+
+def has_table(hparams: Mapping[str, Any]) -> bool:
+    """Whether :mod:`export.settings` knows every setting of the model."""
+    return hparams.get("model_type") in TABLES
+
+
+def _rope_of(hparams: dict[str, Any]) -> dict[str, Any]:
+    return hparams.get("rope_parameters") or {}
 
 
 def settings(

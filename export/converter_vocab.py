@@ -28,6 +28,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.cpp'
 SPACE = "\u2581"  # how SentencePiece writes a space
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPECIAL_SCORE, _UNUSED_SCORE = -1000.0, -10000.0
+_TIKTOKEN_RANKS = "mergeable_ranks"  # what tiktoken's tokenizers have, and tokenizer.json has not
 
 # Texts on which the merges are tried, without anything that a normaliser would change.
 PROBES = (
@@ -90,13 +91,24 @@ def install(model: Any, job: Mapping[str, Any], notes: list[str]) -> None:
         _vocabulary(model, tokenizer, rows, job, notes)
 
     def whole() -> None:
-        theirs()
+        try:
+            theirs()
+        except AttributeError as e:
+            if _TIKTOKEN_RANKS not in str(e):
+                raise
+            # The class wants a tokenizer of Python code of the model's folder, which is never run.
+            notes.append("vocabulary from tokenizer.json, not from a tokenizer of Python code")
+            read()
         _settle(model, _tokenizer(folder), notes)
 
     # Whatever way the converter would take for this architecture, it ends here.
     for name in ("sentencepiece", "llama_hf", "gpt2", "hybriddna", "qwen"):
         setattr(model, f"_set_vocab_{name}", read)
     model.set_vocab = whole
+    # Some classes write the vocabulary themselves, and only ask for the pre-tokenizer.
+    value = _as_loaded(_tokenizer(folder), _json(folder / "tokenizer.json"))
+    if value and family(value) == "byte-level":
+        model.get_vocab_base_pre = _pre(type(model).get_vocab_base_pre, model, value, job, notes)
 
 
 def _tokenizer(folder: Path) -> Any:

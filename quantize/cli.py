@@ -22,6 +22,7 @@ from quantize.config import (
     CLOSED_FORM,
     DEVICES,
     DTYPES,
+    LEVELS,
     ORDERS,
     Config,
     load_recipe,
@@ -126,6 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
     method = parser.add_argument_group("method")
     _option(method, "order", "of the columns", choices=ORDERS)
     _option(method, "block_size", "columns", choices=BLOCK_SIZES)
+    _option(method, "levels", "of T: -1, 0, 1, and with four of them 2", choices=LEVELS)
     _switch(method, "itf", "Iterative Ternary Fitting")
     _switch(method, "aga", "Activation-aware Grid Alignment")
     _switch(method, "compensate", "carry each block's error into the columns to come")
@@ -188,6 +190,8 @@ def _run(args: argparse.Namespace, resume: str) -> int:
         raise PT2Error(f"--report {args.report}: the name must end in .html or .png")
     if args.recipe != "refined" and (args.refine_text or args.refine_steps is not None):
         raise PT2Error("--refine-text and --refine-steps belong to --recipe refined")
+    if args.recipe == "refined" and config.levels != 3:
+        raise PT2Error("--recipe refined moves three levels: use --levels 3, or --recipe best")
     out = _out(args)
 
     from quantize.first_checks import refuse_contradiction
@@ -280,10 +284,11 @@ def print_summary(result: Result) -> None:
         cells = [f"{sum(m['E_x'][s] for m in members) / scale:.4f}" for s in stages]
         table.add_row(kind, *cells)
     console.print(table)
-    bits = math.log2(3) + 32 / result.block_size
+    levels = max((m["levels"] for m in result.matrices.values()), default=3)
+    bits = math.log2(levels) + 32 / result.block_size
     print(
         f"ternary  {len(result.matrices)} linears, {result.parameters / 1e6:.1f} M weights, "
-        f"{bits:.3f} bits per weight (log2(3) and two float16 per {result.block_size})"
+        f"{bits:.3f} bits per weight (log2({levels}) and two float16 per {result.block_size})"
     )
     for reason in dict.fromkeys(result.kept.values()):
         count = sum(1 for r in result.kept.values() if r == reason)

@@ -16,6 +16,7 @@ from pt2_core.texts.sources import source_name
 from pt2_core.yaml_file import read_yaml
 
 ORDERS = ("none", "random", "hessian", "ssr", "foldable")
+LEVELS = (3, 4)
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 CLOSED_FORM = "closed-form"  # of --recipe refined: the first stage's folder inside the result's
@@ -31,6 +32,7 @@ class Config:
             residual stream for the whole model, a free one for down_proj, one within each head for
             o_proj: the exporter can fold all of them into neighbouring weights).
         block_size: columns that share one alpha and mu per row.
+        levels: how many values T may take: 3 (-1, 0, 1, the paper's) or 4 (-1, 0, 1, 2).
         itf: Iterative Ternary Fitting (eq. 9-10), at most ``itf_steps`` steps.
         aga: Activation-aware Grid Alignment (eq. 12-13).
         compensate: spread each block's error over the columns that are still to come.
@@ -78,6 +80,7 @@ class Config:
 
     order: str = "foldable"
     block_size: int = 128
+    levels: int = 3
     itf: bool = True
     itf_steps: int = 50
     aga: bool = True
@@ -113,6 +116,7 @@ class Config:
             object.__setattr__(self, f.name, _typed(f.name, getattr(self, f.name), str(f.type)))
         _one_of("order", self.order, ORDERS)
         _one_of("block_size", self.block_size, BLOCK_SIZES)
+        _one_of("levels", self.levels, LEVELS)
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("device", self.device, DEVICES)
         least = {"itf_steps": 1, "reround": 0, "rounds": 0, "sweeps": 0, "samples": 1, "seqlen": 2,

@@ -251,7 +251,8 @@ class Run:
                 matrices[name] = result.rows_of(start, stop)
                 records[name] = {
                     "block": block.index, "rows": weight.shape[0], "cols": weight.shape[1],
-                    "block_size": self.method.block_size, "order": label,
+                    "block_size": self.method.block_size, "levels": self.method.levels,
+                    "order": label,
                     "norm_w": float(weight.square().sum(dtype=torch.float64)),
                     "norm_x": mean_square(weight, hessian),
                     **self.plan.tensors[name], **more, **errors.rows_of(start, stop),

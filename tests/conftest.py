@@ -3,6 +3,8 @@
 A test that needs one is marked ``llama`` (or ``llama("stock")``, the unmodified one). Where that
 build is missing, or older than the overlay, the test fails with the command to run: a test that
 is skipped because something is stale has tested nothing. ``pytest --no-llama`` leaves them out.
+
+:data:`QUICK` is what ``make quick`` runs, besides tests that are marked ``quick`` themselves.
 """
 
 from __future__ import annotations
@@ -19,6 +21,16 @@ from pt2_core.errors import PT2Error
 from pt2_llama import api
 from pt2_llama.cache import Places
 
+# Files of a few seconds of processor time that between them touch every package.
+_QUICK_FILES = """
+    test_artifact test_bench_compare test_bench_files test_bench_names test_bench_placement
+    test_bench_report test_checkpoint test_commands test_converter_vocab test_export_fold
+    test_export_types test_fingerprint test_formats test_house test_mixed test_model_view
+    test_progress test_pt2_llama_bindings test_pt2_llama_c_source test_pt2_llama_edits
+    test_ternary
+"""
+QUICK = frozenset(_QUICK_FILES.split())
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add ``--no-llama``."""
@@ -31,8 +43,12 @@ def variants_of(item: pytest.Item) -> list[str]:
     return [v for mark in item.iter_markers("llama") for v in mark.args or ("cpu",)]
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what ``--no-llama`` leaves out."""
+    """Mark what is quick, before ``-m`` chooses, and leave out what ``--no-llama`` leaves out."""
+    for item in items:
+        if item.path.stem in QUICK:
+            item.add_marker(pytest.mark.quick)
     if config.getoption("--no-llama"):
         for item in filter(variants_of, items):
             item.add_marker(pytest.mark.skip(reason="left out by --no-llama"))

@@ -102,7 +102,7 @@ def test_an_artifact_of_any_decoder_computes_what_it_says(kind, tmp_path, calibr
 
 
 def test_rows_of_joined_experts_are_found_in_the_files(tmp_path):
-    """Mixtral's class holds w1 over w3 of all experts in one parameter; the files one linear each."""
+    """Mixtral's class holds w1 over w3 of all experts in one parameter, the files a linear each."""
     small_model("mixtral", tmp_path / "m")
     model = StreamedModel(Checkpoint.open(tmp_path / "m"))
     tensors = load_file(tmp_path / "m" / "model.safetensors")
@@ -156,9 +156,7 @@ def test_moments_of_experts_are_those_of_their_tokens(tmp_path):
     ((hidden, chosen),) = seen
     stream, block = model.start(tokens, 2), model.block(0)
     number = next(n for n, s in enumerate(block.sites) if s.slices)
-    moments = gather_experts(
-        block, block.module(), stream, number, range(1, 3), True, lambda: None
-    )
+    moments = gather_experts(block, block.module(), stream, number, range(1, 3), True, lambda: None)
     assert set(moments.own) == {1, 2}
     for expert, own in moments.own.items():
         x = hidden[(chosen == expert).any(dim=-1)].double()
@@ -235,7 +233,7 @@ def test_an_unknown_model_is_refused_in_one_line(tmp_path):
     small_model("llama", tmp_path / "m")
     file: Path = tmp_path / "m" / "config.json"
     file.write_text(file.read_text().replace('"llama"', '"nobody"'))
-    with pytest.raises(PT2Error, match="model_type 'nobody'.*does not know"):
+    with pytest.raises(PT2Error, match=r"model_type .nobody., which .* does not know"):
         StreamedModel(Checkpoint.open(tmp_path / "m"))
 
 

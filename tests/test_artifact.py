@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,7 @@ def artifact(tmp_path: Path) -> Path:
 @given(st.integers(1, 9), st.integers(0, 9), st.data())
 @settings(max_examples=50, deadline=None)
 def test_packing_round_trips(rows, quads, data):
-    t = data.draw(arrays(np.int8, (rows, 4 * quads), elements=st.integers(-1, 1)))
+    t = data.draw(arrays(np.int8, (rows, 4 * quads), elements=st.integers(-1, 2)))
     packed = pack_ternary(t)
     assert packed.dtype == np.uint8 and packed.shape == (rows, quads)
     assert np.array_equal(unpack_ternary(packed), t)
@@ -68,10 +69,11 @@ def test_packing_round_trips(rows, quads, data):
 
 def test_packing_is_lowest_bits_first():
     assert pack_ternary(np.array([[-1, 0, 1, 1]], dtype=np.int8))[0, 0] == 0b10_10_01_00
+    assert pack_ternary(np.array([[2, -1, 2, 0]], dtype=np.int8))[0, 0] == 0b01_11_00_11
 
 
-@pytest.mark.parametrize("bad", [np.zeros((1, 6), np.int8), np.full((1, 4), 2, np.int8)])
-def test_packing_refuses_what_is_not_ternary(bad):
+@pytest.mark.parametrize("bad", [np.zeros((1, 6), np.int8), np.full((1, 4), 3, np.int8)])
+def test_packing_refuses_what_is_no_level(bad):
     with pytest.raises(ValueError):
         pack_ternary(bad)
 
@@ -91,6 +93,24 @@ def test_what_was_written_is_read(artifact: Path):
     for part in ("ternary", "alpha", "mu", "perm"):
         assert np.array_equal(getattr(got, part), getattr(matrix(), part))
     assert a.n_blocks == 1 and a.residual_perm.tolist() == [0, 1, 2, 3]
+
+
+def test_four_levels_are_read_where_the_manifest_says_so(tmp_path: Path):
+    m = matrix()
+    t = m.codes()
+    t[0, :3] = 2
+    four = replace(m, ternary=pack_ternary(t), levels=4)
+    writer = ArtifactWriter.create(tmp_path / "a", IDENTITY)
+    writer.write_global(np.arange(4))
+    writer.write_block(0, [four], {NAME: {"rows": 6, "cols": 16, "levels": 4}})
+    writer.finish()
+    got = Artifact.open(tmp_path / "a").block(0)[NAME]
+    assert got.levels == 4 and np.array_equal(got.codes(), t)
+    assert np.array_equal(got.dequantize(), four.dequantize())
+    writer.manifest["matrices"][NAME]["levels"] = 3
+    writer.finish()
+    with pytest.raises(PT2Error, match="not ternary"):
+        Artifact.open(tmp_path / "a").block(0)
 
 
 def rewrite(file: Path, change) -> None:

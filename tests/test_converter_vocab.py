@@ -199,3 +199,32 @@ def test_the_written_file_holds_types_scores_and_bos_as_transformers_has_them(tm
     # What is written is what the tokenizer does, whatever tokenizer_config.json says of it.
     assert f["tokenizer.ggml.add_bos_token"] is True and f["tokenizer.ggml.bos_token_id"] == 1
     assert f["tokenizer.ggml.add_eos_token"] is False and f["tokenizer.ggml.add_space_prefix"]
+
+
+@pytest.mark.llama
+def test_classes_that_only_ask_for_the_pre_tokenizer_get_ours(tmp_path, monkeypatch):
+    """Exaone's converter, for one, writes the vocabulary itself and asks only for that name."""
+    from export import converter_vocab
+
+    class Asks:
+        """Of the converter's model, what asks."""
+
+        def __init__(self, folder: Path) -> None:
+            self.dir_model, self.hparams, self.pre = folder, {}, ""
+
+        def get_vocab_base_pre(self, tokenizer: Any) -> str:
+            raise NotImplementedError
+
+        def set_vocab(self) -> None:
+            self.pre = self.get_vocab_base_pre(None)
+
+    monkeypatch.setattr(converter_vocab, "_settle", lambda *_: None)
+    job = {"source": str(api.source_dir()), "shown": "m"}
+    known = Asks(with_tokenizer(tmp_path / "known", byte_level()))
+    converter_vocab.install(known, job, said := [])
+    known.set_vocab()
+    assert known.pre == "gpt-2" and len(said) == 1
+    unknown = Asks(with_tokenizer(tmp_path / "unknown", byte_level([GPT2, r"\p{N}{1,2}"])))
+    converter_vocab.install(unknown, job, [])
+    with pytest.raises(Unsupported, match="does not know the pre-tokenizer"):
+        unknown.set_vocab()

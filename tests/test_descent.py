@@ -18,36 +18,38 @@ from quantize.method.ternary import (
     Grid,
     fit_grid,
     iterative_ternary_fitting,
+    positive_alpha,
+    starting_point,
     store_grid,
-    ternary_init,
 )
 
 SEEDS = st.integers(0, 2**31 - 1)
 
 
-def problem(seed: int, rows: int = 8, cols: int = 64, k: int = 16):
+def problem(seed: int, rows: int = 8, cols: int = 64, k: int = 16, levels: int = 3):
     """Weights, T and a grid per block as a blockwise pass without activations leaves them, H."""
     w = weights(seed, rows, cols)
     h = moments(seed, cols, tokens=4 * cols).float()
     h.diagonal().add_(0.01 * h.diagonal().mean())
     codes, grids = [], []
     for block in w.split(k, dim=1):
-        grid, t = iterative_ternary_fitting(block, ternary_init(block)[1])
-        grids.append(store_grid(Grid(grid.alpha.abs(), grid.mu)))
-        codes.append(t * grid.alpha.sign()[:, None])
+        grid, t = iterative_ternary_fitting(block, starting_point(block, levels)[1], 50, levels)
+        grid, t = positive_alpha(grid, t, levels)
+        grids.append(store_grid(grid))
+        codes.append(t * (grid.alpha > 0)[:, None])
     alpha, mu = (torch.stack(v, dim=1) for v in zip(*grids, strict=True))
     return w, torch.cat(codes, dim=1), Grid(alpha, mu), h
 
 
-def naive_descend(w, t, grid, h, sweeps):
-    """Every column tries all three values, the whole objective computed for each, in float64."""
+def naive_descend(w, t, grid, h, sweeps, levels):
+    """Every column tries all values, the whole objective computed for each, in float64."""
     k = w.shape[1] // grid.alpha.shape[1]
     t = t.double().clone()
     alpha, mu = (x.double().repeat_interleave(k, dim=1) for x in grid)
     for _ in range(sweeps):
         for j in range(w.shape[1]):
             values = []
-            for candidate in (-1, 0, 1):
+            for candidate in range(-1, levels - 1):
                 t[:, j] = candidate
                 e = w.double() - alpha * t - mu
                 values.append(((e @ h.double()) * e).sum(dim=1))
@@ -55,32 +57,34 @@ def naive_descend(w, t, grid, h, sweeps):
     return t.float()
 
 
-@pytest.mark.parametrize("sub_block", [1, 5, 32])
-def test_descent_is_the_best_of_three_values_column_by_column(sub_block, monkeypatch):
+@pytest.mark.parametrize("sub_block, levels", [(1, 3), (5, 3), (32, 3), (5, 4)])
+def test_descent_is_the_best_of_all_values_column_by_column(sub_block, levels, monkeypatch):
     monkeypatch.setattr(descent, "SUB_BLOCK", sub_block)
-    w, t, grid, h = problem(1)
+    w, t, grid, h = problem(1, levels=levels)
     for sweeps in (1, 3):
-        got = descent.descend(w, t, grid, h, sweeps)
-        want = naive_descend(w, t, grid, h, sweeps)
+        got = descent.descend(w, t, grid, h, sweeps, levels=levels)
+        want = naive_descend(w, t, grid, h, sweeps, levels)
         assert (got != want).float().mean() < 0.005  # a tie may fall either way in float32
         assert not torch.equal(got, t)
 
 
-@given(SEEDS)
+@given(SEEDS, st.sampled_from([3, 4]))
 @settings(max_examples=25, deadline=None)
-def test_neither_step_raises_the_objective_of_any_row(seed):
-    w, t, grid, h = problem(seed)
+def test_neither_step_raises_the_objective_of_any_row(seed, levels):
+    w, t, grid, h = problem(seed, levels=levels)
     last = descent.objective(w, t, grid, h)
     start = last.clone()
     for _ in range(3):
-        grid, t = descent.joint_grid(w, t, grid, h)
+        grid, t = descent.joint_grid(w, t, grid, h, levels)
         now = descent.objective(w, t, grid, h)
         assert bool((now <= last * (1 + 1e-5)).all())
-        assert bool((grid.alpha >= 0).all()) and set(t.unique().tolist()) <= {-1.0, 0.0, 1.0}
+        assert bool((grid.alpha >= 0).all()) and set(t.unique().tolist()) <= set(
+            range(-1, levels - 1)
+        )
         assert torch.equal(grid.alpha, grid.alpha.half().float())
         assert torch.equal(grid.mu, grid.mu.half().float())
         last = now
-        t = descent.descend(w, t, grid, h, 1)
+        t = descent.descend(w, t, grid, h, 1, levels=levels)
         now = descent.objective(w, t, grid, h)
         assert bool((now <= last * (1 + 1e-5)).all())
         last = now
@@ -123,6 +127,18 @@ def test_coordinate_descent_ends_where_no_single_change_helps():
         other = t.clone()
         other[:, j] = value
         assert bool((descent.objective(w, other, grid, h) >= best * (1 - 1e-5)).all())
+
+
+@pytest.mark.parametrize("levels", [3, 4])
+def test_a_joint_grid_of_negative_alpha_counts_t_from_the_other_end(levels):
+    """Started from the mirrored T, the solution is the same weights, alpha again above 0."""
+    w, t, grid, h = problem(4, levels=levels)
+    plain, same = descent.joint_grid(w, t, grid, h, levels)
+    zero = Grid(torch.zeros_like(grid.alpha), grid.mu)
+    turned, back = descent.joint_grid(w, levels - 3 - t, zero, h, levels)
+    assert torch.equal(same, back) and bool((turned.alpha > 0).all())
+    a, b = (descent.objective(w, same, g, h) for g in (plain, turned))
+    assert torch.allclose(a, b, rtol=1e-3)
 
 
 def test_blocks_that_say_nothing_of_alpha_keep_a_sound_grid():
@@ -175,16 +191,28 @@ def test_a_grid_that_float16_cannot_hold_is_refused():
         descent.joint_grid(w * 1e8, t, grid, h)
 
 
-def test_rounds_lower_the_error_of_the_whole_matrix_and_a_target_is_followed():
+def test_four_levels_lose_less_than_three_at_every_stage():
     w, h = weights(9, 32, 128), moments(9, 128, tokens=512).double()
-    _, plain = quantize_matrix(w, h, Method(32))
-    result, errors = quantize_matrix(w, h, Method(32, rounds=2))
+    three, four = (
+        quantize_matrix(w, h, Method(32, levels, rounds=2))[1].rows_of(0, 32)["E_x"]
+        for levels in (3, 4)
+    )
+    assert three.keys() == four.keys() and len(four) == 6
+    assert all(four[stage] < 0.8 * three[stage] for stage in four if stage != "init")
+
+
+@pytest.mark.parametrize("levels", [3, 4])
+def test_rounds_lower_the_error_of_the_whole_matrix_and_a_target_is_followed(levels):
+    w, h = weights(9, 32, 128), moments(9, 128, tokens=512).double()
+    _, plain = quantize_matrix(w, h, Method(32, levels))
+    result, errors = quantize_matrix(w, h, Method(32, levels, rounds=2))
+    assert set(result.t.unique().tolist()) == set(range(-1, levels - 1))
     sums = errors.rows_of(0, 32)["E_x"]
     assert sums["blockwise"] == pytest.approx(plain.rows_of(0, 32)["E_x"]["final"], rel=1e-6)
     assert sums["final"] < 0.97 * sums["blockwise"]
     assert torch.equal(result.t * (result.alpha == 0).repeat_interleave(32, 1), result.t * 0)
     target = w + 0.02 * torch.randn(w.shape, generator=torch.Generator().manual_seed(0))
-    moved, _ = quantize_matrix(w, h, Method(32, rounds=2), target=target)
+    moved, _ = quantize_matrix(w, h, Method(32, levels, rounds=2), target=target)
     near, far = (((moved.dequantize() - x) @ h.float() * (moved.dequantize() - x)).sum()
                  for x in (target, w))  # fmt: skip
     assert near < far

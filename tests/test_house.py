@@ -119,3 +119,10 @@ def test_files_are_short_enough_to_read():
         for path in {**source_files(), **tests}.values()
     }
     assert {name: n for name, n in lines.items() if n > LONGEST} == {}
+
+
+def test_the_quick_tests_are_files_that_exist():
+    """A file that was renamed would silently leave ``make quick``."""
+    from conftest import QUICK
+
+    assert [name for name in sorted(QUICK) if not (ROOT / f"tests/{name}.py").is_file()] == []

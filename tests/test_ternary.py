@@ -90,19 +90,20 @@ def test_rounding_takes_the_nearest_point():
     assert torch.allclose(chosen, errors.min(dim=0).values, atol=1e-7)
 
 
-@given(SEEDS, st.booleans())
+@given(SEEDS, st.booleans(), st.sampled_from([3, 4]))
 @settings(max_examples=25, deadline=None)
-def test_itf_never_raises_the_weight_error_and_ends_in_a_fixed_point(seed, tails):
+def test_itf_never_raises_the_weight_error_and_ends_in_a_fixed_point(seed, tails, levels):
     w = weights(seed, rows=16, k=128, tails=tails)
-    grid, start = ternary_init(w)
-    last = weight_error(w, grid.dequantize(start))
+    grid, begin = ternary.starting_point(w, levels)
+    last = weight_error(w, grid.dequantize(begin))
     for steps in range(1, 30):
-        grid, t = iterative_ternary_fitting(w, start, steps)
+        grid, t = iterative_ternary_fitting(w, begin, steps, levels)
         error = weight_error(w, grid.dequantize(t))
         assert error <= last * (1 + 1e-6)
         last = error
-    grid, t = iterative_ternary_fitting(w, start)
-    assert torch.equal(round_to_grid(w, fit_grid(w, t)), t)
+    grid, t = iterative_ternary_fitting(w, begin, 50, levels)
+    assert torch.equal(round_to_grid(w, fit_grid(w, t), levels), t)
+    assert set(t.unique().tolist()) == set(range(-1, levels - 1))
     assert torch.allclose(torch.stack(grid), torch.stack(fit_grid(w, t)), atol=1e-7)
 
 
@@ -140,10 +141,29 @@ def test_negative_alpha_changes_signs_only():
     assert torch.equal(flipped.dequantize(t2), grid.dequantize(t))
 
 
+def test_four_levels_turn_round_to_the_same_values():
+    w = weights(7)
+    _, t = ternary.starting_point(w, 4)
+    grid = Grid(torch.linspace(-1, 1, w.shape[0]), w.mean(dim=1))
+    turned, t2 = positive_alpha(grid, t, 4)
+    assert bool((turned.alpha >= 0).all()) and set(t2.unique().tolist()) == {-1, 0, 1, 2}
+    assert torch.allclose(turned.dequantize(t2), grid.dequantize(t), atol=1e-6)
+
+
+def test_four_levels_of_a_row_that_has_them_are_found_exactly():
+    t = torch.randint(-1, 3, (5, 128), generator=torch.Generator().manual_seed(0)).float()
+    grid = Grid(torch.linspace(0.5, 2, 5), torch.linspace(-1, 1, 5))
+    w = grid.dequantize(t)
+    found, t2 = iterative_ternary_fitting(w, ternary.starting_point(w, 4)[1], 50, 4)
+    assert torch.equal(t2, t)
+    assert torch.allclose(torch.stack(found), torch.stack(grid), atol=1e-5)
+
+
+@pytest.mark.parametrize("levels", [3, 4])
 @pytest.mark.parametrize("value", [0.0, 0.37, -2.5])
-def test_a_row_of_equal_values(value):
+def test_a_row_of_equal_values(value, levels):
     w = torch.full((2, 16), value)
-    grid, t = iterative_ternary_fitting(w, ternary_init(w)[1])
+    grid, t = iterative_ternary_fitting(w, ternary.starting_point(w, levels)[1], 50, levels)
     aligned = activation_grid(w, t, moments(1, k=16))
     for g in (grid, aligned):
         assert torch.equal(g.alpha, torch.zeros(2))
@@ -151,13 +171,14 @@ def test_a_row_of_equal_values(value):
     assert not t.any()
 
 
-def test_one_outlier_is_exact():
+@pytest.mark.parametrize("levels", [3, 4])
+def test_one_outlier_is_exact(levels):
     w = torch.zeros(3, 128)
     w[0, 5], w[1, 127], w[2, 0] = 8.0, -0.25, 1e-3
-    grid, t = iterative_ternary_fitting(w, ternary_init(w)[1])
+    grid, t = iterative_ternary_fitting(w, ternary.starting_point(w, levels)[1], 50, levels)
     assert torch.allclose(grid.dequantize(t), w, atol=1e-9)
     aligned = activation_grid(w, t, moments(2, k=128))
-    assert torch.allclose(aligned.dequantize(t), w, atol=1e-5)
+    assert torch.allclose(aligned.dequantize(t), w, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("constant", [-1.0, 0.0, 1.0])

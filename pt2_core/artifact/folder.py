@@ -46,19 +46,19 @@ Array = npt.NDArray[Any]
 
 
 def pack_ternary(t: Array) -> Array:
-    """Pack int8 values of {-1, 0, 1} ``[rows, cols]`` into uint8 ``[rows, cols/4]``.
+    """Pack int8 values of {-1, 0, 1, 2} ``[rows, cols]`` into uint8 ``[rows, cols/4]``.
 
-    Code ``t + 1`` of column 4j+i is in bits 2i and 2i+1 of byte j.
+    Code ``t + 1`` of column 4j+i is in bits 2i and 2i+1 of byte j. With three levels 2 is not used.
 
     Raises:
-        ValueError: the number of columns is not a multiple of 4, or a value is not ternary.
+        ValueError: the number of columns is not a multiple of 4, or a value is another.
     """
     rows, cols = t.shape
     if cols % 4:
         raise ValueError(f"the number of columns must be a multiple of 4, not {cols}")
     codes = (t.astype(np.int8) + 1).view(np.uint8).reshape(rows, cols // 4, 4)
-    if codes.size and codes.max() > 2:
-        raise ValueError("values must be -1, 0 or 1")
+    if codes.size and codes.max() > 3:
+        raise ValueError("values must be -1, 0, 1 or 2")
     return codes[..., 0] | codes[..., 1] << 2 | codes[..., 2] << 4 | codes[..., 3] << 6
 
 
@@ -71,7 +71,7 @@ def unpack_ternary(packed: Array) -> Array:
 
 @dataclass(frozen=True)
 class TernaryMatrix:
-    """One ternary linear: ``W[:, perm[j]] ~ alpha[:, j // g] * T[:, j] + mu[:, j // g]``.
+    """One linear of few levels: ``W[:, perm[j]] ~ alpha[:, j // g] * T[:, j] + mu[:, j // g]``.
 
     Attributes:
         name: the module's name in the source model, e.g. ``model.layers.3.self_attn.q_proj``.
@@ -79,6 +79,7 @@ class TernaryMatrix:
         alpha: float16 ``[rows, cols/g]``, >= 0.
         mu: float16 ``[rows, cols/g]``.
         perm: int32 ``[cols]``.
+        levels: how many values T may take, 3 or 4; they begin at -1.
     """
 
     name: str
@@ -86,6 +87,7 @@ class TernaryMatrix:
     alpha: Array
     mu: Array
     perm: Array
+    levels: int = 3
 
     @property
     def rows(self) -> int:
@@ -100,7 +102,7 @@ class TernaryMatrix:
         return self.cols // int(self.alpha.shape[1])
 
     def codes(self) -> Array:
-        """T as int8 ``[rows, cols]`` of {-1, 0, 1}, in the quantised column order."""
+        """T as int8 ``[rows, cols]``, in the quantised column order."""
         return unpack_ternary(self.ternary)
 
     def dequantize(self) -> Array:
@@ -135,7 +137,7 @@ def _shape_problem(m: TernaryMatrix) -> str | None:
 
 
 def _value_problem(m: TernaryMatrix) -> str | None:
-    if np.any(m.ternary & (m.ternary >> 1) & 0x55):
+    if m.levels < 4 and np.any(m.ternary & (m.ternary >> 1) & 0x55):
         return "a code that is not ternary"
     if not (np.isfinite(m.alpha).all() and np.isfinite(m.mu).all()):
         return "NaN or Inf in alpha or mu"
@@ -248,7 +250,10 @@ class Artifact:
             parts = {p: tensors.get(f"{name}.{p}") for p in PARTS}
             if any(v is None for v in parts.values()) or name not in self.matrices:
                 raise PT2Error(f"{where}: {name} does not match the manifest; quantise again")
-            result[name] = TernaryMatrix(name, **{k: v for k, v in parts.items() if v is not None})
+            levels = self.matrices[name].get("levels", 3)
+            result[name] = TernaryMatrix(
+                name, **{k: v for k, v in parts.items() if v is not None}, levels=levels
+            )
             result[name].check(where)
             self._check_record(result[name], index, where)
         wanted = {name for name, m in self.matrices.items() if block_of(name, m) == index}

@@ -31,7 +31,7 @@ _ERRORS = mapping(number(0), "|".join(STAGES))
 HELD = record({k: number() for k in ("kl", "same_top", "perplexity", "teacher_perplexity")})
 _MATRIX = record(
     {"rows": _SIZE, "cols": _SIZE},
-    {"block_size": _SIZE, "order": text(), "E_w": _ERRORS, "E_x": _ERRORS,
+    {"block_size": _SIZE, "levels": integer(3, 4), "order": text(), "E_w": _ERRORS, "E_x": _ERRORS,
      "norm_w": number(0), "norm_x": number(0),
      # Where the matrix is: decoder block, tensor of the files, whether it holds [in, out].
      "block": integer(0, 999_999), "tensor": text(), "transposed": boolean,

@@ -19,7 +19,7 @@ FLOATS = ("F32", "F16", "BF16")
 _PACKED = re.compile(
     r"(^|[._])(qweight|qzeros|scales|scales?_inv|g_idx|zero_points?|"
     r"weight_(packed|scales?|scale_inv|scale_2|shape|zero_point|format|g_idx|global_scale)|"
-    r"(input|output|k|v)_scales?(_ub|_inv)?|input_(global_scale|zero_point)|"
+    r"(?<=\.)(input|output|k|v)_scales?(_ub|_inv)?|input_(global_scale|zero_point)|"
     r"(nested_)?(absmax|quant_map)|quant_state(\..*)?|SCB|codebooks?|W_q|"
     r"(proj|weight|lm_head)[._]_?(scales?|zeros|codes|data|qdata|packed|blocks|trellis|su|sv|suh|"
     r"svh|mcg|mul1|CB|SZ|meta))$"

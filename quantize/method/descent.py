@@ -11,7 +11,7 @@ column of T after the other to its best value given all others; both leave f as 
 Descent ends in the nearest place where no single change helps. With noise that fades from sweep to
 sweep (simulated annealing) it passes by most of these and ends several per cent lower.
 
-Shapes: ``target`` float32 ``[rows, cols]``, ``t`` float32 ``[rows, cols]`` of {-1, 0, 1}, ``grid``
+Shapes: ``target`` float32 ``[rows, cols]``, ``t`` float32 ``[rows, cols]`` of the levels, ``grid``
 alpha and mu float32 ``[rows, blocks]`` (values of float16), ``h`` float32 ``[cols, cols]``,
 symmetric and positive definite; columns in the quantised order.
 """
@@ -25,7 +25,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from quantize.method.ternary import CPU_ROWS, Grid, store_grid
+from quantize.method.ternary import CPU_ROWS, Grid, clamp_levels_, mirror, store_grid
 
 # Columns between two updates of the whole block's gradient by one matmul.
 SUB_BLOCK = 32
@@ -52,12 +52,14 @@ class Search:
         noise: standard deviation, in steps of T, of what is added to each column's best value
             before it is rounded; it falls linearly to 0 over all sweeps. 0: plain descent.
         seed: of the noise.
+        levels: of T.
     """
 
     rounds: int = 2
     sweeps: int = 4
     noise: float = 0.0
     seed: int = 0
+    levels: int = 3
 
 
 def refine_rows(
@@ -83,16 +85,16 @@ def refine_rows(
 def _refine(
     target: Tensor, t: Tensor, start: Grid, h: Tensor, search: Search, generator: torch.Generator
 ) -> tuple[Grid, Tensor]:
-    grid, found = start, t
+    grid, found, levels = start, t, search.levels
     for r in range(search.rounds):
-        grid, found = joint_grid(target, found, grid, h)
+        grid, found = joint_grid(target, found, grid, h, levels)
         noise = [search.noise * (1 - (r + i / search.sweeps) / search.rounds)
                  for i in range(search.sweeps)]  # fmt: skip
-        found = descend(target, found, grid, h, search.sweeps, noise, generator)
+        found = descend(target, found, grid, h, search.sweeps, noise, generator, levels)
     if search.noise:  # down to where no single change helps
-        grid, found = joint_grid(target, found, grid, h)
-        found = descend(target, found, grid, h, SETTLING_SWEEPS)
-    grid, found = joint_grid(target, found, grid, h)
+        grid, found = joint_grid(target, found, grid, h, levels)
+        found = descend(target, found, grid, h, SETTLING_SWEEPS, levels=levels)
+    grid, found = joint_grid(target, found, grid, h, levels)
     better = objective(target, found, grid, h) < objective(target, t, start, h)
     better = better[:, None]
     chosen = Grid(*(torch.where(better, new, old) for new, old in zip(grid, start, strict=True)))
@@ -121,6 +123,7 @@ def descend(
     sweeps: int,
     noise: Sequence[float] = (),
     generator: torch.Generator | None = None,
+    levels: int = 3,
 ) -> Tensor:
     """Cyclic coordinate descent on T with the grid held fixed.
 
@@ -155,7 +158,7 @@ def descend(
                 noise_here = torch.empty_like(centre).normal_(0, sigma, generator=generator)
                 centre = noise_here.add_(centre)
             moved = descend_block(
-                t[block], centre, gradient[block], h[block, block], step[b], alpha[b]
+                t[block], centre, gradient[block], h[block, block], step[b], alpha[b], levels
             )
             gradient.addmm_(h[:, block], moved, alpha=-1)
         if not sigma and float((t != before).sum()) < SETTLED * t.numel():
@@ -164,8 +167,9 @@ def descend(
 
 
 def _descend_block(
-    t: Tensor, centre: Tensor, gradient: Tensor, h: Tensor, step: Tensor, alpha: Tensor
-) -> Tensor:
+    t: Tensor, centre: Tensor, gradient: Tensor, h: Tensor, step: Tensor, alpha: Tensor,
+    levels: int,
+) -> Tensor:  # fmt: skip
     """One pass over a block's columns; changes ``t`` ``[k, rows]`` in place.
 
     Args:
@@ -184,7 +188,7 @@ def _descend_block(
     for begin in range(0, k, SUB_BLOCK):
         end = min(begin + SUB_BLOCK, k)
         for j in range(begin, end):
-            best = torch.addcmul(centre[j], g[j], step[j]).round_().clamp_(-1, 1)
+            best = clamp_levels_(torch.addcmul(centre[j], g[j], step[j]).round_(), levels)
             torch.sub(best, t[j], out=moved[j])
             moved[j].mul_(alpha)
             t[j] = best
@@ -199,21 +203,23 @@ class _Graph:
     """:func:`_descend_block` recorded once as a CUDA graph: its thousand tiny kernels then start
     from the GPU's own queue instead of one by one from Python."""
 
-    def __init__(self, k: int, rows: int, device: torch.device) -> None:
+    def __init__(self, k: int, rows: int, device: torch.device, levels: int) -> None:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, device=device)
 
-        self.inputs = [
+        self.inputs = (
             zeros(k, rows), zeros(k, rows), zeros(k, rows), zeros(k, k), zeros(k, rows), zeros(rows)
-        ]  # fmt: skip
+        )  # fmt: skip
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
-            _descend_block(*self.inputs)  # libraries set themselves up outside of the recording
+            _descend_block(
+                *self.inputs, levels
+            )  # libraries set themselves up outside of the recording
         torch.cuda.current_stream(device).wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.moved = _descend_block(*self.inputs)
+            self.moved = _descend_block(*self.inputs, levels)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         for mine, given in zip(self.inputs, inputs, strict=True):
@@ -224,44 +230,52 @@ class _Graph:
 
 
 @lru_cache(maxsize=8)
-def _graph(k: int, rows: int, device: torch.device) -> _Graph:
-    return _Graph(k, rows, device)
+def _graph(k: int, rows: int, device: torch.device, levels: int) -> _Graph:
+    return _Graph(k, rows, device, levels)
 
 
 def descend_block(
-    t: Tensor, centre: Tensor, gradient: Tensor, h: Tensor, step: Tensor, alpha: Tensor
-) -> Tensor:
+    t: Tensor, centre: Tensor, gradient: Tensor, h: Tensor, step: Tensor, alpha: Tensor,
+    levels: int,
+) -> Tensor:  # fmt: skip
     """:func:`_descend_block`, with ``RECORD`` on a GPU as a recorded graph.
 
     What it returns is valid until the next call.
     """
-    run = _graph(*t.shape, t.device) if RECORD and t.is_cuda else _descend_block
-    return run(t, centre, gradient, h, step, alpha)
+    if RECORD and t.is_cuda:
+        rows = t.shape[1]
+        return _graph(t.shape[0], rows, t.device, levels)(t, centre, gradient, h, step, alpha)
+    return _descend_block(t, centre, gradient, h, step, alpha, levels)
 
 
-def joint_grid(target: Tensor, t: Tensor, grid: Grid, h: Tensor) -> tuple[Grid, Tensor]:
+def joint_grid(
+    target: Tensor, t: Tensor, grid: Grid, h: Tensor, levels: int = 3
+) -> tuple[Grid, Tensor]:
     """The alpha and mu of all blocks of a row at once, for a given T.
 
     A row keeps its old grid where the new one, rounded to float16, is no better.
 
     Returns:
-        (grid, t): t with its sign turned where alpha came out negative, and 0 where alpha is 0.
+        (grid, t): t counted from the other end where alpha came out negative, and 0 where it is 0.
     """
     blocks = grid.alpha.shape[1]
     rows, cols = target.shape
     size = max(1, SOLVE_NUMBERS // max(cols, 4 * blocks * blocks))
     steps = [
         _solve(target[a : a + size], t[a : a + size],
-               Grid(grid.alpha[a : a + size], grid.mu[a : a + size]), h)
+               Grid(grid.alpha[a : a + size], grid.mu[a : a + size]), h, mirror(levels))
         for a in range(0, rows, size)
     ]  # fmt: skip
     alpha, mu = torch.cat([s.alpha for s in steps]), torch.cat([s.mu for s in steps])
     turned = t.reshape(rows, blocks, -1) * alpha.sign()[..., None]
+    if mirror(levels):
+        turned += mirror(levels) * (alpha < 0)[..., None]
     return Grid(alpha.abs(), mu), turned.reshape(rows, cols)
 
 
-def _solve(target: Tensor, t: Tensor, grid: Grid, h: Tensor) -> Grid:
-    """The accepted grid of some rows; its alpha may be negative."""
+def _solve(target: Tensor, t: Tensor, grid: Grid, h: Tensor, mirrored: int) -> Grid:
+    """The accepted grid of some rows. Where its alpha is negative, its mu is that of the mirrored t
+    (:func:`quantize.method.ternary.mirror`), which is what will be stored."""
     matrix, right = _normal_equations(target, t, grid, h)
     diagonal = matrix.diagonal(dim1=1, dim2=2)
     damped = matrix.clone()
@@ -273,9 +287,14 @@ def _solve(target: Tensor, t: Tensor, grid: Grid, h: Tensor) -> Grid:
     step = torch.where((info == 0)[:, None] & step.isfinite(), step, 0.0)
     blocks = grid.alpha.shape[1]
     old = torch.cat([grid.alpha, grid.mu], dim=1)
-    stored = store_grid(Grid(*(old + step).float().split(blocks, dim=1)))
+    alpha, mu = (old + step).float().split(blocks, dim=1)
+    if mirrored:
+        mu = mu + mirrored * alpha.clamp(max=0)
+    stored = store_grid(Grid(alpha, mu))
     new = torch.cat([stored.alpha, stored.mu], dim=1)
     step = new.double() - old.double()
+    if mirrored:  # what the stored pair means for t as it is
+        step[:, blocks:] -= mirrored * stored.alpha.double().clamp(max=0)
     change = torch.einsum("ri,rij,rj->r", step, matrix, step) - 2 * (step * right).sum(dim=1)
     new = torch.where((change < 0)[:, None], new, old)
     return Grid(new[:, :blocks].contiguous(), new[:, blocks:].contiguous())

@@ -1,4 +1,4 @@
-"""Blockwise ternarisation of a weight matrix with exact error compensation.
+"""Blockwise quantisation of a weight matrix to three or four levels with exact error compensation.
 
 After a block B of columns is quantised, the columns F that are still to come are moved so that the
 layer's output changes least:  delta_F = -(W_B - What_B) [Hinv_BB]^-1 Hinv_BF,  where Hinv is the
@@ -22,11 +22,12 @@ from quantize.method.ternary import (
     CPU_ROWS,
     Grid,
     activation_grid,
+    clamp_levels_,
     fit_grid,
     iterative_ternary_fitting,
     positive_alpha,
+    starting_point,
     store_grid,
-    ternary_init,
 )
 
 STAGES = ("init", "itf", "aga", "reround")
@@ -40,6 +41,7 @@ class Method:
     """What is done to each block; the fields are those of quantize.config.Config."""
 
     block_size: int = 128
+    levels: int = 3
     itf: bool = True
     itf_steps: int = 50
     aga: bool = True
@@ -167,7 +169,9 @@ def quantize_matrix(
     if method.rounds:
         errors.add("blockwise", original, result.dequantize(), hessian.float())
         h = damped[perm[:, None], perm].float()
-        search = descent.Search(method.rounds, method.sweeps, method.noise, method.seed)
+        search = descent.Search(
+            method.rounds, method.sweeps, method.noise, method.seed, method.levels
+        )
         grid, t = descent.refine_rows(aim[:, perm], codes.float(), Grid(alpha, mu), h, search)
         result = Ternary(t.to(torch.int8), grid.alpha, grid.mu, perm)
     errors.add("final", original, result.dequantize(), hessian.float())
@@ -194,21 +198,21 @@ def ternarize_block(
         if errors is not None:
             errors.add(stage, w, grid.dequantize(t), c)
 
-    grid, t = ternary_init(w)
+    grid, t = starting_point(w, method.levels)
     note("init", grid, t)
     if method.itf:
-        grid, t = iterative_ternary_fitting(w, t, method.itf_steps)
+        grid, t = iterative_ternary_fitting(w, t, method.itf_steps, method.levels)
         note("itf", grid, t)
     if method.aga:
         grid = activation_grid(w, t, c)
         note("aga", grid, t)
-    grid, t = positive_alpha(grid, t)
+    grid, t = positive_alpha(grid, t, method.levels)
     if method.reround and hinv is not None:
         feedback, order = feedback_weights(hinv, c)
         for _ in range(method.reround):
-            t = reround(w, store_grid(grid), feedback, order)
+            t = reround(w, store_grid(grid), feedback, order, method.levels)
             grid = activation_grid(w, t, c) if method.aga else fit_grid(w, t)
-            grid, t = positive_alpha(grid, t)
+            grid, t = positive_alpha(grid, t, method.levels)
     grid = store_grid(grid)
     t = t * (grid.alpha > 0)[:, None]  # one code for one value: t is 0 where alpha is
     if method.reround:
@@ -233,7 +237,7 @@ def feedback_weights(hinv: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     return (upper / upper.diagonal()[:, None]).float(), order
 
 
-def reround(w: Tensor, grid: Grid, feedback: Tensor, order: Tensor) -> Tensor:
+def reround(w: Tensor, grid: Grid, feedback: Tensor, order: Tensor, levels: int = 3) -> Tensor:
     """Choose t anew, column by column, on a fixed grid with error feedback inside the block.
 
     Args:
@@ -244,12 +248,12 @@ def reround(w: Tensor, grid: Grid, feedback: Tensor, order: Tensor) -> Tensor:
         t, float32 ``[rows, k]``.
     """
     if w.device.type != "cpu" or w.shape[0] <= CPU_ROWS:
-        return _reround(w, grid, feedback, order)
+        return _reround(w, grid, feedback, order, levels)
     parts = zip(w.split(CPU_ROWS), grid.alpha.split(CPU_ROWS), grid.mu.split(CPU_ROWS))  # noqa: B905
-    return torch.cat([_reround(a, Grid(b, m), feedback, order) for a, b, m in parts])
+    return torch.cat([_reround(a, Grid(b, m), feedback, order, levels) for a, b, m in parts])
 
 
-def _reround(w: Tensor, grid: Grid, feedback: Tensor, order: Tensor) -> Tensor:
+def _reround(w: Tensor, grid: Grid, feedback: Tensor, order: Tensor, levels: int) -> Tensor:
     left = w.T[order]  # [k, rows]: one column of w is one run of memory
     t = torch.empty_like(left)
     error = torch.empty_like(left)
@@ -258,7 +262,7 @@ def _reround(w: Tensor, grid: Grid, feedback: Tensor, order: Tensor) -> Tensor:
         end = min(begin + SUB_BLOCK, left.shape[0])
         for j in range(begin, end):
             torch.sub(left[j], grid.mu, out=t[j])
-            t[j].mul_(inverse).round_().clamp_(-1, 1)
+            clamp_levels_(t[j].mul_(inverse).round_(), levels)
             torch.sub(left[j], grid.mu, out=error[j])
             error[j].addcmul_(grid.alpha, t[j], value=-1)
             if j + 1 < end:

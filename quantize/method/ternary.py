@@ -1,9 +1,12 @@
-"""The asymmetric ternary quantiser of one block of columns: pure functions on plain tensors.
+"""The quantiser of one block of columns, with three levels or four: pure functions on tensors.
 
 Throughout, ``w`` is float32 ``[rows, k]`` (the block's weights), ``t`` is float32 ``[rows, k]`` of
 {-1, 0, 1}, and a :class:`Grid` holds alpha and mu, float32 ``[rows]``, so that ``w ~ alpha*t + mu``
 row by row. ``c`` is float32 ``[k, k]``: the second moment of the block's inputs, symmetric and
 positive semidefinite. Equation numbers are those of the PT2-LLM paper.
+
+``levels`` is how many values t may take, 3 (the paper's) or 4: -1 to ``levels - 2``. With four of
+them the paper's steps stay what they are; only the start and the largest t are others.
 """
 
 from __future__ import annotations
@@ -18,6 +21,11 @@ from pt2_core.errors import PT2Error
 # A 2x2 system whose determinant is smaller than this share of the product of its diagonal cannot
 # tell alpha from mu: T is (nearly) constant over the row.
 SINGULAR = 1e-7
+# Mean square of the inputs' sum, as a share of the sum of their mean squares, that counts as none.
+CANCELS = 1e-6
+LOWEST = -1  # the smallest t
+# Four levels start with this share of a row's range between its first level and its last.
+RANGE = 0.75
 # Rows worked on at once on a CPU: the temporaries of one chunk stay in a core's cache.
 CPU_ROWS = 1024
 
@@ -50,6 +58,27 @@ def ternary_init(w: Tensor) -> tuple[Grid, Tensor]:
     return Grid(alpha, mu), centred.sign() * chosen
 
 
+def range_init(w: Tensor, levels: int) -> tuple[Grid, Tensor]:
+    """A start for any number of levels: ``RANGE`` of each row's range, cut into equal steps.
+
+    The middle of the levels lies on the middle of the range. A row whose values are all equal gets
+    t = 0 and alpha = 0.
+
+    Returns:
+        (grid, t)
+    """
+    low, high = w.aminmax(dim=1)
+    alpha = (high - low) * (RANGE / (levels - 1))
+    middle = LOWEST + (levels - 1) / 2
+    grid = Grid(alpha, (high + low) / 2 - middle * alpha)
+    return grid, round_to_grid(w, grid, levels)
+
+
+def starting_point(w: Tensor, levels: int) -> tuple[Grid, Tensor]:
+    """Where ITF starts: the paper's start for three levels, :func:`range_init` for four."""
+    return ternary_init(w) if levels == 3 else range_init(w, levels)
+
+
 def fit_grid(w: Tensor, t: Tensor) -> Grid:
     """The grid of least ``|w - alpha*t - mu|^2`` for a given t (eq. 9), row by row.
 
@@ -71,38 +100,45 @@ def _fit_grid(w: Tensor, t: Tensor, w1: Tensor) -> Grid:
     return Grid(alpha, mu)
 
 
-def round_to_grid(w: Tensor, grid: Grid) -> Tensor:
-    """The nearest of the three grid points (eq. 10): t of {-1, 0, 1}, 0 where alpha is 0."""
+def round_to_grid(w: Tensor, grid: Grid, levels: int = 3) -> Tensor:
+    """The nearest of the grid's points (eq. 10): t, 0 where alpha is 0."""
     inverse = torch.where(grid.alpha == 0, 0.0, 1.0 / grid.alpha)
-    return ((w - grid.mu[:, None]) * inverse[:, None]).round_().clamp_(-1, 1)
+    return clamp_levels_(((w - grid.mu[:, None]) * inverse[:, None]).round_(), levels)
 
 
-def iterative_ternary_fitting(w: Tensor, t: Tensor, max_steps: int = 50) -> tuple[Grid, Tensor]:
+def clamp_levels_(t: Tensor, levels: int) -> Tensor:
+    """Whole numbers brought into the range of t, in place."""
+    return t.clamp_(LOWEST, LOWEST + levels - 1)
+
+
+def iterative_ternary_fitting(
+    w: Tensor, t: Tensor, max_steps: int = 50, levels: int = 3
+) -> tuple[Grid, Tensor]:
     """ITF: alternate eq. 9 and eq. 10 until t no longer changes (algorithm 1).
 
     Rows that have converged are left out of the following steps. The weight error never rises.
 
     Args:
-        t: where to start, see :func:`ternary_init`.
+        t: where to start, see :func:`starting_point`.
         max_steps: an upper limit; about 16 steps are usual, 24 the most that was seen.
 
     Returns:
         (grid, t)
     """
     if w.device.type != "cpu" or w.shape[0] <= CPU_ROWS:
-        return _itf(w, t, max_steps)
-    parts = [_itf(a, b, max_steps) for a, b in zip(w.split(CPU_ROWS), t.split(CPU_ROWS))]  # noqa: B905
+        return _itf(w, t, max_steps, levels)
+    parts = [_itf(a, b, max_steps, levels) for a, b in zip(w.split(CPU_ROWS), t.split(CPU_ROWS))]  # noqa: B905
     grid = Grid(*(torch.cat(v) for v in zip(*(g for g, _ in parts))))  # noqa: B905
     return grid, torch.cat([t for _, t in parts])
 
 
-def _itf(w: Tensor, t: Tensor, max_steps: int) -> tuple[Grid, Tensor]:
+def _itf(w: Tensor, t: Tensor, max_steps: int, levels: int) -> tuple[Grid, Tensor]:
     alpha, mu = w.new_empty(w.shape[0]), w.new_empty(w.shape[0])
     rows = torch.arange(w.shape[0], device=w.device)
     now_w, now_t, w1 = w, t, w.sum(dim=1)
     for _ in range(max_steps):
         grid = _fit_grid(now_w, now_t, w1)
-        new_t = round_to_grid(now_w, grid)
+        new_t = round_to_grid(now_w, grid, levels)
         changed = (new_t != now_t).any(dim=1)
         if rows.shape[0] == w.shape[0]:
             (alpha, mu), t = grid, new_t
@@ -133,7 +169,9 @@ def activation_grid(w: Tensor, t: Tensor, c: Tensor) -> Grid:
     d = c1.sum(dtype=torch.float64)
     wt = (tc * w).sum(dim=1, dtype=torch.float64)
     w1 = (w @ c1).double()
-    if d <= 0:  # inputs that cancel out exactly, or none at all: nothing says what mu should be
+    # Inputs that cancel out (all of a LayerNorm's outputs do), or none at all: nothing says what mu
+    # should be.
+    if d <= CANCELS * c.diagonal().sum(dtype=torch.float64):
         return fit_grid(w, t)
     det = a * d - b * b
     singular = det <= SINGULAR * a * d
@@ -143,10 +181,23 @@ def activation_grid(w: Tensor, t: Tensor, c: Tensor) -> Grid:
     return Grid(alpha.float(), mu.float())
 
 
-def positive_alpha(grid: Grid, t: Tensor) -> tuple[Grid, Tensor]:
-    """The same values with alpha >= 0: rows of negative alpha change the sign of alpha and t."""
+def positive_alpha(grid: Grid, t: Tensor, levels: int = 3) -> tuple[Grid, Tensor]:
+    """The same values with alpha >= 0: rows of negative alpha are counted from the other end.
+
+    Three levels are their own mirror image, so mu stays; of four, t becomes ``1 - t`` and mu takes
+    up the step between.
+    """
     sign = torch.where(grid.alpha < 0, -1.0, 1.0)
-    return Grid(grid.alpha.abs(), grid.mu), t * sign[:, None]
+    if levels == 3:
+        return Grid(grid.alpha.abs(), grid.mu), t * sign[:, None]
+    mirrored = mirror(levels) * (grid.alpha < 0)
+    grid = Grid(grid.alpha.abs(), grid.mu + mirrored * grid.alpha)
+    return grid, t * sign[:, None] + mirrored[:, None]
+
+
+def mirror(levels: int) -> int:
+    """The sum of the smallest and the largest t: levels counted from the other end are this - t."""
+    return 2 * LOWEST + levels - 1
 
 
 def check_range(weight: Tensor, block_size: int) -> None:

@@ -133,6 +133,9 @@ def refine(
         PT2Error: anything the user can mend; one line that names what and where.
     """
     source, out = Artifact.open(artifact_dir), Path(out_dir)
+    if any(m.get("levels", 3) != 3 for m in source.matrices.values()):
+        raise PT2Error(f"{source.path} has four levels, and pt2-refine moves three: quantise again "
+                       "with --levels 3")  # fmt: skip
     _check_names(source, out, resume, overwrite)
     with folder_lock(out):
         return _refine(source, out, config, model_dir, resume, overwrite, reporter or Reporter())

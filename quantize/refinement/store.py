@@ -82,7 +82,7 @@ def write_refined(
                 continue
             parts = {p: stored[f"{name}.{p}"].numpy() for p in ("ternary", "alpha", "mu")}
             used |= {f"{name}.{p}" for p in parts}
-            matrices.append(TernaryMatrix(name, **parts, perm=m.perm))
+            matrices.append(TernaryMatrix(name, **parts, perm=m.perm, levels=m.levels))
         records = {m.name: source.matrices[m.name] for m in matrices}
         writer.write_block(index, matrices, records)
     others = {k: v.numpy() for k, v in stored.items() if k not in used}
