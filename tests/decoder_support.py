@@ -20,13 +20,14 @@ SMALL: dict[str, Any] = dict(
     n_embd=128, n_head=4, n_layer=BLOCKS, n_positions=512, n_inner=256,
 )  # fmt: skip
 # Streamed without knowing any of them.
-FAMILIES = (
-    "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 smollm3 olmo olmo2 olmo3 "
-    "granite cohere cohere2 glm glm4 starcoder2 gpt_neox gpt2 opt stablelm exaone4 seed_oss "
-    "nemotron helium arcee hunyuan_v1_dense ernie4_5 mixtral qwen2_moe qwen3_moe olmoe gpt_oss "
-    "granitemoe glm4_moe phimoe hunyuan_v1_moe ernie4_5_moe minimax_m2 llama4_text qwen3_next "
-    "qwen3_5_text qwen3_5_moe_text lfm2 ministral3 apertus "
-).split()
+_NAMES = """
+llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 smollm3 olmo olmo2 olmo3 granite
+cohere cohere2 glm glm4 starcoder2 gpt_neox gpt2 opt stablelm exaone4 seed_oss nemotron helium
+arcee hunyuan_v1_dense ernie4_5 mixtral qwen2_moe qwen3_moe olmoe gpt_oss granitemoe glm4_moe
+phimoe hunyuan_v1_moe ernie4_5_moe minimax_m2 llama4_text qwen3_next qwen3_5_text
+qwen3_5_moe_text lfm2 ministral3 apertus
+"""
+FAMILIES = _NAMES.split()
 # One of each kind: post-norms, parallel, fused, transposed, experts of every layout, hybrid.
 QUICK = ("gemma2", "phi", "phi3", "gpt2", "mixtral", "gpt_oss", "llama4_text", "qwen3_5_moe_text",
          "lfm2")  # fmt: skip
