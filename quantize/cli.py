@@ -24,13 +24,14 @@ from quantize.config import (
     DTYPES,
     LEVELS,
     ORDERS,
+    SCALES,
     Config,
     load_recipe,
 )
 from quantize.refinement.config import RefineConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from pt2_core.model.checkpoint import Checkpoint
     from quantize.pipeline import Preflight, Result
@@ -128,6 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
     _option(method, "order", "of the columns", choices=ORDERS)
     _option(method, "block_size", "columns", choices=BLOCK_SIZES)
     _option(method, "levels", "of T: -1, 0, 1, and with four of them 2", choices=LEVELS)
+    _option(method, "scales", "what alpha and mu are rounded to", choices=SCALES)
     _switch(method, "itf", "Iterative Ternary Fitting")
     _switch(method, "aga", "Activation-aware Grid Alignment")
     _switch(method, "compensate", "carry each block's error into the columns to come")
@@ -249,15 +251,17 @@ def export_preflight(config: Config, wanted: bool) -> Preflight:
         wanted: False makes one that only says that it was left out.
     """
 
-    def check(checkpoint: Checkpoint, ternary: Mapping[str, tuple[int, int]]) -> list[str]:
+    def check(
+        checkpoint: Checkpoint, ternary: Mapping[str, tuple[int, ...]], transposed: Collection[str]
+    ) -> list[str]:
         if not wanted:
             return ["the preflight was left out (--no-preflight)"]
         from export.preflight import NoSource, preflight
 
         try:
             return preflight(
-                checkpoint, ternary, max_context=config.max_context,
-                pre_tokenizer=config.pre_tokenizer, fold=config.order != "none",
+                checkpoint, ternary, transposed=transposed, max_context=config.max_context,
+                pre_tokenizer=config.pre_tokenizer,
             )  # fmt: skip
         except NoSource as e:
             return [f"the preflight was left out, as llama.cpp's source cannot be had: {e}"]

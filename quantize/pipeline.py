@@ -13,7 +13,7 @@ import quantize.model.waiting  # noqa: F401  before torch is loaded
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,9 @@ from quantize.plan import Plan, make_plan
 from quantize.proof_run import start_proof
 from quantize.run import Run
 
-# Tries what comes after a run: (model, shapes of the ternary tensors by name) -> notes.
-Preflight = Callable[[Checkpoint, Mapping[str, tuple[int, int]]], list[str]]
+# Tries what comes after a run: (model, shapes of the files' tensors with ternary matrices by name,
+# those of them that hold [in, out]) -> notes.
+Preflight = Callable[[Checkpoint, Mapping[str, tuple[int, ...]], Collection[str]], list[str]]
 
 
 @dataclass
@@ -181,12 +182,11 @@ def _try_export(
     preflight: Preflight, checkpoint: Checkpoint, plan: Plan, reporter: Reporter
 ) -> list[str]:
     """Run the preflight on the tensors of ternary linears; its notes, which are said as well."""
-    shapes = {
-        str(plan.tensors[name].get("tensor", f"{name}.weight")): shape
-        for name, shape in plan.ternary.items()
-    }
+    names = {n: str(plan.tensors[n].get("tensor", f"{n}.weight")) for n in plan.ternary}
+    shapes = {tensor: checkpoint.info(tensor).shape for tensor in names.values()}
+    transposed = {names[n] for n in plan.ternary if plan.tensors[n].get("transposed")}
     reporter.start("trying the export", 1)
-    notes = preflight(checkpoint, shapes)
+    notes = preflight(checkpoint, shapes, transposed)
     reporter.done()
     for note in notes:
         reporter.note(note)

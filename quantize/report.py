@@ -66,7 +66,7 @@ def stage_errors(manifest: dict[str, Any], key: str) -> dict[str, list[float]]:
 def _groups(manifest: dict[str, Any], label: Any) -> dict[Any, list[dict[str, Any]]]:
     groups: dict[Any, list[dict[str, Any]]] = {}
     for name, m in manifest["matrices"].items():
-        groups.setdefault(label(name, m), []).append(m)
+        groups.setdefault(label(name), []).append(m)
     return groups
 
 
@@ -80,7 +80,7 @@ def _figure(manifest: dict[str, Any]) -> Any:
     from matplotlib.figure import Figure
 
     blocks = sorted(_groups(manifest, block_of))
-    kinds = _groups(manifest, lambda name, _: kind_of(name))
+    kinds = _groups(manifest, kind_of)
     figure = Figure(figsize=(12, 7), layout="constrained")
     axes = figure.subplots(2, 2)
     for row, key in enumerate(("E_w", "E_x")):

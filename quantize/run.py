@@ -250,7 +250,7 @@ class Run:
                 stop = start + weight.shape[0]
                 matrices[name] = result.rows_of(start, stop)
                 records[name] = {
-                    "block": block.index, "rows": weight.shape[0], "cols": weight.shape[1],
+                    "rows": weight.shape[0], "cols": weight.shape[1],
                     "block_size": self.method.block_size, "levels": self.method.levels,
                     "order": label,
                     "norm_w": float(weight.square().sum(dtype=torch.float64)),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pt2_core.errors import PT2Error
+from pt2_core.model.fold_edges import FOLD, split_expert
 from pt2_core.schema import (
     anything,
     boolean,
@@ -22,7 +23,9 @@ from pt2_core.schema import (
 
 SHA256 = r"[0-9a-f]{64}"
 FILE_NAME = r"(?!block-)[a-z][a-z-]*\.safetensors|block-\d{5}\.safetensors"
-LINEAR_NAME = r"[\w.]+(\[\d{1,6}\])?"
+# The name of a tensor in the files without its ``.weight``; of a tensor of three dimensions each
+# expert is a matrix of its own.
+MATRIX_NAME = r"[\w.-]+(\[\d{1,6}\])?"
 STAGES = ("init", "itf", "aga", "reround", "blockwise", "final")  # as they follow in time
 MEND = "quantise again, or copy the artifact again"
 
@@ -33,8 +36,8 @@ _MATRIX = record(
     {"rows": _SIZE, "cols": _SIZE},
     {"block_size": _SIZE, "levels": integer(3, 4), "order": text(), "E_w": _ERRORS, "E_x": _ERRORS,
      "norm_w": number(0), "norm_x": number(0),
-     # Where the matrix is: decoder block, tensor of the files, whether it holds [in, out].
-     "block": integer(0, 999_999), "tensor": text(), "transposed": boolean,
+     # Where the matrix is: the tensor of the files, and whether that holds [in, out].
+     "tensor": text(), "transposed": boolean,
      # Of an expert: its calibration tokens, the share of the layer's common Hessian in its own.
      "tokens": integer(0), "common": number(0)},
 )  # fmt: skip
@@ -48,15 +51,15 @@ _MANIFEST = record(
         "complete": boolean,
         "files": mapping(text(SHA256), FILE_NAME),
         "kept": mapping(text()),
-        "matrices": mapping(_MATRIX, LINEAR_NAME),
+        "matrices": mapping(_MATRIX, MATRIX_NAME),
         "model": _MODEL,
         "settings": record({"block_size": _SIZE}),
         "versions": mapping(anything),
         "calibration": mapping(anything),
     },
     {"activations": mapping(text(), r"\d{1,6}"),
+     "fold": optional(FOLD),
      "proof": mapping(anything),
-     "fold": anything,
      "refinement": record({"before": HELD, "after": HELD})},
 )  # fmt: skip
 
@@ -71,10 +74,9 @@ def check_manifest(value: Any, file: Path) -> None:
     blocks = sorted(name for name in value["files"] if name.startswith("block-"))
     if blocks != [f"block-{i:05d}.safetensors" for i in range(len(blocks))]:
         raise PT2Error(f"{file}: 'files' names {blocks[-1]} but not every block before it; {MEND}")
-    homes = {n: block_of(n, m) for n, m in value["matrices"].items()}
-    lost = [n for n, home in homes.items() if not 0 <= home < len(blocks)]
-    if lost:
-        raise PT2Error(f"{file}: 'matrices' has {lost[0]}, of a block without a file; {MEND}")
+    if value["matrices"] and not blocks:
+        lost = next(iter(value["matrices"]))
+        raise PT2Error(f"{file}: 'matrices' has {lost}, and there is no block's file; {MEND}")
     cols = {name: m["cols"] % m.get("block_size", 1) for name, m in value["matrices"].items()}
     if bad := next((name for name, rest in cols.items() if rest), None):
         raise PT2Error(f"{file}: the columns of {bad} are no multiple of its block_size; {MEND}")
@@ -94,20 +96,23 @@ def check_errors(value: dict[str, Any], file: Path) -> None:
             raise PT2Error(f"{file}: {name} lacks errors of some stages, or their norms; {MEND}")
 
 
-def block_of(name: str, entry: dict[str, Any]) -> int:
-    """The number of the decoder block that a matrix of the manifest is in.
+def tensor_of(name: str, entry: Mapping[str, Any]) -> tuple[str, int | None]:
+    """The full name of the checkpoint's tensor that a matrix is of, and which expert it is.
 
     Args:
-        entry: of the manifest; one that an older program wrote does not name the block, and the
-            name does.
-
-    Returns:
-        -1 where neither does.
+        entry: the manifest's entry of the matrix.
     """
-    if "block" in entry:
-        return int(entry["block"])
-    match = re.match(r"model\.layers\.(\d+)\.", name)
-    return int(match[1]) if match else -1
+    whole, expert = split_expert(name)
+    return str(entry.get("tensor", f"{whole}.weight")), expert
+
+
+def block_of(name: str) -> int:
+    """The first number in a matrix's name, by which tables for people are sorted.
+
+    Which file it is in only the files say (:meth:`pt2_core.artifact.folder.Artifact.homes`).
+    """
+    numbers = (int(part) for part in name.split(".") if part.isdecimal())
+    return next(numbers, 0)
 
 
 def kind_of(name: str) -> str:
@@ -116,4 +121,4 @@ def kind_of(name: str) -> str:
     >>> kind_of("model.layers.0.mlp.experts.down_proj[5]"), kind_of("model.layers.0.mlp.up_proj")
     ('down_proj', 'up_proj')
     """
-    return re.sub(r"\[\d+\]$", "", name).rpartition(".")[2]
+    return split_expert(name)[0].rpartition(".")[2]
