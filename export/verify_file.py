@@ -90,7 +90,7 @@ def verify_file(
     artifact = Artifact.open(artifact_dir)
     model = Checkpoint.open(Path(model_dir) if model_dir is not None else source_model(artifact))
     check_model(artifact, model, progress)
-    model.keep_only(artifact.manifest["model"].get("tensors", model.tensors))
+    model.as_made(artifact.manifest["model"])
     programs: Programs = Folder(Path(llama)) if llama is not None else api.require_build(variant)
     ggml = Ggml(api.require_build().lib_dir)
     source = TernarySource.read(artifact, model, progress)
