@@ -205,8 +205,10 @@ class TernaryType(BlockType):
 
     @classmethod
     def _impossible(cls, blocks: U8) -> NDArray[np.bool_]:
-        """Which blocks have bytes that :meth:`_join` gives for no codes, bool ``[blocks]``."""
-        raise NotImplementedError
+        """Which blocks have bytes that are no codes, bool ``[blocks]``; here every byte is some."""
+        import numpy as np
+
+        return np.zeros(len(blocks), bool)
 
 
 class _TwoHalves(TernaryType):
@@ -266,13 +268,6 @@ class TQ2_1(_TwoHalves):
         import numpy as np
 
         return (qs[:, None, :] >> _shifts()) & np.uint8(3)
-
-    @classmethod
-    def _impossible(cls, blocks: U8) -> NDArray[np.bool_]:
-        import numpy as np
-
-        qs = blocks[:, 4:]
-        return np.asarray((qs & (qs >> 1) & 0x55).any(axis=1))  # a code of 3
 
 
 class TQ1_1(_TwoHalves):

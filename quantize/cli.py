@@ -14,6 +14,7 @@ from pt2_core.cli import ArgumentParser, run_cli
 from pt2_core.commands import command, resume_command
 from pt2_core.errors import PT2Error
 from pt2_core.files import human_seconds
+from pt2_core.model.hub import model_folder
 from pt2_core.process.locks import folder_lock
 from pt2_core.progress import open_reporter
 from pt2_core.words import screen
@@ -41,6 +42,7 @@ DEFAULTS = Config()
 EPILOG = """\
 examples:
   pt2-quantize Llama-3.2-1B                        ternarise it into ./Llama-3.2-1B-pt2
+  pt2-quantize Qwen/Qwen3-4B                       fetch it from the hub first, into the hub's cache
   pt2-quantize Qwen3-4B -o q4 --calibration my.txt --seqlen 1024 --device cuda --dtype bfloat16
   pt2-quantize Qwen3-4B -o q4 --resume             take up a run that was stopped
   pt2-quantize Qwen3-4B --recipe best              the best T, alpha and mu without gradients
@@ -101,7 +103,9 @@ def build_parser() -> argparse.ArgumentParser:
         description="Ternarise a Hugging Face language model: W ~ alpha * T + mu, T of {-1, 0, 1}.",
         epilog=EPILOG,
     )
-    parser.add_argument("model", help="folder of the model (config.json, *.safetensors, tokenizer)")
+    what = "folder of the model (config.json, *.safetensors, tokenizer), or ORG/NAME of the hub"
+    parser.add_argument("model", help=what)
+    parser.add_argument("--revision", help="of the hub: a branch, tag or commit (its main branch)")
     parser.add_argument("-o", "--out", help="folder of the artifact (default: ./MODEL-pt2)")
     parser.add_argument("--recipe", default="fast", help="paper, fast, best, refined or FILE.yaml")
     mode = parser.add_mutually_exclusive_group()
@@ -218,10 +222,9 @@ def _quantize(
     from quantize.first_checks import check_first, check_text_source, refuse_overwriting
 
     refuse_overwriting(out, args.resume, args.overwrite)
+    model = model_folder(args.model, args.revision)
     first = out / CLOSED_FORM if args.recipe == "refined" else out
-    checkpoint = check_first(
-        args.model, first, config, resume=args.resume, overwrite=args.overwrite
-    )
+    checkpoint = check_first(model, first, config, resume=args.resume, overwrite=args.overwrite)
     if args.refine_text:
         check_text_source(args.refine_text, "text", checkpoint)
     from quantize.pipeline import ternarize  # torch: only once the options are known to be right
@@ -235,9 +238,9 @@ def _quantize(
             from quantize.refinement.recipe import refine_settings, ternarize_and_refine
 
             settings = refine_settings(config, args.refine_text, args.refine_steps)
-            result, refined = ternarize_and_refine(args.model, out, config, settings, **more)
+            result, refined = ternarize_and_refine(model, out, config, settings, **more)
         else:
-            result = ternarize(args.model, out, config, **more)
+            result = ternarize(model, out, config, **more)
     return result, refined
 
 

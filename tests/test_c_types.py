@@ -204,14 +204,12 @@ def test_what_cannot_be_stored_is_found_by_validation(libs, kind, bad):
     assert not libs.valid(kind, libs.quantize(kind, x))
 
 
-@TERNARY
-def test_validation_finds_impossible_codes(libs, kind):
+def test_validation_finds_impossible_codes(libs):
+    kind = formats.TQ1_1.id
     data = random_payload(kind, 1, 3, np.random.default_rng(0))
     assert libs.valid(kind, data)
     size = SIZES[kind]
-    for byte, value in (
-        ((4, 0xF3), (size - 1, 0xC0)) if kind == formats.TQ2_1.id else ((4, 243), (size - 1, 81))
-    ):
+    for byte, value in ((4, 243), (size - 1, 81)):
         broken = data.copy()
         broken[0, size + byte] = value
         assert not libs.valid(kind, broken)
@@ -391,8 +389,10 @@ def test_llama_quantize_makes_our_types_and_names_the_layout(libs, tiny, gguf_py
         assert (tensor.data == want).all(), tensor.name
 
 
-@TERNARY
-@pytest.mark.parametrize("damage", ["codes", "alpha"])
+@pytest.mark.parametrize(
+    ("kind", "damage"),
+    [(formats.TQ1_1.id, "codes"), (formats.TQ1_1.id, "alpha"), (formats.TQ2_1.id, "alpha")],
+)
 def test_check_tensors_refuses_what_no_encoder_writes(build, tiny, gguf_py, kind, damage):
     folder, quantize = tiny
     file = folder / f"damaged-{damage}-{NAMES[kind]}.gguf"
@@ -426,6 +426,22 @@ def test_a_single_tensor_of_our_type_names_the_layout_too(tiny, gguf_py):
     fields = gguf_py.GGUFReader(folder / "mixed.gguf").fields
     assert fields[SMALLEST.layout_key()].contents() == SMALLEST.layout
     assert DEFAULT.layout_key() not in fields
+
+
+@TERNARY
+def test_the_loader_refuses_levels_that_a_type_has_not(tiny, kind):
+    folder, quantize = tiny
+    name = NAMES[kind]
+    assert quantize("f16.gguf", "good.gguf", name.upper()).returncode == 0
+    data, number = (folder / "good.gguf").read_bytes(), b"\4\0\0\0"  # a uint32 follows
+    old, new = b"llama.vocab_size" + number, f"pt2.{name}.levels".encode() + number
+    assert data.count(old) == 1
+    for levels in {formats.TQ1_1.id: (2, 4), formats.TQ2_1.id: (2, 5)}[kind]:
+        changed = data.replace(old + b"\x40", new + bytes([levels]))
+        (folder / "bad.gguf").write_bytes(changed)
+        done = quantize("bad.gguf", "copy.gguf", "COPY")
+        assert done.returncode != 0
+        assert f"pt2.{name}.levels must be a uint32, 3 or (of TQ2_1) 4" in done.stderr
 
 
 @pytest.mark.parametrize(
