@@ -32,7 +32,7 @@ from quantize.config import (
 from quantize.refinement.config import RefineConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from pt2_core.model.checkpoint import Checkpoint
     from quantize.pipeline import Preflight, Result
@@ -69,7 +69,8 @@ calibration:
   field). The text is cut into windows that do not overlap, and --samples of them are drawn with
   --seed. No BOS token is added unless --bos; special tokens written in the text are plain text.
 
-supported: Llama, Mistral, Qwen2, Qwen3 (Hugging Face folders with safetensors)
+supported: every causal language model that transformers has a class for, as a Hugging Face folder
+           with safetensors; pt2-export writes those that llama.cpp's converter knows
 next:      pt2-export model.gguf --from OUT
 """
 
@@ -150,6 +151,8 @@ def build_parser() -> argparse.ArgumentParser:
     _switch(method, "sequential", "Hessians behind the block's own quantised linears")
     _option(method, "damping", "share of the mean Hessian diagonal")
     method.add_argument("--skip", metavar="REGEX", help="leave matching linears as they are")
+    method.add_argument("--strict", action="store_true", help="stop where a linear would have to "
+                        "stay as it is (an odd width, say)")  # fmt: skip
 
     export = parser.add_argument_group("the file that pt2-export will write")
     export.add_argument("--max-context", type=int, metavar="N", help="tokens that it is meant for, "
@@ -232,7 +235,7 @@ def _quantize(
     refined: Refined | None = None
     with open_reporter(args.quiet) as reporter:
         more = {"resume": args.resume, "overwrite": args.overwrite, "reporter": reporter,
-                "command": resume,
+                "command": resume, "strict": args.strict,
                 "preflight": export_preflight(config, args.preflight)}  # fmt: skip
         if args.recipe == "refined":
             from quantize.refinement.recipe import refine_settings, ternarize_and_refine
@@ -251,14 +254,16 @@ def export_preflight(config: Config, wanted: bool) -> Preflight:
         wanted: False makes one that only says that it was left out.
     """
 
-    def check(checkpoint: Checkpoint, ternary: Mapping[str, tuple[int, int]]) -> list[str]:
+    def check(
+        checkpoint: Checkpoint, ternary: Mapping[str, tuple[int, ...]], transposed: Collection[str]
+    ) -> list[str]:
         if not wanted:
             return ["the preflight was left out (--no-preflight)"]
         from export.preflight import NoSource, preflight
 
         try:
             return preflight(
-                checkpoint, ternary, max_context=config.max_context,
+                checkpoint, ternary, transposed=transposed, max_context=config.max_context,
                 pre_tokenizer=config.pre_tokenizer,
             )  # fmt: skip
         except NoSource as e:
@@ -270,11 +275,12 @@ def export_preflight(config: Config, wanted: bool) -> Preflight:
 def print_summary(result: Result) -> None:
     """One screen: what was made, the errors by kind of linear and stage, what to do next."""
     from pt2_core.artifact.folder import RUN
+    from pt2_core.artifact.manifest import kind_of
 
     console = screen()
     kinds: dict[str, list[dict[str, Any]]] = {}
     for name, m in result.matrices.items():
-        kinds.setdefault(name.rpartition(".")[2], []).append(m)
+        kinds.setdefault(kind_of(name), []).append(m)
     stages = list(dict.fromkeys(s for m in result.matrices.values() for s in m["E_x"]))
     table = Table(title="relative output error E_x", title_justify="left")
     table.add_column("linear")
@@ -291,8 +297,11 @@ def print_summary(result: Result) -> None:
         f"ternary  {len(result.matrices)} linears, {result.parameters / 1e6:.1f} M weights, "
         f"{bits:.3f} bits per weight (log2({levels}) and two float16 per {result.block_size})"
     )
-    if result.kept:
-        print(f"kept     {len(result.kept)} linears as they are (--skip)")
+    for reason in dict.fromkeys(result.kept.values()):
+        count = sum(1 for r in result.kept.values() if r == reason)
+        print(f"kept     {count} linears as they are: {reason}")
+    for line in result.starved():
+        print(f"experts  {line}")
     if result.warnings:
         print(f"warnings {len(result.warnings)}, see {result.path / RUN}")
     print(f"time     {human_seconds(result.seconds)}")
