@@ -55,6 +55,7 @@ from quantize.model.student import (
     ScaledNorm,
     build_student,
     build_teacher,
+    check_trainable,
     ternary_maker,
     trainable,
 )
@@ -150,7 +151,8 @@ def _refine(
     checkpoint = Checkpoint.open(model)
     check_made_from(source, checkpoint)
     with arithmetic(config.threads), torch.enable_grad():
-        streamed = StreamedModel(checkpoint, device, config.dtype)  # refuses what is not supported
+        streamed = StreamedModel(checkpoint, device, config.dtype)
+        check_trainable(streamed.shell.model)
         check_context(
             config.seqlen, context_limit(checkpoint.raw_config), checkpoint.path.name, "--seqlen",
             allow=config.allow_long, warn=reporter.warn,
