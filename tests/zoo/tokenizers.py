@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from pt2_core.artifact.proof_text import PROSE
@@ -16,14 +17,18 @@ NAMED = ["<|startoftext|>", "<|endoftext|>", "[gMASK]", "<|user|>", "<|observati
 _SPACE = "\u2581"
 
 
-def sentencepiece(folder: Path) -> None:
-    """A BPE with byte fallback, in the form in which transformers saves Llama's."""
+def sentencepiece(folder: Path, space_first: bool = True) -> None:
+    """A BPE with byte fallback, in the form in which transformers saves Llama's.
+
+    Args:
+        folder: of the model.
+        space_first: whether a text gets a space in front.
+    """
     from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 
     made = Tokenizer(models.BPE(unk_token=UNKNOWN, byte_fallback=True, fuse_unk=True))
-    made.normalizer = normalizers.Sequence(
-        [normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)]
-    )
+    first = [normalizers.Prepend(_SPACE)] if space_first else []
+    made.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", _SPACE)])
     made.decoder = decoders.Sequence(
         [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(),
          decoders.Strip(" ", 1, 0)]
@@ -54,7 +59,9 @@ def byte_level(folder: Path) -> None:
     _save(folder, json.loads(made.to_str()))
 
 
-KINDS: dict[str, Callable[[Path], None]] = {"spm": sentencepiece, "bpe": byte_level}
+KINDS: dict[str, Callable[[Path], None]] = {
+    "spm": sentencepiece, "gemma": partial(sentencepiece, space_first=False), "bpe": byte_level,
+}  # fmt: skip
 
 
 def _bos_first() -> dict[str, object]:
