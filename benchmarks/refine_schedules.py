@@ -167,7 +167,7 @@ def run(args: Any) -> dict[str, Any]:
     results["cost"] = _cost(args, clock)
     chosen = replace(runs[best][1], embeddings=args.embeddings)
     speed = runs[TABLES if args.embeddings and TABLES in runs else best][0].tokens_per_second
-    steps = int((clock.left() - TAIL_SECONDS) * SPARE * speed / (chosen.batch_size * CONTEXT))
+    steps = steps_within(clock.left(), speed / (chosen.batch_size * CONTEXT))
     clock.note(f"the long run: as {best!r}, {steps} steps")
     if steps > args.steps:
         look = max(base.eval_every, steps // 12)
@@ -178,6 +178,11 @@ def run(args: Any) -> dict[str, Any]:
         clock.note("too little time is left for a longer run: raise --minutes")
     shutil.rmtree(trial, ignore_errors=True)
     return results
+
+
+def steps_within(seconds: float, steps_per_second: float) -> int:
+    """Steps of the long run, which leave time to measure what came of it."""
+    return int((seconds - TAIL_SECONDS) * SPARE * steps_per_second)
 
 
 def _training_text(args: Any, out: Path, clock: Clock) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from export.config import ExportConfig
-from pt2_core.artifact.folder import MANIFEST, RUN, Artifact
+from pt2_core.artifact.folder import RUN, Artifact
 from pt2_core.errors import PT2Error, reason
 from pt2_core.files import human_bytes, read_json
 from pt2_core.model.checkpoint import Checkpoint
@@ -74,22 +74,19 @@ def check_model(artifact: Artifact, model: Checkpoint, progress: Progress) -> No
         )
 
 
-def check_shapes(artifact: Artifact, model: Checkpoint, modules: Sequence[str]) -> None:
-    """Raise PT2Error unless manifest, block files and model agree on matrices and shapes.
-
-    Args:
-        modules: the names of the matrices that the block files hold.
-    """
-    missing = sorted(set(artifact.matrices) - set(modules))
-    if missing:
-        raise PT2Error(f"{artifact.path / MANIFEST} names {missing[0]}, which no block file holds")
-    for module in modules:
-        record = artifact.matrices[module]
+def check_shapes(artifact: Artifact, model: Checkpoint) -> None:
+    """Raise PT2Error unless manifest, block files and model agree on matrices and shapes."""
+    for matrix in artifact.homes():
+        record = artifact.matrices[matrix]
+        tensor, expert = artifact.tensor_of(matrix)
         shape = (record["rows"], record["cols"])
-        info = model.tensors.get(f"{module}.weight")
-        if info is None or info.shape != shape:
+        info = model.tensors.get(tensor)
+        found = None if info is None else tuple(info.shape)
+        if found is not None and expert is not None:
+            found = found[1:] if len(found) == 3 and expert < found[0] else None
+        if found != (shape[::-1] if artifact.transposed(matrix) else shape):
             raise PT2Error(
-                f"{model.path} is not the model of {artifact.path}: {module} should be "
+                f"{model.path} is not the model of {artifact.path}: {matrix} should be "
                 f"{shape[0]} x {shape[1]}; give the right one with --model"
             )
     hidden = model.settings.get("hidden_size")
@@ -97,11 +94,11 @@ def check_shapes(artifact: Artifact, model: Checkpoint, modules: Sequence[str]) 
         raise PT2Error(f"{model.path} is not the model of {artifact.path}: another hidden size")
 
 
-def check_disk(out: Path, model: Checkpoint, ternary: Mapping[str, tuple[int, int]]) -> None:
+def check_disk(out: Path, model: Checkpoint, ternary: Collection[str]) -> None:
     """Raise PT2Error when the disk of ``out`` has less free than the export will roughly take."""
     ordinary = sum(math.prod(t.shape) for n, t in model.tensors.items() if n not in ternary)
     # The carrier holds the ordinary tensors in float32; the output, at most in F16 as a rule.
-    packed = sum(r * c * 3 // 8 for r, c in ternary.values())
+    packed = sum(math.prod(model.info(name).shape) * 3 // 8 for name in ternary)
     needed = 6 * ordinary + packed + SPARE_BYTES
     free = shutil.disk_usage(out.parent).free
     if free < needed:

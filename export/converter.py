@@ -1,8 +1,8 @@
 """Obtain metadata, tokenizer and ordinary tensors from llama.cpp's own converter.
 
 :func:`run_converter` runs :mod:`export.converter_driver` in a process of its own and returns the
-:class:`Carrier` it wrote: which GGUF tensor is which ternary weight with its rows in which order,
-the tensors to quantise or copy, and the metadata.
+:class:`Carrier` it wrote: which row of a GGUF tensor is which row of which ternary weight, the
+tensors to quantise or copy, and the metadata.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export import converter_driver
-from export.converter_driver import MARK, REFUSED, check_arrived, check_rows, stand_in_number
+from export.converter_driver import MARK, REFUSED
 from export.fold import FoldPlan
+from export.stand_ins import VALUES, RowMap, Target, pattern
 from pt2_core.errors import PT2Error, reason
 from pt2_core.files import read_json
 from pt2_core.model.checkpoint import Checkpoint
+from pt2_core.model.fold_edges import split_expert
 from pt2_core.model.view import view_folder, write_view
 from pt2_core.process import children
 from pt2_core.process.isolated import child_env, isolated, search_path
@@ -36,6 +38,7 @@ from pt2_core.process.temporary import temporary_folder
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
 _READ_ONLY_KEYS = ("GGUF.version", "GGUF.tensor_count", "GGUF.kv_count", "general.architecture")
 
+_TENSOR_ENTRY = 48  # bytes of a matrix or its experts in a GGUF file's list, but for its name
 # The system's words for a full disk, and NumPy's, which gives no error number.
 _SHORT_WRITE = re.compile(r"No space left|\d+ requested and \d+ written")
 
@@ -46,18 +49,24 @@ class CarrierTensor:
 
     Attributes:
         name: GGUF name.
-        shape: ``[rows, cols]`` or ``[n]``, as NumPy has it; a ternary weight's true shape.
-        data: float32, mapped from the file; None for a ternary weight.
-        source: the ternary weight's name in the checkpoint, else None.
-        rows: int64 ``[rows]``; row i of the GGUF tensor is row ``rows[i]`` of the (folded)
-            ternary weight. None unless ternary.
+        shape: ``[..., rows, cols]`` or ``[n]``, as NumPy has it; a ternary tensor's true shape.
+        data: float32, mapped from the file; None for a ternary tensor.
+        sources: names of the checkpoint's tensors that it is made of.
+        rows: which row of which ternary matrix each of its rows is; None unless ternary.
+        free: whether llama.cpp lets it have another type than F32.
     """
 
     name: str
     shape: tuple[int, ...]
     data: NDArray[np.float32] | None = None
-    source: str | None = None
-    rows: NDArray[np.int64] | None = None
+    sources: tuple[str, ...] = ()
+    rows: RowMap | None = None
+    free: bool = True
+
+    @property
+    def ternary(self) -> bool:
+        """Whether it is made of ternary matrices, and of their rows alone."""
+        return self.rows is not None
 
 
 @dataclass
@@ -65,7 +74,8 @@ class Carrier:
     """What the converter made: architecture, metadata and tensors, in file order.
 
     ``header_bytes`` is the size of its metadata and list of tensors in a GGUF file; ``notes`` say
-    what was mended or ignored.
+    what was mended or ignored; ``fallbacks`` say of the checkpoint's ternary tensors that the
+    converter does more to than to order and join rows, why they are not ternary in the file.
     """
 
     arch: str
@@ -73,6 +83,12 @@ class Carrier:
     tensors: list[CarrierTensor]
     header_bytes: int = 0
     notes: list[str] = field(default_factory=list)
+    fallbacks: dict[str, str] = field(default_factory=dict)
+
+    def source_of(self, name: str) -> str | None:
+        """The checkpoint's tensor that a tensor of this name is, if it is made of one alone."""
+        found = next((t for t in self.tensors if t.name == name), None)
+        return found.sources[0] if found is not None and len(found.sources) == 1 else None
 
 
 @dataclass(frozen=True)
@@ -89,13 +105,19 @@ class Options:
     pre_tokenizer: str | None = None
 
 
+# Values of a tensor that cannot be ternary in the file: a float32 array, by the tensor's name.
+Values = Callable[[str], NDArray[np.float32]]
+
+
 def run_converter(
     source_dir: Path,
     model: Checkpoint,
     workdir: Path,
-    ternary: dict[str, tuple[int, int]],
+    ternary: Mapping[str, Target],
     plan: FoldPlan,
     replaced: Mapping[str, NDArray[np.float32]],
+    values: Values,
+    whole: Mapping[str, str] | None = None,
     options: Options = Options(),
 ) -> Carrier:
     """Convert all but the ternary weights.
@@ -105,29 +127,45 @@ def run_converter(
         model: the Hugging Face checkpoint; the converter sees a view of what counts of it.
         workdir: a folder for the carrier, which may be as large as the model's embeddings in
             float32; the caller removes it.
-        ternary: tensor name -> (rows, cols).
+        ternary: the checkpoint's tensors that hold ternary matrices.
         plan: what to reorder.
         replaced: tensor name -> what takes the place of the checkpoint's values, not reordered.
+        values: gives what to write of a ternary tensor that the converter does more to than to
+            order and join its rows, folded.
+        whole: ternary tensors that must be given as values from the outset -> why.
 
     Raises:
         PT2Error: no tokenizer, an architecture that llama.cpp does not know, a setting that it does
             not have, or any other failure of the converter, in its own words.
     """
     check_tokenizer(model.path)
-    orders = {f"rows/{k}": v for k, v in plan.rows.items()}
-    orders |= {f"cols/{k}": v for k, v in plan.cols.items()}
+    orders = {f"rows/{k}": v for k, v in plan.rows.items() if split_expert(k)[0] not in ternary}
+    orders |= {f"cols/{k}": v for k, v in plan.cols.items() if split_expert(k)[0] not in ternary}
     np.savez(workdir / "orders.npz", **orders)  # type: ignore[arg-type]
     np.savez(workdir / "replaced.npz", **replaced)  # type: ignore[arg-type]
-    notes = _drive(source_dir, model, workdir, options, ternary=ternary)
-    carrier = read_carrier(workdir / "carrier.gguf", ternary)
-    carrier.notes = notes
+    levels = dict.fromkeys(whole or {}, VALUES)
+    reasons, files = dict(whole or {}), dict[str, str]()
+    view = _View(model, workdir)
+    while True:
+        for name in (n for n, level in levels.items() if level == VALUES and n not in files):
+            files[name] = str((workdir / f"values-{len(files):05d}.npy").resolve())
+            np.save(files[name], np.ascontiguousarray(values(name), dtype=np.float32))
+        result = view.drive(
+            source_dir, options, ternary=_as_json(ternary), levels=levels, reasons=reasons,
+            values=files,
+        )  # fmt: skip
+        levels, reasons = result["levels"], result["reasons"]
+        if result["written"]:
+            break
+    carrier = read_carrier(workdir / "carrier.gguf", result, workdir / "result.json.npz")
+    carrier.notes = result["notes"]
     return carrier
 
 
 def try_converter(
     source_dir: Path,
     model: Checkpoint,
-    ternary: dict[str, tuple[int, int]],
+    ternary: Mapping[str, Target],
     options: Options = Options(),
     *,
     vocab: bool = True,
@@ -135,18 +173,36 @@ def try_converter(
     """Run the converter without reading a weight or writing a file; what it would say.
 
     Args:
-        ternary: tensor name -> (rows, cols) of the linears that are to become ternary.
+        ternary: the checkpoint's tensors that hold matrices that are to become ternary.
         vocab: whether to try the tokenizer too.
 
     Returns:
-        Notes: what would be mended or ignored.
+        Notes: what would be mended or ignored, and what would not be ternary in the file.
 
     Raises:
         PT2Error: whatever :func:`run_converter` would refuse.
     """
     with temporary_folder(Path(tempfile.gettempdir()), "pt2-preflight-") as work:
-        more: dict[str, Any] = {"ternary": ternary, "preflight": True, "vocab": vocab}
-        return _drive(source_dir, model, work, options, **more)
+        result = _View(model, work).drive(
+            source_dir, options, ternary=_as_json(ternary), preflight=True, vocab=vocab
+        )
+        return [*result["notes"], *fallback_notes(result["reasons"])]
+
+
+def fallback_notes(reasons: Mapping[str, str]) -> list[str]:
+    """One line for every kind of tensor that is not ternary in the file."""
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for name, why in reasons.items():
+        kinds.setdefault((pattern(name), why), []).append(name)
+    return [
+        f"{names[0] if len(names) == 1 else kind} cannot be ternary in the file: {why}"
+        + (f" ({len(names)} tensors)" if len(names) > 1 else "")
+        for (kind, why), names in kinds.items()
+    ]
+
+
+def _as_json(ternary: Mapping[str, Target]) -> dict[str, Any]:
+    return {name: [list(t.shape), t.first, t.transposed] for name, t in ternary.items()}
 
 
 def convert_whole(
@@ -168,46 +224,59 @@ def convert_whole(
     """
     check_tokenizer(model.path)
     with temporary_folder(Path(tempfile.gettempdir()), "pt2-convert-") as work:
-        more = {"outtype": outtype, "carrier": str(out.absolute())}
-        return _drive(source_dir, model, work, options, log, **more)
+        more = {"whole": True, "outtype": outtype, "carrier": str(out.absolute())}
+        notes: list[str] = _View(model, work).drive(source_dir, options, log, **more)["notes"]
+        return notes
 
 
-def _drive(
-    source_dir: Path, model: Checkpoint, workdir: Path, options: Options, log: Path | None = None,
-    **more: Any,
-) -> list[str]:  # fmt: skip
-    """Run the driver's process on a view of the model; returns its notes and the view's."""
-    view = view_folder(model, workdir)
-    notes = write_view(model, view)
-    job = {
-        "path": search_path(),
-        "source": str(source_dir.resolve()),
-        "model": str(view.resolve()),
-        "shown": str(model.path),
-        "dropped": sorted(model.dropped),
-        "carrier": str(workdir.resolve() / "carrier.gguf"),
-        "notes": str(workdir.resolve() / "notes.json"),
-        "orders": str(workdir.resolve() / "orders.npz"),
-        "replaced": str(workdir.resolve() / "replaced.npz"),
-        "ternary": {},
-        "outtype": "f32",
-        "max_context": options.max_context,
-        "pre_tokenizer": options.pre_tokenizer,
-        "vocab": True,
-        "preflight": False,
-        **more,
-    }
-    job_file = workdir.resolve() / "job.json"
-    job_file.write_text(json.dumps(job), encoding="utf-8")
-    command = isolated(Path(converter_driver.__file__).resolve(), [str(job_file)])
-    done = children.run(command, env=child_env())
-    if os.environ.get("PT2_DEBUG"):
-        sys.stderr.write(done.stderr)
-    if log is not None:
-        log.write_text(done.stderr, encoding="utf-8")
-    if done.returncode:
-        raise PT2Error(_failure(done, job["shown"]))
-    return [*notes, *read_json(job["notes"])]
+class _View:
+    """A view of a model in a working folder, and the driver's process on it."""
+
+    def __init__(self, model: Checkpoint, workdir: Path) -> None:
+        self.model, self.workdir = model, workdir.resolve()
+        self.folder = view_folder(model, workdir)
+        self.notes = write_view(model, self.folder)
+
+    def drive(
+        self, source_dir: Path, options: Options, log: Path | None = None, **more: Any
+    ) -> dict[str, Any]:
+        """Run the driver; returns its result, whose notes have the view's before them."""
+        job = {
+            "path": search_path(),
+            "source": str(source_dir.resolve()),
+            "model": str(self.folder.resolve()),
+            "shown": str(self.model.path),
+            "tensors": sorted(self.model.tensors),
+            "dropped": sorted(self.model.dropped),
+            "carrier": str(self.workdir / "carrier.gguf"),
+            "result": str(self.workdir / "result.json"),
+            "orders": str(self.workdir / "orders.npz"),
+            "replaced": str(self.workdir / "replaced.npz"),
+            "ternary": {},
+            "levels": {},
+            "reasons": {},
+            "values": {},
+            "whole": False,
+            "outtype": "f32",
+            "max_context": options.max_context,
+            "pre_tokenizer": options.pre_tokenizer,
+            "vocab": True,
+            "preflight": False,
+            **more,
+        }
+        job_file = self.workdir / "job.json"
+        job_file.write_text(json.dumps(job), encoding="utf-8")
+        command = isolated(Path(converter_driver.__file__).resolve(), [str(job_file)])
+        done = children.run(command, env=child_env())
+        if os.environ.get("PT2_DEBUG"):
+            sys.stderr.write(done.stderr)
+        if log is not None:
+            log.write_text(done.stderr, encoding="utf-8")
+        if done.returncode:
+            raise PT2Error(_failure(done, str(job["shown"])))
+        result: dict[str, Any] = read_json(str(job["result"]))
+        result["notes"] = [*self.notes, *result.get("checked", []), *result["notes"]]
+        return result
 
 
 def check_tokenizer(model_dir: Path) -> None:
@@ -219,42 +288,48 @@ def check_tokenizer(model_dir: Path) -> None:
         )
 
 
-def read_carrier(path: Path, ternary: dict[str, tuple[int, int]]) -> Carrier:
-    """Read a carrier and find out where the ternary weights went.
+def read_carrier(path: Path, result: Mapping[str, Any], maps: Path) -> Carrier:
+    """Read a carrier, and where the rows of the ternary tensors come from.
+
+    Args:
+        result: of the driver.
+        maps: the .npz beside it.
 
     Raises:
-        PT2Error: a weight was changed in another way than by naming it and ordering its rows.
+        PT2Error: the converter has left out a weight that is ternary in the artifact.
     """
+    if result["lost"]:
+        raise PT2Error(
+            f"llama.cpp's converter leaves out {result['lost'][0]}: leave it out of the artifact "
+            "too, with pt2-quantize --skip"
+        )
     reader = gguf.GGUFReader(path)
-    try:
-        tensors = _tensors(reader, ternary)
-        check_arrived(list(ternary), {t.source for t in tensors})
-    except ValueError as e:
-        raise PT2Error(str(e)) from e
+    found = {t.name: t for t in reader.tensors}
+    tensors = []
+    with np.load(maps) as rows:
+        for number, entry in enumerate(result["tensors"]):
+            shape, sources = tuple(entry["shape"]), tuple(entry["sources"])
+            if entry["ternary"]:
+                made = RowMap(shape, rows[f"{number}/which"], rows[f"{number}/row"])
+                tensors.append(CarrierTensor(entry["name"], shape, None, sources, made))
+            else:
+                data = _values(found[entry["name"]]).reshape(shape)
+                free = bool(entry["free"])
+                tensors.append(CarrierTensor(entry["name"], shape, data, sources, free=free))
     arch = reader.fields["general.architecture"].contents()
-    return Carrier(arch, dict(_fields(reader)), tensors, int(reader.data_offset))
+    listed = sum(_TENSOR_ENTRY + len(t.name) for t in tensors if t.ternary)
+    return Carrier(
+        arch, dict(_fields(reader)), tensors, int(reader.data_offset) + listed,
+        fallbacks=dict(result["reasons"]),
+    )  # fmt: skip
 
 
-def _tensors(reader: gguf.GGUFReader, ternary: dict[str, tuple[int, int]]) -> list[CarrierTensor]:
-    names, tensors = list(ternary), []
-    for t in reader.tensors:
-        shape = tuple(int(n) for n in reversed(t.shape))
-        data = np.asarray(t.data).reshape(shape)
-        if t.tensor_type == gguf.GGMLQuantizationType.F32 and shape[-1:] == (3,):
-            number = stand_in_number(t.name, data)
-            if number is not None:
-                tensors.append(_ternary_tensor(t.name, names[number], ternary, data[:, 0]))
-                continue
-        tensors.append(CarrierTensor(t.name, shape, data))
-    return tensors
-
-
-def _ternary_tensor(
-    name: str, source: str, ternary: dict[str, tuple[int, int]], column: NDArray[np.float32]
-) -> CarrierTensor:
-    rows, cols = ternary[source]
-    check_rows(source, rows, column)
-    return CarrierTensor(name, (rows, cols), source=source, rows=column.astype(np.int64))
+def _values(tensor: gguf.ReaderTensor) -> NDArray[Any]:
+    """An ordinary tensor's values; whole numbers stay such, all else is float32."""
+    data = np.asarray(tensor.data)
+    if tensor.tensor_type.name in ("F32", "F64", "I8", "I16", "I32", "I64"):
+        return data
+    return gguf.dequantize(data, tensor.tensor_type)
 
 
 def _fields(

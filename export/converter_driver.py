@@ -1,26 +1,35 @@
-"""Runs llama.cpp's own converter on a model whose ternary weights are replaced by row numbers.
+"""Runs llama.cpp's own converter on a model whose ternary weights are replaced by stand-ins.
 
 A process of its own (``python -I converter_driver.py JOB.json``), because the converter brings its
 own version of the ``gguf`` package, and apart from the working folder
 (:mod:`pt2_core.process.isolated`). Python code of the model's folder is never run
 (:mod:`pt2_core.process.foreign_code`).
 
-It writes a *carrier*: a GGUF file with the model's metadata, tokenizer and chat template, all other
-tensors folded and in float32, and for each ternary weight ``[rows, cols]`` a stand-in ``[rows, 3]``
-in float32: the row's number, the weight's number in the job, and :data:`STAND_IN`. Whatever the
-converter does to the weight (its name, the rows' order for rotary embeddings), it does to the
-stand-in, and :mod:`export.converter` reads it off there.
+It writes a *carrier*: a GGUF file with the model's metadata, tokenizer and chat template, and all
+tensors that are not ternary, folded and in float32. A tensor made of ternary weights is not in it:
+what the converter does to their stand-ins (:mod:`export.stand_ins`) says which row of which weight
+each of its rows is. Where it does more than that, the weights must be given as values, and the
+tensor is an ordinary one.
 
-The job: ``path`` (for sys.path), ``source`` (llama.cpp), ``model`` (folder),
-``shown`` (the folder as messages name it), ``carrier`` (output),
-``notes`` (output: a JSON list of what was mended or ignored), ``ternary`` (tensor name -> [rows,
-cols]), ``orders`` (an .npz with ``rows/NAME`` and ``cols/NAME``), ``replaced`` (an .npz of tensors
-that take the place of the checkpoint's, by its names), ``dropped`` (names of tensors that the files
-hold and that do not count), ``outtype`` ("f32", or "bf16"),
-``max_context`` (0: as the model), ``pre_tokenizer`` (a name or null), ``vocab`` (false: leave the
-tokenizer out) and ``preflight`` (true: everything but reading weights and writing the carrier). On
-failure the last line of stderr starts with ``converter:``, or with ``refused:`` where the line says
-all there is to say, and the exit code is 3.
+The job: ``path`` (for sys.path), ``source`` (llama.cpp), ``model`` (folder), ``shown`` (the folder
+as messages name it), ``carrier`` (output), ``result`` (output, see below), ``tensors`` (names of
+the checkpoint's tensors), ``ternary`` (tensor name -> shape in the file, number of its first
+matrix, whether it is transposed), ``values`` (tensor name -> an .npy with what is to be written
+where it cannot be ternary, folded), ``levels`` (tensor name -> how to give it, where an earlier
+run has found that out), ``orders`` (an .npz with ``rows/NAME`` and ``cols/NAME``), ``replaced`` (an
+.npz of tensors that take the place of the checkpoint's, by its names), ``dropped`` (names of
+tensors that the files hold and that do not count), ``whole`` (true: convert the model as it is),
+``outtype`` ("f32", or "bf16" of a whole model), ``max_context``
+(0: as the model), ``pre_tokenizer`` (a name or null), ``vocab`` (false: leave the tokenizer out)
+and ``preflight`` (true: everything but reading weights and writing the carrier).
+
+The result, JSON: ``notes`` (what was mended or ignored), ``levels``, ``reasons`` (tensor name ->
+why it must be given as values), ``written`` (false where values are missing, so that there is no
+carrier), ``lost`` (ternary tensors that the converter leaves out), ``tensors`` (a list of name,
+shape, sources, whether it is ternary, whether its type is free); ``result`` with ``.npz`` behind
+it holds ``N/which`` and ``N/row`` of ternary tensor N. On failure the last line of stderr starts
+with ``converter:``, or with ``refused:`` where the line says all there is to say, and the exit code
+is 3.
 """
 
 from __future__ import annotations
@@ -34,7 +43,6 @@ from typing import Any
 
 FAILED = 3
 MARK, REFUSED = "converter:", "refused:"
-STAND_IN = -120121.0
 
 
 def main(argv: list[str]) -> int:
@@ -45,10 +53,9 @@ def main(argv: list[str]) -> int:
     from export.settings import Unsupported
     from pt2_core.errors import PT2Error
 
-    notes: list[str] = []
     try:
-        run(job, notes)
-        Path(job["notes"]).write_text(json.dumps(notes), encoding="utf-8")
+        result = run(job)
+        Path(job["result"]).write_text(json.dumps(result), encoding="utf-8")
     except (Unsupported, PT2Error) as e:
         print(f"{REFUSED} {_one_line(e, 4000)}", file=sys.stderr)
         return FAILED
@@ -71,32 +78,72 @@ def search_first(job: dict[str, Any]) -> None:
     sys.path[:] = [*own, *job["path"]]
 
 
-def run(job: dict[str, Any], notes: list[str]) -> None:
-    """Convert; raises whatever the converter raises.
-
-    Args:
-        notes: is added to: what was mended or ignored, in words.
-    """
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    """Convert; returns the result, raises whatever the converter raises."""
     from pt2_core.process import foreign_code
 
-    folder = Path(job["model"])
     foreign_code.forbid()
-    notes += foreign_code.check_folder(folder, tokenizer=job["vocab"])
+    checked = foreign_code.check_folder(Path(job["model"]), tokenizer=job["vocab"])
     import torch
 
     with torch.inference_mode():
+        if job["whole"]:
+            notes: list[str] = []
+            model = load(job, notes)
+            for name in job["dropped"]:
+                model.model_tensors.pop(name, None)
+            _quiet(model.gguf_writer)
+            model.write()
+            return {"notes": [*checked, *notes]}
+        return {**_convert(job), "checked": checked}
+
+
+def _convert(job: dict[str, Any]) -> dict[str, Any]:
+    """Convert with stand-ins, again and again until every ternary tensor is given as it can be."""
+    import numpy as np
+
+    from export.converter_tensors import Tensors
+    from export.stand_ins import NARROW, VALUES, Levels
+
+    levels = Levels({name: job["levels"].get(name, NARROW) for name in job["ternary"]})
+    levels.reasons.update({n: w for n, w in job["reasons"].items() if n in levels.of})
+    while True:
+        notes: list[str] = []
         model = load(job, notes)
-        replace_tensors(model.model_tensors, job)
-        true_parameter_count(model.gguf_writer, job["ternary"])
-        if job["preflight"]:
+        tensors = Tensors(model, job, levels)
+        try:
             model.prepare_tensors()
-            model.prepare_metadata(vocab_only=False)
-            check_stand_ins(model.gguf_writer, job["ternary"])
-            return
-        # Its own progress bar would be drawn over ours.
-        write = model.gguf_writer.write_tensors_to_file
-        model.gguf_writer.write_tensors_to_file = lambda progress=False: write(progress=False)
-        model.write()
+        except Exception as e:
+            if not levels.failed(tensors.current, e):
+                raise
+            continue
+        if not tensors.refused:
+            break
+    missing = [n for n, level in levels.of.items() if level == VALUES and n not in job["values"]]
+    found = {"levels": levels.of, "reasons": levels.reasons, "written": False, "notes": notes}
+    if missing and not job["preflight"]:
+        return found
+    # The size label is made of the parameters: ternary tensors are still among them here.
+    tensors.full_precision()
+    model.prepare_metadata(vocab_only=False)
+    if not job["preflight"]:
+        writer = model.gguf_writer
+        tensors.drop_ternary()
+        _quiet(writer)
+        writer.write_header_to_file(path=model.fname_out)
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file(progress=False)
+        writer.close()
+        with open(f"{job['result']}.npz", "wb") as f:
+            np.savez(f, **tensors.rows())  # type: ignore[arg-type]
+        found["written"] = True
+    return {**found, "lost": tensors.lost(), "tensors": tensors.listed}
+
+
+def _quiet(writer: Any) -> None:
+    """Its own progress bar would be drawn over ours."""
+    write = writer.write_tensors_to_file
+    writer.write_tensors_to_file = lambda progress=False: write(progress=False)
 
 
 def load(job: dict[str, Any], notes: list[str]) -> Any:
@@ -143,144 +190,6 @@ def _sound_only(theirs: Callable[..., None]) -> Callable[..., None]:
             theirs(self, kind, number)
 
     return set_token
-
-
-def check_stand_ins(writer: Any, ternary: dict[str, Any]) -> None:
-    """Raise ValueError unless every ternary weight arrives with its rows only reordered."""
-    import gguf
-
-    names, found = list(ternary), set()
-    for tensors in writer.tensors:
-        for name, info in tensors.items():
-            if tuple(info.shape[1:]) != (3,):
-                continue
-            number = stand_in_number(name, data := gguf.LazyNumpyTensor.to_eager(info.tensor))
-            if number is not None:
-                check_rows(names[number], ternary[names[number]][0], data[:, 0])
-                found.add(names[number])
-    check_arrived(names, found)
-
-
-def stand_in_number(name: str, data: Any) -> int | None:
-    """The ternary weight's number when ``data`` ``[rows, 3]`` is a stand-in, else None.
-
-    Raises:
-        ValueError: it is made of several weights.
-    """
-    import numpy as np
-
-    if data.ndim != 2 or not (data[:, 2] == STAND_IN).all():
-        return None
-    numbers = np.unique(data[:, 1])
-    if len(numbers) != 1:
-        raise ValueError(f"llama.cpp's converter joins several weights into {name}: unsupported")
-    return int(numbers[0])
-
-
-def check_rows(source: str, rows: int, column: Any) -> None:
-    """Raise ValueError unless ``column`` float32 ``[n]`` is an order of the weight's rows."""
-    import numpy as np
-
-    if not np.array_equal(np.sort(column), np.arange(rows, dtype=np.float32)):
-        raise ValueError(
-            f"llama.cpp's converter does more to {source} than to order its rows, so it cannot be "
-            "exported as ternary; leave it out with pt2-quantize --skip"
-        )
-
-
-def check_arrived(names: list[str], found: Any) -> None:
-    """Raise ValueError where the converter has dropped a ternary weight."""
-    lost = [n for n in names if n not in found]
-    if lost:
-        raise ValueError(f"llama.cpp's converter drops {lost[0]}: this architecture is unsupported")
-
-
-def replace_tensors(tensors: dict[str, Callable[[], Any]], job: dict[str, Any]) -> None:
-    """Put stand-ins in place of the ternary weights, and replaced and folded tensors in theirs.
-
-    Raises:
-        ValueError: the converter knows no tensor of a name that we need.
-    """
-    import numpy as np
-
-    for name in job["dropped"]:
-        tensors.pop(name, None)
-    for number, (name, (rows, _cols)) in enumerate(job["ternary"].items()):
-        _require(tensors, name)
-        tensors[name] = _stand_in(rows, number)
-    if job["preflight"] or not job["ternary"]:
-        return
-    orders, replaced = np.load(job["orders"]), np.load(job["replaced"])
-    for name in replaced.files:
-        _require(tensors, name)
-        tensors[name] = _given(replaced[name])
-    for key in orders.files:
-        side, _, name = key.partition("/")
-        if name in job["ternary"]:
-            continue
-        _require(tensors, name)
-        tensors[name] = _reordered(tensors[name], orders[key], 0 if side == "rows" else 1)
-
-
-def true_parameter_count(writer: Any, ternary: dict[str, tuple[int, int]]) -> None:
-    """Make the writer count a ternary weight as ``rows * cols``: the size label is made of it."""
-    count = writer.get_total_parameter_count
-    hidden = sum(rows * (cols - 3) for rows, cols in ternary.values())
-
-    def corrected() -> tuple[int, int, int, int]:
-        total, shared, expert, n_expert = count()
-        return total + hidden, shared + hidden, expert, n_expert
-
-    writer.get_total_parameter_count = corrected
-
-
-def _stand_in(rows: int, number: int) -> Callable[[], Any]:
-    import torch
-
-    lazy = _lazy_class()
-
-    def make() -> Any:
-        columns = [torch.arange(rows), torch.full((rows,), number), torch.full((rows,), STAND_IN)]
-        return lazy.from_eager(torch.stack([c.to(torch.float32) for c in columns], dim=1))
-
-    return make
-
-
-def _given(value: Any) -> Callable[[], Any]:
-    import torch
-
-    lazy = _lazy_class()
-    return lambda: lazy.from_eager(torch.from_numpy(value))
-
-
-def _reordered(source: Callable[[], Any], order: Any, axis: int) -> Callable[[], Any]:
-    """The tensor of ``source`` with axis ``axis`` in the given order, loaded when it is written."""
-    import torch
-
-    lazy = _lazy_class()
-    index = torch.from_numpy(order.astype("int64"))
-
-    def make() -> Any:
-        tensor = source()
-        if tensor.ndim <= axis or tensor.shape[axis] != len(index):
-            raise ValueError(
-                f"an order of {len(index)} does not fit a tensor {tuple(tensor.shape)}"
-            )
-        meta = lazy.meta_with_dtype_and_shape(tensor.dtype, tuple(tensor.shape))
-        return lazy(meta=meta, args=(tensor,), func=lambda t: t.index_select(axis, index))
-
-    return make
-
-
-def _lazy_class() -> Any:
-    from conversion.base import LazyTorchTensor
-
-    return LazyTorchTensor
-
-
-def _require(tensors: dict[str, Any], name: str) -> None:
-    if name not in tensors:
-        raise ValueError(f"llama.cpp's converter has no tensor {name} in this model")
 
 
 def _one_line(e: Exception, most: int = 300) -> str:

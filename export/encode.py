@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +14,11 @@ from numpy.typing import NDArray
 from export import q2k
 from export.config import ORDINARY_TYPES, ExportConfig
 from export.converter import Carrier, CarrierTensor
-from export.fold import FoldPlan
 from export.ggml import Ggml, type_of
-from export.mixed import Choice
 from pt2_core import formats
-from pt2_core.artifact.folder import TernaryMatrix
 from pt2_core.errors import PT2Error
 from pt2_core.formats import BLOCK, weights
+from pt2_core.model.fold_edges import tensor_names
 from pt2_core.model.widths import width_problem
 
 if TYPE_CHECKING:
@@ -28,6 +26,14 @@ if TYPE_CHECKING:
 
 F32_TYPE = gguf.GGMLQuantizationType.F32
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+# Parts of the names of tensors that llama.cpp's own quantiser never rounds (src/llama-quant.cpp,
+# tensor_allows_quantization), beside those that its converter writes as F32 whatever is asked for.
+FULL_PRECISION = (
+    "_norm.weight", "ffn_gate_inp", "ffn_gate_tid2eid", "altup", "laurel", "per_layer_model_proj",
+    "ssm_conv1d", "shortconv.conv", "indexer.", "time_mix_", "attn_rel_b", "position_embd",
+    "token_types",
+)  # fmt: skip
+_VALUES_AT_ONCE = 1 << 25
 
 
 @dataclass
@@ -55,69 +61,101 @@ class Item:
 
 def plan_items(
     carrier: Carrier, config: ExportConfig, ggml: Ggml, kept: Mapping[str, str],
-    mixed: Choice | None = None,
+    group_of: Callable[[CarrierTensor], int], mixed: Callable[[CarrierTensor], str | None],
+    tables: Mapping[str, str],
 ) -> list[Item]:  # fmt: skip
     """Choose the types.
 
     Args:
         carrier: the converter's output.
-        kept: Hugging Face module name -> reason, the linears that the quantiser left alone.
-        mixed: types chosen to fit a size, in place of ``config``'s.
+        kept: matrix -> reason, those that the quantiser left alone.
+        group_of: columns that share an alpha and mu in a ternary tensor.
+        mixed: the type that was chosen for a ternary tensor to fit a size; None: ``config``'s.
+        tables: ``embedding`` and ``head`` -> the type chosen to fit a size.
 
     Raises:
         PT2Error: with ``strict``, the first linear that would not be ternary.
     """
-    blocks = int(carrier.fields.get(f"{carrier.arch}.block_count", (0, None, None))[0])
-    arch = next(a for a, n in gguf.MODEL_ARCH_NAMES.items() if n == carrier.arch)
-    names = gguf.get_tensor_name_map(arch, blocks)
-    reasons = {f"{names.get_name(m)}.weight": why for m, why in kept.items()}
-    tied = all(t.name != HEAD for t in carrier.tensors)
+    planner = _Planner(
+        config, tied=all(t.name != HEAD for t in carrier.tensors), tables=tables,
+        kept={n: why for matrix, why in kept.items() for n in tensor_names(matrix)},
+        fallbacks=carrier.fallbacks,
+    )  # fmt: skip
     items = []
     for tensor in carrier.tensors:
-        item = _plan(tensor, config, reasons, tied, mixed or Choice())
-        fitting = _fit(item.type, tensor.shape[-1], ggml)
+        if tensor.ternary:
+            item = planner.ternary(tensor, group_of(tensor), mixed(tensor))
+        else:
+            item = planner.ordinary(tensor)
+        fitting = _fit(item.type, tensor.shape[-1], ggml) if tensor.shape else item.type
         if fitting != item.type:
             note = f"{tensor.shape[-1]} columns are no whole {item.type.name} blocks"
             item.reason = f"{item.reason}; {note}" if item.reason else note
             item.type = fitting
         if item.fallback and config.strict:
-            raise PT2Error(
-                f"--strict: {tensor.source or tensor.name} would not be ternary ({item.reason})"
-            )
-        item.nbytes = (item.elements // tensor.shape[-1]) * ggml.row_size(
-            item.type, tensor.shape[-1]
-        )
+            name = tensor.sources[0] if tensor.sources else tensor.name
+            raise PT2Error(f"--strict: {name} would not be ternary ({item.reason})")
+        cols = tensor.shape[-1] if tensor.shape else 1
+        item.nbytes = (item.elements // cols) * ggml.row_size(item.type, cols)
         items.append(item)
     return items
 
 
-def _plan(
-    tensor: CarrierTensor, config: ExportConfig, kept: Mapping[str, str], tied: bool, mixed: Choice
-) -> Item:
-    def item(name: str, reason: str | None, fallback: bool = False) -> Item:
-        return Item(tensor, type_of(name), 0, reason, fallback)
+@dataclass(frozen=True)
+class _Planner:
+    """Chooses one tensor's type.
 
-    if tensor.source is not None:
-        better = mixed.linears.get(tensor.source.removesuffix(".weight"))
+    Attributes:
+        kept: the checkpoint's tensor -> why the quantiser left it alone.
+        fallbacks: the checkpoint's tensor -> why its ternary matrices come as values.
+    """
+
+    config: ExportConfig
+    tied: bool
+    tables: Mapping[str, str]
+    kept: Mapping[str, str]
+    fallbacks: Mapping[str, str]
+
+    def ternary(self, tensor: CarrierTensor, group: int, better: str | None) -> Item:
+        """The type of a tensor that is made of ternary matrices alone."""
+        kind, cols = self.config.type, tensor.shape[-1]
         if better is not None:
-            return item(better, "original weights, chosen for the target size")
-        unit = q2k.SUPER if config.type == "q2_k" else BLOCK
-        if tensor.shape[-1] % unit == 0:
-            return item(config.type, None)
-        why = f"{tensor.shape[-1]} columns are no whole {config.type} blocks of {unit}"
-        return item(config.fallback_type, why, fallback=True)
-    if len(tensor.shape) < 2:
-        return item("f32", "norm, bias or constant")
-    if tensor.name == EMBEDDING:
-        what = "token embeddings and head" if tied else "token embeddings"
-        return item(mixed.tables.get("embedding") or config.embeddings(tied), what)
-    if tensor.name == HEAD:
-        return item(mixed.tables.get("head") or config.head(), "head")
-    if tensor.name in kept:
-        return item(config.fallback_type, f"kept: {kept[tensor.name]}", fallback=True)
-    if tensor.name.endswith(".weight") and len(tensor.shape) == 2:
-        return item(config.fallback_type, "not a linear that pt2-quantize knows", fallback=True)
-    return item("f32", "not a matrix")
+            return _item(tensor, better, "original weights, chosen for the target size")
+        unit, least = (q2k.SUPER, q2k.SUB) if kind == "q2_k" else (BLOCK, BLOCK)
+        why = None
+        if cols % unit:
+            why = f"{cols} columns are no whole {kind} blocks of {unit}"
+        elif group % least:
+            why = f"blocks of {group} columns do not fit {kind}, which holds blocks of {least}"
+        if why is None:
+            return _item(tensor, kind, None)
+        return _item(tensor, self.config.fallback_type, why, fallback=True)
+
+    def ordinary(self, tensor: CarrierTensor) -> Item:
+        """The type of any other tensor."""
+        fallback = self.config.fallback_type
+        if lost := next((self.fallbacks[n] for n in tensor.sources if n in self.fallbacks), None):
+            kind = fallback if tensor.free and len(tensor.shape) > 1 else "f32"
+            return _item(tensor, kind, lost, fallback=True)
+        if len(tensor.shape) < 2:
+            return _item(tensor, "f32", "norm, bias or constant")
+        if tensor.name == EMBEDDING:
+            what = "token embeddings and head" if self.tied else "token embeddings"
+            kind = self.tables.get("embedding") or self.config.embeddings(self.tied)
+            return _item(tensor, kind, what)
+        if tensor.name == HEAD:
+            return _item(tensor, self.tables.get("head") or self.config.head(), "head")
+        if not tensor.free or any(word in tensor.name for word in FULL_PRECISION):
+            return _item(tensor, "f32", "kept in full precision by llama.cpp")
+        if kept := next((self.kept[n] for n in tensor.sources if n in self.kept), None):
+            return _item(tensor, fallback, f"kept: {kept}", fallback=True)
+        if tensor.name.endswith(".weight") and len(tensor.shape) <= 3:
+            return _item(tensor, fallback, "not a linear that pt2-quantize knows", fallback=True)
+        return _item(tensor, "f32", "not a matrix")
+
+
+def _item(tensor: CarrierTensor, kind: str, reason: str | None, fallback: bool = False) -> Item:
+    return Item(tensor, type_of(kind), 0, reason, fallback)
 
 
 def _fit(kind: gguf.GGMLQuantizationType, cols: int, ggml: Ggml) -> gguf.GGMLQuantizationType:
@@ -126,14 +164,6 @@ def _fit(kind: gguf.GGMLQuantizationType, cols: int, ggml: Ggml) -> gguf.GGMLQua
         substitute = ORDINARY_TYPES.get(kind.name.lower()) or "f16"
         kind = type_of(substitute)
     return kind
-
-
-def row_order(tensor: CarrierTensor, plan: FoldPlan) -> NDArray[Any]:
-    """Which row of the source's weight each row of a linear is: the fold's order, and on top of it
-    the converter's."""
-    assert tensor.rows is not None and tensor.source is not None
-    folded = plan.rows.get(tensor.source)
-    return tensor.rows if folded is None else folded[tensor.rows]
 
 
 @dataclass
@@ -150,15 +180,6 @@ class TernaryRows:
     alpha: F16
     mu: F16
 
-    @classmethod
-    def make(cls, tensor: CarrierTensor, matrix: TernaryMatrix, plan: FoldPlan) -> TernaryRows:
-        """Put the rows of an artifact's matrix into the order of the fold, then the converter's."""
-        if (matrix.rows, matrix.cols) != tensor.shape:
-            raise PT2Error(f"{matrix.name} in the artifact does not fit the model's shape")
-        order = row_order(tensor, plan)
-        codes = (matrix.codes() + np.int8(1)).view(np.uint8)
-        return cls(codes[order], matrix.alpha[order], matrix.mu[order])
-
     def dequantize(self) -> NDArray[np.float32]:
         """What is meant: float32 ``[rows, cols]``."""
         return weights(self.codes, self.alpha, self.mu)
@@ -171,10 +192,10 @@ class TernaryRows:
 
 
 def check_group_size(group: int, kind: str, columns: Mapping[str, int]) -> None:
-    """Raise PT2Error when a type cannot hold blocks of ``group`` columns.
+    """Raise PT2Error when a type cannot hold blocks of ``group`` columns in any matrix.
 
     Args:
-        columns: Hugging Face module name -> number of columns, of the ternary linears.
+        columns: matrix -> number of columns, of those with such blocks.
     """
     if group % BLOCK == 0:
         return
@@ -194,6 +215,29 @@ def check_group_size(group: int, kind: str, columns: Mapping[str, int]) -> None:
             f"the artifact has blocks of {group}, which {kind} cannot hold in "
             f"{', '.join(widths)}: quantise again, {how}"
         )
+
+
+def encode_parts(
+    item: Item, rows: Callable[[Item, slice], TernaryRows], ggml: Ggml
+) -> tuple[NDArray[Any], q2k.WeightError | None]:
+    """Encode a ternary tensor, some of its rows in memory at a time; as :func:`encode_ternary`.
+
+    Args:
+        rows: gives rows of an item, counted over all leading dimensions.
+
+    Returns:
+        uint8 or float32 ``[..., row bytes]``, and the error.
+    """
+    shape = item.tensor.shape
+    total, step = math.prod(shape[:-1]), max(1, _VALUES_AT_ONCE // shape[-1])
+    parts, errors = [], []
+    for first in range(0, total, step):
+        some = rows(item, slice(first, min(first + step, total)))
+        data, error = encode_ternary(some, item.type, ggml)
+        parts.append(data)
+        errors += [] if error is None else [error]
+    data = np.concatenate(parts) if len(parts) > 1 else parts[0]
+    return data.reshape(*shape[:-1], -1), sum(errors, q2k.WeightError()) if errors else None
 
 
 def encode_ternary(

@@ -128,8 +128,8 @@ def choose(
     """Choose types for the linears and the tables.
 
     Args:
-        shapes: module name -> (rows, cols) of the ternary linears.
-        original: gives a tensor's weights by its name in the checkpoint, float32 ``[rows, cols]``.
+        shapes: matrix -> (rows, cols) of the ternary linears that are tensors of their own.
+        original: gives a matrix's or a table's weights, float32 ``[rows, cols]``.
         tables: ``embedding`` and, where it is another tensor, ``head`` -> name in the checkpoint.
         budget: bytes for all of these tensors together.
         step: called after each tensor.
@@ -175,7 +175,7 @@ def _linear_options(
         )
     if figures.gain <= 0:
         return options
-    sample = _sample(original(f"{module}.weight"))
+    sample = _sample(original(module))
     for kind in LINEAR_TYPES:
         if cols % ggml.block_size(type_of(kind)):
             continue

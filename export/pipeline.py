@@ -22,22 +22,30 @@ from export.checks import (
     work_folder,
 )
 from export.config import ExportConfig
-from export.converter import Carrier, Options, check_tokenizer, run_converter
+from export.converter import (
+    Carrier,
+    CarrierTensor,
+    Options,
+    check_tokenizer,
+    fallback_notes,
+    run_converter,
+)
 from export.encode import (
     EMBEDDING,
     HEAD,
     Item,
     check_group_size,
     encode_ordinary,
-    encode_ternary,
+    encode_parts,
     plan_items,
 )
 from export.ggml import Ggml
+from export.levels import check_levels, levels_entry
 from export.mixed import Choice, choose
 from export.proof import Verdict
 from export.prove import Prover, placeholders, write_figures
 from export.q2k import WeightError
-from export.source import HF_EMBEDDING, HF_HEAD, TernarySource
+from export.source import TernarySource
 from export.verify import verify_files
 from export.writer import Metadata, write_gguf
 from pt2_core import formats
@@ -144,38 +152,59 @@ def export_gguf(
     source = TernarySource.read(artifact, model, progress)
     if config.targeted:
         source.measured()  # before the long work
-    columns = {module: m["cols"] for module, m in artifact.matrices.items()}
-    check_group_size(source.group_size(), config.type, columns)
+    _check_group_size(source, config)
+    check_levels(artifact, config.type)
     if config.verify:
         check_model(artifact, model, progress)
-    check_disk(out, model, source.shapes())
+    check_disk(out, model, source.targets)
     with work_folder(out) as work:
         progress("converting metadata and tokenizer", 0, 1)
         carrier = run_converter(
-            _llama_source(), model, work, source.shapes(), source.plan, artifact.replaced(),
-            _options(config, artifact),
+            _llama_source(), model, work, source.targets, source.plan, artifact.replaced(),
+            source.values, source.whole, _options(config, artifact),
         )  # fmt: skip
         progress("converting metadata and tokenizer", 1, 1)
         _check_tied(carrier, model)
         mixed = None
         if config.targeted:
             mixed = _mixed(config, carrier, source, ggml, progress)
-        items = plan_items(carrier, config, ggml, artifact.kept, mixed)
+        items = _plan(carrier, config, ggml, source, mixed)
         report = _write(out, work, carrier, items, source, config, ggml, progress)
     report.chat = "tokenizer.chat_template" in carrier.fields
     if mixed is not None:
         report.mixed = mixed.summary(source.measured().kl)
-    report.notes = [*model.notes, *carrier.notes]
+    report.notes = [*model.notes, *carrier.notes, *fallback_notes(carrier.fallbacks)]
     return report
 
 
+def _check_group_size(source: TernarySource, config: ExportConfig) -> None:
+    """Refuse a type that can hold no matrix's blocks; a single one is a named fallback."""
+    columns = {name: entry["cols"] for name, entry in source.artifact.matrices.items()}
+    sizes = {source.block_size(name) for name in columns}
+    if len(sizes) == 1:
+        check_group_size(sizes.pop(), config.type, columns)
+
+
+def _plan(
+    carrier: Carrier, config: ExportConfig, ggml: Ggml, source: TernarySource,
+    mixed: Choice | None,
+) -> list[Item]:  # fmt: skip
+    chosen = mixed or Choice()
+
+    def better(tensor: CarrierTensor) -> str | None:
+        matrices = source.matrices_of(tensor)
+        return chosen.linears.get(matrices[0]) if len(matrices) == 1 else None
+
+    kept = source.artifact.kept
+    return plan_items(carrier, config, ggml, kept, source.group_of, better, chosen.tables)
+
+
 def _check_tied(carrier: Carrier, model: Checkpoint) -> None:
-    """Raise PT2Error where the converter has the head tied and the model has not, or the like."""
-    if model.tied == any(t.name == HEAD for t in carrier.tensors):
-        asked = "tied to the embeddings" if model.tied else "a table of its own"
+    """Raise PT2Error where the model has a head of its own and the file would have none."""
+    if not model.tied and all(t.name != HEAD for t in carrier.tensors):
         raise PT2Error(
-            f"the head of {model.path} is {asked}, and llama.cpp's converter makes it otherwise: "
-            "it cannot be exported"
+            f"the head of {model.path} is a table of its own, and llama.cpp's converter makes it "
+            "otherwise: it cannot be exported"
         )
 
 
@@ -192,13 +221,15 @@ def _mixed(
     config: ExportConfig, carrier: Carrier, source: TernarySource, ggml: Ggml, progress: Progress
 ) -> Choice:
     """Choose the types that fit the target, with what metadata and small tensors leave of it."""
-    shapes = {n.removesuffix(".weight"): s for n, s in source.shapes().items()}
-    tied = source.model.tied
-    tables = {"embedding": HF_EMBEDDING, **({} if tied else {"head": HF_HEAD})}
+    # Experts that are joined in one tensor have one type, and stay ternary.
+    alone = [t for t in carrier.tensors if t.ternary and len(source.matrices_of(t)) == 1]
+    shapes = {source.matrices_of(t)[0]: (t.shape[0], t.shape[1]) for t in alone}
+    named = {"embedding": carrier.source_of(EMBEDDING), "head": carrier.source_of(HEAD)}
+    tables = {table: name for table, name in named.items() if name is not None}
     # Everything else has its size already: plan it, tables and linears left out.
-    items = plan_items(carrier, config, ggml, source.artifact.kept)
-    chosen = (HEAD, EMBEDDING)
-    others = [i for i in items if i.tensor.source is None and i.tensor.name not in chosen]
+    items = _plan(carrier, config, ggml, source, None)
+    chosen = {*(t.name for t in alone), *(t for t in (HEAD, EMBEDDING) if carrier.source_of(t))}
+    others = [i for i in items if i.tensor.name not in chosen]
     parameters = sum(i.elements for i in items)
     target = config.target_size or int(config.target_bpw * parameters / 8)
     fixed = sum(i.nbytes for i in others) + carrier.header_bytes + HEADER_SPARE
@@ -243,13 +274,12 @@ def _write(
         nonlocal done
         done += 1
         progress("writing", done, len(items))
-        if item.tensor.source is None:
-            assert item.tensor.data is not None
+        if item.tensor.data is not None:
             return encode_ordinary(item.tensor.data, item.type, ggml, item.tensor.name)
         if item.reason is not None and not item.fallback:  # mixed precision
             weight, energy = source.original_rows(item), source.energy(item)
             return encode_ordinary(weight, item.type, ggml, item.tensor.name, energy)
-        data, error = encode_ternary(source.rows(item), item.type, ggml)
+        data, error = encode_parts(item, source.rows, ggml)
         if error is not None:
             errors[item.tensor.name] = error
         return data
@@ -319,6 +349,8 @@ def _metadata(source: TernarySource, items: list[Item], config: ExportConfig) ->
         metadata["pt2.pre_tokenizer"] = (options.pre_tokenizer, kind.STRING, None)
     if ours := formats.TYPES.get(config.type):
         metadata[ours.layout_key()] = (ours.layout, kind.UINT32, None)
+    for key, levels in levels_entry(source.artifact, config.type).items():
+        metadata[key] = (levels, kind.UINT32, None)
     return metadata
 
 

@@ -7,12 +7,10 @@ read and no file of any size is written.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import numpy as np
+from collections.abc import Collection, Mapping, Sequence
 
 from export.converter import TOKENIZERS, Options, try_converter
-from export.fold import Heads, fold_plan
+from export.stand_ins import Target
 from pt2_core.errors import PT2Error
 from pt2_core.model.checkpoint import Checkpoint
 
@@ -23,23 +21,23 @@ class NoSource(PT2Error):
 
 def preflight(
     checkpoint: Checkpoint,
-    ternary: Mapping[str, tuple[int, int]],
+    ternary: Mapping[str, Sequence[int]],
     *,
+    transposed: Collection[str] = (),
     max_context: int = 0,
     pre_tokenizer: str | None = None,
-    fold: bool = True,
 ) -> list[str]:
     """What pt2-export would say of a model, in a few seconds.
 
     Args:
-        ternary: tensor name -> (rows, cols) of the linears that are to become ternary; all others
-            are exported as they are.
+        ternary: full name -> shape, of the checkpoint's tensors that hold matrices which are to
+            become ternary; all others are exported as they are.
+        transposed: those of them that the checkpoint holds as ``[..., cols, rows]``.
         max_context: tokens that the file is meant for; 0 for all that the model has.
         pre_tokenizer: llama.cpp's name of the tokenizer's regular expressions; None to find out.
-        fold: whether orders of columns are to be folded, for which every tensor must be known.
 
     Returns:
-        Notes: what the exporter would mend or ignore.
+        Notes: what the exporter would mend or ignore, and what it could not write as ternary.
 
     Raises:
         NoSource: llama.cpp's source is not there and cannot be fetched.
@@ -51,10 +49,6 @@ def preflight(
         source = api.source_dir()
     except PT2Error as e:
         raise NoSource(str(e)) from e
-    if fold:
-        config = checkpoint.settings
-        turned = np.arange(int(config.get("hidden_size") or 2), dtype=np.int32)[::-1]
-        fold_plan(checkpoint.tensors, Heads.from_config(config), turned, {})
     notes = []
     vocab = any((checkpoint.path / name).is_file() for name in TOKENIZERS)
     if not vocab:
@@ -63,4 +57,8 @@ def preflight(
             "its files there before you go on"
         )
     options = Options(max_context, pre_tokenizer)
-    return notes + try_converter(source, checkpoint, dict(ternary), options, vocab=vocab)
+    targets, count = {}, 0
+    for name, shape in ternary.items():
+        targets[name] = Target(tuple(shape), count, name in transposed)
+        count += targets[name].count
+    return notes + try_converter(source, checkpoint, targets, options, vocab=vocab)

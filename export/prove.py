@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.checks import Progress
-from export.encode import F32_TYPE, Item
+from export.encode import EMBEDDING, F32_TYPE, HEAD, Item
 from export.ggml import Ggml
 from export.proof import KNOWN_GAPS, Programs, Verdict, check_file
-from export.source import TABLES, TernarySource
+from export.source import TernarySource
 from export.writer import Metadata
 from pt2_core import formats
 from pt2_core.artifact.proof import Proof, rope_type, ropes
@@ -97,21 +97,34 @@ class Prover:
 
     def _renew(self, proof: Proof) -> tuple[Proof, str] | None:
         """The proof of the model with the file's values of what it rounds."""
-        rounded = {self._name(i): i for i in self.items if self._is_rounded(i)}
+        rounded = [i for i in self.items if self._is_rounded(i)]
         if not rounded:
             return None
-        kinds = {i.type.name for i in rounded.values()}
+        kinds = {i.type.name for i in rounded}
         what = f"own values of {len(rounded)} tensors in {', '.join(sorted(kinds))}"
-        return self._made(proof, rounded), what
+        return self._made(proof, self._known(rounded)), what
 
-    def _made(self, plan: Proof, rounded: Mapping[str, Item]) -> Proof:
+    def _known(self, rounded: Sequence[Item]) -> dict[str, tuple[Item, str | None]]:
+        """The name that the model knows a rounded tensor by -> the item, and which matrix of it."""
+        found: dict[str, tuple[Item, str | None]] = {}
+        for item in rounded:
+            if item.tensor.ternary:
+                for matrix in self.source.matrices_of(item.tensor):
+                    found[f"{matrix}.weight"] = item, matrix
+            else:
+                found[item.tensor.sources[0]] = item, None
+        return found
+
+    def _made(self, plan: Proof, rounded: Mapping[str, tuple[Item, str | None]]) -> Proof:
         from quantize.proof_run import make_proof
 
         data = self._data() if rounded else {}
 
         def override(name: str) -> NDArray[np.float32] | None:
-            item = rounded.get(name)
-            return None if item is None else self._values(item, data[item.tensor.name])
+            if name not in rounded:
+                return None
+            item, matrix = rounded[name]
+            return self._values(item, data[item.tensor.name], matrix)
 
         def step(done: int, total: int) -> None:
             self.progress("making the proof anew", done, total)
@@ -120,31 +133,33 @@ class Prover:
             self.source.model, self.source.artifact, plan, override=override, step=step
         )
 
-    def _name(self, item: Item) -> str:
-        return item.tensor.source or TABLES[item.tensor.name]
-
     def _is_rounded(self, item: Item) -> bool:
-        known = item.tensor.source is not None or item.tensor.name in TABLES
-        return known and item.type.name not in _FINE
+        if item.type.name in _FINE:
+            return False
+        table = item.tensor.name in (EMBEDDING, HEAD) and len(item.tensor.sources) == 1
+        return table or item.tensor.ternary
 
     def _data(self) -> dict[str, Any]:
         return {t.name: t.data for f in self.files for t in gguf.GGUFReader(f).tensors}
 
-    def _values(self, item: Item, data: Any) -> NDArray[np.float32]:
-        """The file's values of a rounded tensor in the source's order.
+    def _values(self, item: Item, data: Any, matrix: str | None) -> NDArray[np.float32]:
+        """The file's values of a rounded matrix or table in the source's order.
 
         Raises:
             PT2Error: a table that is not the model's.
         """
         raw = np.asarray(data)
         raw = raw.reshape(-1, raw.shape[-1])
+        if matrix is not None:
+            raw = raw[self.source.matrix_rows(item, matrix)]
         values = raw if item.type == F32_TYPE else self.ggml.dequantize(raw, item.type)
-        values = self.source.in_source_order(item, values)
-        if item.tensor.source is None:
-            worst = row_error(values, self.source.original(self._name(item)))
+        values = self.source.in_source_order(item, values, matrix)
+        if matrix is None:
+            source = item.tensor.sources[0]
+            worst = row_error(values, self.source.original(source))
             if worst > MAX_ROW_ERROR:
                 raise PT2Error(
-                    f"{item.tensor.name} in the file is not the model's {self._name(item)} "
+                    f"{item.tensor.name} in the file is not the model's {source} "
                     f"(a row is {worst:.0%} off): export again, and report it if it stays so"
                 )
         return values

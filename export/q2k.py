@@ -10,7 +10,8 @@ codes. The search for the least squared weight error of a super-block:
    alphas and, apart from them, the betas. The best few of both are kept.
 2. Every pair of kept directions gets its jointly optimal ``(d, dmin)`` from a 2 x 2 system.
 3. The same is tried with the codes turned round (``q = 1 - t``, ``d < 0``): the pairs (alpha,
-   alpha + mu) lie elsewhere on the grid, and it mends a beta of the wrong sign (mu > alpha).
+   alpha + mu) lie elsewhere on the grid, and it mends a beta of the wrong sign (mu > alpha). Where
+   all four codes are used it is ``q = 2 - t`` and (alpha, 2 alpha + mu).
 4. The sub-blocks of the best choice then move on their own to the neighbouring ``(sc, m)`` that
    suits the codes they happen to hold, and ``(d, dmin)`` is solved once more.
 
@@ -60,7 +61,7 @@ def encode(codes: U8, alpha: F16, mu: F16) -> tuple[U8, WeightError]:
     """Encode a matrix as Q2_K.
 
     Args:
-        codes: uint8 ``[rows, cols]`` in {0, 1, 2}; ``cols`` a multiple of 256.
+        codes: uint8 ``[rows, cols]`` in 0..3; ``cols`` a multiple of 256.
         alpha: float16 ``[rows, cols / g]`` with g a multiple of 16 that divides 256 or is a
             multiple of it.
         mu: float16, as ``alpha``.
@@ -81,11 +82,12 @@ def encode(codes: U8, alpha: F16, mu: F16) -> tuple[U8, WeightError]:
     a = np.repeat(alpha.astype(np.float32), per_sub, axis=1).reshape(n, _SUBS)
     b = a - np.repeat(mu.astype(np.float32), per_sub, axis=1).reshape(n, _SUBS)
     stride = min(per_sub, _SUBS)
+    top = max(2, int(codes.max(initial=0)))
     out = np.empty((n, NBYTES), dtype=np.uint8)
 
     def chunk(first: int) -> WeightError:
         part = slice(first, first + _CHUNK)
-        out[part], error = _encode_chunk(q[part], a[part], b[part], stride)
+        out[part], error = _encode_chunk(q[part], a[part], b[part], stride, top)
         return error
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -93,15 +95,15 @@ def encode(codes: U8, alpha: F16, mu: F16) -> tuple[U8, WeightError]:
     return out.reshape(rows, -1), sum(errors, WeightError())
 
 
-def _encode_chunk(q: U8, a: Array, b: Array, stride: int) -> tuple[U8, WeightError]:
-    """Super-blocks ``q`` uint8 ``[n, 16, 16]``, ``a`` and ``b`` float32 ``[n, 16]``."""
+def _encode_chunk(q: U8, a: Array, b: Array, stride: int, top: int) -> tuple[U8, WeightError]:
+    """Super-blocks ``q`` uint8 ``[n, 16, 16]``, ``a`` and ``b`` float32 ``[n, 16]``; q <= top."""
     s = _moments(q)
     energy = _quadratic(s, a, b).sum(dtype=np.float64)
-    turned = 2 - q
+    turned = top - q
     s_turned = _moments(turned)
-    # alpha t + mu = (-alpha) (1 - t) - (-(alpha + mu)), and alpha + mu = 2 alpha - beta
+    # alpha q - beta = (-alpha) (top - q) - (beta - top alpha)
     best = _search(s, a, b, stride)
-    other = _search(s_turned, -a, b - 2 * a, stride)
+    other = _search(s_turned, -a, b - top * a, stride)
     flip = other[-1] < best[-1]
     d, dmin, sc, m, _ = (
         np.where(flip.reshape(-1, *[1] * (x.ndim - 1)), y, x)
@@ -109,7 +111,7 @@ def _encode_chunk(q: U8, a: Array, b: Array, stride: int) -> tuple[U8, WeightErr
     )
     flip_sub = flip[:, None]
     s = np.where(flip_sub[None], s_turned, s)
-    a, b = np.where(flip_sub, -a, a), np.where(flip_sub, b - 2 * a, b)
+    a, b = np.where(flip_sub, -a, a), np.where(flip_sub, b - top * a, b)
     d, dmin, sc, m, error = _refine(s, a, b, d, dmin, sc, m)
     q = np.where(flip_sub[:, :, None], turned, q)
     return _pack(q, d, dmin, sc, m), WeightError(float(error.sum(dtype=np.float64)), float(energy))

@@ -12,6 +12,9 @@ file, read from the pinned source (``src/models/*.cpp``, ``src/llama-model.cpp``
 :func:`examine` gives the findings for a config, and :func:`judge` decides: what always matters is
 refused by name; what only matters beyond N tokens is accepted with ``--max-context``. No part of
 this needs torch; the configs are plain dictionaries as ``config.to_dict()`` gives them.
+
+There is a table for the architectures of which somebody has read all that. Of any other nothing is
+refused here: the proof compares what the file predicts with what the model does, and catches it.
 """
 
 from __future__ import annotations

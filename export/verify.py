@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ def verify_files(
     files: Sequence[Path],
     items: Sequence[Item],
     digests: Mapping[str, str],
-    ternary: Callable[[Item], TernaryRows],
+    ternary: Callable[[Item, slice], TernaryRows],
     ggml: Ggml,
     step: Callable[[], None],
 ) -> None:
@@ -36,7 +37,7 @@ def verify_files(
     Args:
         files: one GGUF file or its splits.
         digests: tensor name -> SHA-256 of the bytes that were written.
-        ternary: gives the artifact's weights for an item, read anew.
+        ternary: gives some rows of the artifact's weights for an item, read anew.
         step: called after each tensor.
 
     Raises:
@@ -56,7 +57,7 @@ def verify_files(
         data = np.asarray(t.data)
         if digest(data) != digests[name]:
             raise _differs(f"{name} (bytes)")
-        if item.tensor.source is not None:
+        if item.tensor.ternary:
             compare_weights(name, data, item, ternary, ggml)
         step()
 
@@ -65,25 +66,41 @@ def compare_weights(
     name: str,
     data: NDArray[Any],
     item: Item,
-    ternary: Callable[[Item], TernaryRows],
+    ternary: Callable[[Item, slice], TernaryRows],
     ggml: Ggml,
 ) -> None:
     """Compare a ternary weight as the C library decodes it with what it should be."""
     kind = item.type.name.lower()
-    rows, cols = item.tensor.shape
+    ours = kind in formats.TYPES
+    if not ours and kind != "q2_k":
+        return
+    rows, cols = math.prod(item.tensor.shape[:-1]), item.tensor.shape[-1]
+    data = data.reshape(rows, -1)
     chunk = max(1, _VALUES_AT_ONCE // cols)
-    meant = ternary(item) if kind in formats.TYPES else None
     for first in range(0, rows, chunk):
-        part = slice(first, first + chunk)
-        if meant is not None:
-            whole = TernaryRows(meant.codes[part], meant.alpha[part], meant.mu[part]).dequantize()
-        elif kind == "q2_k":
-            whole = gguf.dequantize(data[part], item.type)
-        else:
-            return
-        actual = ggml.dequantize(data[part], item.type)
+        part = slice(first, min(first + chunk, rows))
+        raw = data[part]
+        actual = ggml.dequantize(raw, item.type)
+        whole = ternary(item, part).dequantize() if ours else gguf.dequantize(raw, item.type)
         if not np.array_equal(actual.view(np.uint32), whole.view(np.uint32)):
             raise _differs(f"{name} (weights)")
+
+
+def check_blocks(data: NDArray[Any], kind: type[formats.TernaryType]) -> None:
+    """Refuse a tensor with blocks that no encoder writes.
+
+    What such bytes stand for is defined, so that they can have the values of good ones.
+
+    Args:
+        data: as gguf-py's reader has a tensor of this type, uint8 ``[..., row bytes]``.
+
+    Raises:
+        ValueError: the first of them.
+    """
+    rows = data.view(np.uint8).reshape(-1, data.shape[-1])
+    chunk = max(1, _VALUES_AT_ONCE // (rows.shape[1] // kind.nbytes * kind.block))
+    for first in range(0, len(rows), chunk):
+        kind.check(rows[first : first + chunk], first)
 
 
 def _differs(what: str) -> PT2Error:

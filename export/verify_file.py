@@ -27,7 +27,7 @@ from export.ggml import Ggml
 from export.proof import Folder, Programs, Verdict
 from export.prove import MAX_ROW_ERROR, Prover, row_error
 from export.source import TernarySource
-from export.verify import compare_weights
+from export.verify import check_blocks, compare_weights
 from pt2_core import formats
 from pt2_core.artifact.folder import Artifact
 from pt2_core.errors import PT2Error
@@ -99,8 +99,8 @@ def verify_file(
         fields, tensors = _read(files)
         options = Options(int(fields.get("pt2.max_context") or 0), fields.get("pt2.pre_tokenizer"))
         carrier = run_converter(
-            api.source_dir(), model, work, source.shapes(), source.plan,
-            artifact.replaced(), options,
+            api.source_dir(), model, work, source.targets, source.plan, artifact.replaced(),
+            source.values, source.whole, options,
         )  # fmt: skip
         _compare_metadata(carrier, fields, findings)
         items = _compare_tensors(carrier, tensors, source, ggml, findings, progress)
@@ -212,7 +212,13 @@ def _wrong_values(
     """What is wrong with a tensor's values, if anything."""
     tensor = item.tensor
     kind = item.type.name.lower()
-    if tensor.source is not None and kind in formats.TYPES:
+    if kind in formats.TYPES:
+        try:
+            check_blocks(data, formats.TYPES[kind])
+        except ValueError as e:
+            yield f"{tensor.name} is damaged: {e}"
+            return
+    if tensor.ternary and kind in formats.TYPES:
         try:
             compare_weights(tensor.name, data, item, source.rows, ggml)
         except PT2Error:
@@ -221,8 +227,7 @@ def _wrong_values(
     values = _decoded(tensor, data, item, ggml)
     if not np.isfinite(values).all():
         yield f"{tensor.name} has NaN or Inf in it"
-    elif tensor.source is None:
-        assert tensor.data is not None
+    elif tensor.data is not None:
         limit = 0.0 if item.type == F32_TYPE else MAX_ROW_ERROR
         worst = row_error(values, tensor.data.reshape(values.shape).astype(np.float32))
         if worst > limit:
@@ -231,8 +236,8 @@ def _wrong_values(
         ternary = row_error(values, source.rows(item).dequantize())
         # In a file of a chosen size, a linear may have its original weights.
         if ternary > MAX_TERNARY_ERROR:
-            original = row_error(values, source.original_rows(item))
-            if original > MAX_ROW_ERROR:
+            single = len(source.matrices_of(tensor)) == 1
+            if not single or row_error(values, source.original_rows(item)) > MAX_ROW_ERROR:
                 yield f"{tensor.name} is not the artifact's (a row is {ternary:.1%} off)"
 
 

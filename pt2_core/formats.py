@@ -7,7 +7,8 @@ together. A new type is a new class here, its kernels, and nothing else: the edi
 name types are written once for all of them (``for: types`` in ``edits.yaml``).
 
 Notation: a block is 128 elements of a row; element ``e`` sits in ``lane = e % 32`` of
-``plane = e // 32``; a code is ``c = t + 1`` in {0, 1, 2}; the weight is ``alpha * (c - 1) + mu``.
+``plane = e // 32``; a code is ``c = t + 1`` in {0, 1, 2}, and with four levels 3; the weight is
+``alpha * (c - 1) + mu``.
 
 NumPy is imported where it is used: commands that only want the tables start without it.
 """
@@ -84,7 +85,8 @@ class TernaryType(BlockType):
         file_type: ``general.file_type`` of a file that is mostly of this type.
         layout: version of the bytes under this id, in the metadata key :meth:`layout_key`.
             llama.cpp sizes a tensor by its id, so another size of a block needs another id.
-        levels: number of different codes; they are 0 to ``levels - 1``.
+        levels: how many codes there is room for, 0 to ``levels - 1``. Code 3 only counts in files
+            whose metadata key :meth:`levels_key` is 4.
     """
 
     file_type: ClassVar[int]
@@ -95,6 +97,11 @@ class TernaryType(BlockType):
     def layout_key(cls) -> str:
         """The metadata key that states :attr:`layout` in every file with tensors of this type."""
         return f"pt2.{cls.ggml_name}.layout"
+
+    @classmethod
+    def levels_key(cls) -> str:
+        """The metadata key that states how many levels are used; 3 where it is missing."""
+        return f"pt2.{cls.ggml_name}.levels"
 
     @classmethod
     def pack(cls, codes: U8, alpha: F16, mu: F16) -> U8:
@@ -148,14 +155,40 @@ class TernaryType(BlockType):
         return weights(*cls.unpack(data))
 
     @classmethod
+    def check(cls, data: U8, first_row: int = 0) -> None:
+        """Refuse blocks that no encoder writes.
+
+        They have defined values (FORMAT.md), but are a sign of a damaged file.
+
+        Args:
+            data: uint8 ``[rows, bytes]``, rows of whole blocks.
+            first_row: number of the first of these rows, for the message.
+
+        Raises:
+            ValueError: a NaN or infinite scale, or bytes that are no codes; the row and block of
+                the first are named.
+        """
+        import numpy as np
+
+        blocks = np.ascontiguousarray(data).reshape(-1, cls.nbytes)
+        _, alpha, mu = cls._split(blocks)
+        for bad, what in (
+            (~(np.isfinite(alpha) & np.isfinite(mu)), "a NaN or infinite scale"),
+            (cls._impossible(blocks), "bytes that are no codes"),
+        ):
+            if bad.any():
+                row, block = divmod(int(bad.argmax()), data.shape[1] // cls.nbytes)
+                raise ValueError(f"{cls.name}: row {first_row + row}, block {block} has {what}")
+
+    @classmethod
     def random_blocks(cls, count: int, rng: np.random.Generator, scale: float) -> U8:
-        """Valid blocks, uint8 ``[count, nbytes]``: any codes, each alpha about ``scale``.
+        """Ternary blocks, uint8 ``[count, nbytes]``: any codes, each alpha about ``scale``.
 
         The offset mu is a tenth of another such number, and of either sign.
         """
         import numpy as np
 
-        codes = rng.integers(0, cls.levels, (count, cls.block), dtype=np.uint8)
+        codes = rng.integers(0, 3, (count, cls.block), dtype=np.uint8)
         sizes = scale * rng.uniform(0.5, 1.5, (2, count, 1))
         mu = sizes[1] * rng.choice([-0.1, 0.1], (count, 1))
         return cls.pack(codes, sizes[0].astype(np.float16), mu.astype(np.float16))
@@ -169,6 +202,13 @@ class TernaryType(BlockType):
     def _split(cls, blocks: U8) -> tuple[U8, F16, F16]:
         """The inverse of :meth:`_join`."""
         raise NotImplementedError
+
+    @classmethod
+    def _impossible(cls, blocks: U8) -> NDArray[np.bool_]:
+        """Which blocks have bytes that are no codes, bool ``[blocks]``; here every byte is some."""
+        import numpy as np
+
+        return np.zeros(len(blocks), bool)
 
 
 class _TwoHalves(TernaryType):
@@ -213,6 +253,7 @@ class TQ2_1(_TwoHalves):
     """Two bits a code: byte ``lane`` holds the codes of planes 0..3, lowest bits first."""
 
     id = file_type = 120
+    levels = 4
     fields: ClassVar = {"alpha": 2, "mu": 2, "qs": LANES}
     comment = "asymmetric ternary, 2-bit codes (ids far from upstream's next)"
 
@@ -256,8 +297,18 @@ class TQ1_1(_TwoHalves):
         import numpy as np
 
         digits = (qs[:, None, :] // _powers()) % 3
+        # A byte above 242 is none that an encoder writes: it counts as the one 81 below.
+        digits[:, 4][qs >= 162] = 2
         tail = digits[:, 4, : cls._tail].reshape(-1, LANES - cls._full, PLANES).swapaxes(1, 2)
         return np.concatenate([digits[:, :PLANES], tail], axis=2)
+
+    @classmethod
+    def _impossible(cls, blocks: U8) -> NDArray[np.bool_]:
+        import numpy as np
+
+        qs = blocks[:, 4:]
+        most = np.where(np.arange(cls._full) < cls._tail, 3**5 - 1, 3**4 - 1)
+        return np.asarray((qs > most).any(axis=1))
 
 
 class Q8_T(BlockType):
@@ -287,12 +338,12 @@ BY_NAME: dict[str, type[TernaryType]] = {t.name: t for t in TYPES.values()}
 
 
 def weights(codes: U8, alpha: F16, mu: F16) -> F32:
-    """``alpha * (code - 1) + mu`` in float32.
+    """``alpha * (code - 1) + mu`` in float32; NaN where alpha or mu is NaN or infinite.
 
     Every implementation gives these very bits: the product is exact, so only the sum rounds.
 
     Args:
-        codes: uint8 ``[rows, cols]`` in {0, 1, 2}.
+        codes: uint8 ``[rows, cols]`` in 0..3.
         alpha: float16 ``[rows, blocks]``, with ``cols`` a multiple of ``blocks``.
         mu: float16 ``[rows, blocks]``.
     """
@@ -300,6 +351,8 @@ def weights(codes: U8, alpha: F16, mu: F16) -> F32:
 
     rows, blocks = alpha.shape
     t = codes.reshape(rows, blocks, -1).astype(np.float32) - np.float32(1)
-    t *= alpha.astype(np.float32)[:, :, None]
-    t += mu.astype(np.float32)[:, :, None]
+    with np.errstate(invalid="ignore"):
+        t *= alpha.astype(np.float32)[:, :, None]
+        t += mu.astype(np.float32)[:, :, None]
+    t[~(np.isfinite(alpha) & np.isfinite(mu))] = np.nan
     return t.reshape(rows, -1)

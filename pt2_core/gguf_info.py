@@ -270,7 +270,7 @@ def _check_kinds(r: _Reader, metadata: Mapping[str, Any], kinds: Mapping[str, in
         raise r.fail("general.architecture is no text")
     arch = metadata.get("general.architecture", "unknown")
     hparams = [f"{arch}.{name}" for name in HPARAMS]
-    layouts = [t.layout_key() for t in formats.TYPES.values()]
+    layouts = [k for t in formats.TYPES.values() for k in (t.layout_key(), t.levels_key())]
     for key in ("general.alignment", *layouts, *hparams):
         kind = kinds.get(key, _UINT32)
         if kind != _UINT32 and not (kind == _ARRAY and key in hparams):
@@ -353,6 +353,12 @@ def check_layouts(info: GGUFInfo) -> None:
             state = "is missing" if layout is None else f"is {layout}"
             raise PT2Error(
                 f"{info.path}: {key} {state}, known here: {kind.layout}; export the model again"
+            )
+        levels = info.metadata.get(kind.levels_key(), 3)
+        if levels not in range(3, kind.levels + 1):
+            raise PT2Error(
+                f"{info.path}: {kind.levels_key()} is {levels}, but {kind.name} has "
+                f"{kind.levels} codes; export the model again"
             )
 
 

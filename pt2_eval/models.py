@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from pt2_core.artifact.folder import MANIFEST, Artifact
-from pt2_core.artifact.manifest import block_of
 from pt2_core.artifact.source import check_made_from
 from pt2_core.errors import PT2Error
 from pt2_core.model.checkpoint import Checkpoint, torch_dtype
@@ -150,7 +149,7 @@ def open_model(
 def _with_artifact(checkpoint: Checkpoint, artifact: Artifact) -> Any:
     """The checkpoint's ``read`` with the artifact's weights; holds one decoder block."""
     checkpoint.replaced = {k: torch.from_numpy(v) for k, v in artifact.replaced().items()}
-    home = {name: block_of(name) for name in artifact.matrices}
+    home = artifact.homes()
     held: dict[int, Any] = {}
 
     def read(name: str, shape: tuple[int, ...]) -> Tensor:

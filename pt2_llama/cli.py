@@ -27,6 +27,7 @@ examples:
   pt2-llama build --cuda --cuda-arch 90    # for H100 and H200
   pt2-llama run llama-cli -m model.gguf    # a chat model; a base model:
   pt2-llama run llama-completion -m model.gguf -no-cnv -p "Once upon a time" -n 64
+  pt2-llama serve model.gguf               # an OpenAI-compatible server on 127.0.0.1:8080
   pt2-llama run --variant stock llama-bench -m model.gguf
   pt2-llama pack --out laptop.tar.gz       # for a machine that shall not compile; there:
   pt2-llama unpack laptop.tar.gz
@@ -56,6 +57,8 @@ def make_parser() -> argparse.ArgumentParser:
     _add_variant(run)
     run.add_argument("tool", help="such as llama-cli, llama-bench, llama-perplexity")
     run.add_argument("args", nargs=argparse.REMAINDER, help="the program's own arguments")
+
+    _add_serve(commands.add_parser("serve", help="serve a model to OpenAI-compatible clients"))
 
     env = commands.add_parser("env", help="print shell exports (PATH, LLAMA_CPP_LIB_PATH)")
     _add_variant(env)
@@ -125,6 +128,31 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-wait", action="store_true", help="fail if another build is running")
 
 
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Run llama-server on a GGUF file until it is stopped (Ctrl+C or SIGTERM; running requests "
+        "may end). Clients use http://HOST:PORT/v1; what they call the model does not matter."
+    )
+    _add_variant(parser)
+    parser.add_argument("model", type=Path, metavar="MODEL.gguf", help="the file to serve")
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", metavar="ADDRESS", help="(default: this machine alone)")
+    add("--port", type=int, default=8080, metavar="N", help="0: a free one (default: 8080)")
+    add("--slots", type=int, default=4, metavar="N", help="requests at a time (default: 4)")
+    what = "tokens of a request (default: the model's, at most 8192, and what memory allows)"
+    add("--context", type=int, default=0, metavar="N", help=what)
+    add("--threads", type=int, default=0, metavar="N", help="of the CPU (default: llama-server's)")
+    add("--template", type=Path, metavar="FILE", help="chat template, not the model's own")
+    what = "small model with the same vocabulary that proposes tokens (speculative decoding)"
+    add("--draft", type=Path, metavar="FILE", help=what)
+    add("--api-key-file", type=Path, metavar="FILE", help="keys, a line each, to ask requests for")
+    add("--log", type=Path, metavar="FILE", help="for the server's log (default: stderr)")
+    what = "seconds that running requests get when it is stopped (default: 5)"
+    add("--grace", type=float, default=5.0, metavar="S", help=what)
+    what = "further argument of llama-server, such as --server-arg=--mlock"
+    add("--server-arg", action="append", default=[], metavar="ARG", help=what)
+
+
 def _add_no_bindings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-bindings",
@@ -191,6 +219,23 @@ def _run(args: argparse.Namespace) -> int:
     os.execve(tool, [str(tool), *args.args], build.env())
 
 
+def _serve(args: argparse.Namespace) -> int:
+    from pt2_llama.serve import Options, serve
+
+    check_threads(args.threads)
+    for option, value in (("--slots", args.slots), ("--context", args.context or 1)):
+        if not 1 <= value <= 1 << 20:
+            raise PT2Error(f"{option} {value}: a number from 1 to {1 << 20} is meant")
+    if not 0 <= args.grace <= 3600:
+        raise PT2Error(f"--grace {args.grace}: seconds from 0 to 3600 are meant")
+    names = ("host", "port", "slots", "context", "threads", "template", "draft", "log", "grace")
+    given = {name: getattr(args, name) for name in (*names, "api_key_file")}
+    serve(
+        api.require_build(args.variant), args.model, Options(**given, more=tuple(args.server_arg))
+    )
+    return 0
+
+
 def _env(args: argparse.Namespace) -> int:
     exports = api.require_build(args.variant).exports()
     if args.json:
@@ -241,6 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     bodies = {
         "build": _build,
         "run": _run,
+        "serve": _serve,
         "env": _env,
         "doctor": _doctor,
         "source": _source,

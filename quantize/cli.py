@@ -24,6 +24,7 @@ from quantize.config import (
     DTYPES,
     LEVELS,
     ORDERS,
+    SCALES,
     Config,
     load_recipe,
 )
@@ -127,6 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
     _option(method, "order", "of the columns", choices=ORDERS)
     _option(method, "block_size", "columns", choices=BLOCK_SIZES)
     _option(method, "levels", "of T: -1, 0, 1, and with four of them 2", choices=LEVELS)
+    _option(method, "scales", "what alpha and mu are rounded to", choices=SCALES)
     _switch(method, "itf", "Iterative Ternary Fitting")
     _switch(method, "aga", "Activation-aware Grid Alignment")
     _switch(method, "compensate", "carry each block's error into the columns to come")
@@ -254,7 +256,7 @@ def export_preflight(config: Config, wanted: bool) -> Preflight:
         try:
             return preflight(
                 checkpoint, ternary, max_context=config.max_context,
-                pre_tokenizer=config.pre_tokenizer, fold=config.order != "none",
+                pre_tokenizer=config.pre_tokenizer,
             )  # fmt: skip
         except NoSource as e:
             return [f"the preflight was left out, as llama.cpp's source cannot be had: {e}"]

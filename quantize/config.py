@@ -17,6 +17,7 @@ from pt2_core.yaml_file import read_yaml
 
 ORDERS = ("none", "random", "hessian", "ssr", "foldable")
 LEVELS = (3, 4)
+SCALES = ("float16", "pair")
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 CLOSED_FORM = "closed-form"  # of --recipe refined: the first stage's folder inside the result's
@@ -33,6 +34,8 @@ class Config:
             o_proj: the exporter can fold all of them into neighbouring weights).
         block_size: columns that share one alpha and mu per row.
         levels: how many values T may take: 3 (-1, 0, 1, the paper's) or 4 (-1, 0, 1, 2).
+        scales: what alpha and mu are rounded to before the errors are made up for: float16 each, or
+            pair, 16 bits for both (docs/scale-pairs.md). The artifact holds halves in any case.
         itf: Iterative Ternary Fitting (eq. 9-10), at most ``itf_steps`` steps.
         aga: Activation-aware Grid Alignment (eq. 12-13).
         compensate: spread each block's error over the columns that are still to come.
@@ -81,6 +84,7 @@ class Config:
     order: str = "foldable"
     block_size: int = 128
     levels: int = 3
+    scales: str = "float16"
     itf: bool = True
     itf_steps: int = 50
     aga: bool = True
@@ -117,6 +121,7 @@ class Config:
         _one_of("order", self.order, ORDERS)
         _one_of("block_size", self.block_size, BLOCK_SIZES)
         _one_of("levels", self.levels, LEVELS)
+        _one_of("scales", self.scales, SCALES)
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("device", self.device, DEVICES)
         least = {"itf_steps": 1, "reround": 0, "rounds": 0, "sweeps": 0, "samples": 1, "seqlen": 2,

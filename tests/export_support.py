@@ -157,6 +157,18 @@ def ternarise(
     )
 
 
+def four_levels(
+    weight: NDArray[np.float32], order: NDArray[np.int32], group: int
+) -> tuple[NDArray[np.int8], NDArray[np.float16], NDArray[np.float16]]:
+    """T of {-1, 0, 1, 2}, alpha and mu of ``weight[:, order]``: 3/4 of its range."""
+    w = weight[:, order].reshape(len(weight), -1, group)
+    low, high = w.min(-1, keepdims=True), w.max(-1, keepdims=True)
+    alpha = ((high - low) / 4).astype(np.float16)
+    mu = ((high + low) / 2 - alpha / 2).astype(np.float16)
+    t = np.clip(np.rint((w - mu) / alpha), -1, 2)
+    return t.reshape(weight.shape).astype(np.int8), alpha[..., 0], mu[..., 0]
+
+
 def make_artifact(
     folder: Path,
     model_dir: Path,
@@ -165,6 +177,7 @@ def make_artifact(
     group: int = 128,
     kept: dict[str, str] | None = None,
     complete: bool = True,
+    levels: int = 3,
 ) -> Path:
     """Write an artifact of a model with the format's own writer."""
     model = Checkpoint.open(model_dir)
@@ -185,10 +198,13 @@ def make_artifact(
             if f"layers.{block}." not in module or module in kept:
                 continue
             weight = model.read(f"{module}.weight").float().numpy()
-            t, alpha, mu = ternarise(weight, per_linear[module], group)
+            cut = ternarise if levels == 3 else four_levels
+            t, alpha, mu = cut(weight, per_linear[module], group)
             matrices.append(TernaryMatrix(module, pack_ternary(t), alpha, mu, per_linear[module]))
             rows, cols = t.shape
             records[module] = {"rows": rows, "cols": cols, "block_size": group, "order": "foldable"}
+            if levels != 3:
+                records[module]["levels"] = levels
         writer.write_block(block, matrices, records)
     if complete:
         writer.finish()
@@ -218,12 +234,17 @@ def model_maker(new_folder: Callable[[str], Path]) -> Callable[..., tuple[Path, 
     """
     cache: dict[Any, tuple[Path, Path]] = {}
 
-    def make(family: str = "llama", group: int = 128, **options: Any) -> tuple[Path, Path]:
-        key = (family, group, *sorted(options.items()))
+    def make(
+        family: str = "llama", group: int = 128, levels: int = 3, **options: Any
+    ) -> tuple[Path, Path]:
+        key = (family, group, levels, *sorted(options.items()))
         if key not in cache:
             root = new_folder(family)
             model = make_model(root / "model", family, **options)
-            cache[key] = (model, make_artifact(root / "artifact", model, group=group))
+            cache[key] = (
+                model,
+                make_artifact(root / "artifact", model, group=group, levels=levels),
+            )
         return cache[key]
 
     return make

@@ -67,3 +67,18 @@ def token_file(path: Path, samples: int = SAMPLES, seqlen: int = SEQLEN) -> str:
 def artifact_bytes(folder: Path) -> dict[str, bytes]:
     """Everything that belongs to an artifact's identity, and any file that should not be there."""
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name != "run.json"}
+
+
+def weights(seed: int, rows: int = 24, k: int = 32, tails: bool = False) -> torch.Tensor:
+    """A weight matrix float32 ``[rows, k]`` with an offset of its own in each row."""
+    g = torch.Generator().manual_seed(seed)
+    w = torch.randn(rows, k, generator=g) * 0.05 + 0.01 * torch.randn(rows, 1, generator=g)
+    return w * torch.exp(torch.randn(rows, k, generator=g)) if tails else w
+
+
+def moments(seed: int, k: int = 32, tokens: int = 200) -> torch.Tensor:
+    """Second moments of correlated inputs with a mean and a few loud channels."""
+    g = torch.Generator().manual_seed(seed + 1)
+    x = torch.randn(tokens, k, generator=g) @ torch.randn(k, k, generator=g) / k**0.5 + 0.3
+    x *= torch.exp(0.7 * torch.randn(k, generator=g))
+    return (x.T @ x / tokens).contiguous()

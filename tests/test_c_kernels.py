@@ -19,17 +19,33 @@ HERE = Path(__file__).parent
 CROSS_COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64-static"
 
 
-def compile_harness(compiler, target, *flags):
-    """tests/c/tq_check.c with the sources that it checks, from the patched tree."""
+def compile_harness(compiler, target, *flags, portable=()):
+    """tests/c/tq_check.c with the sources that it checks, from the patched tree.
+
+    Those named in ``portable`` are compiled with the header that replaces AVX-512 by C.
+    """
     ggml = api.source_dir() / "ggml"
     sources = [HERE / "c" / "tq_check.c", ggml / "src" / "ggml-tq.c"]
     sources += sorted((ggml / "src" / "ggml-cpu" / "tq").glob("*.c"))
     includes = [f"-I{ggml / part}" for part in ("include", "src", "src/ggml-cpu")]
     options = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unused-function"]
     options += ["-ffp-contract=off", *includes, *flags]
-    done = subprocess.run(
-        [compiler, *options, *sources, "-o", target, "-lm"], capture_output=True, text=True
-    )
+    objects = []
+    for source in [s for s in sources if s.name in portable]:
+        empty = target.parent / "empty"
+        empty.mkdir(exist_ok=True)
+        (empty / "immintrin.h").touch()
+        objects.append(target.parent / f"{source.stem}.o")
+        header = HERE / "c" / "avx512_on_any_cpu.h"
+        # not -O2: the portable forms of a kernel are thousands of lines
+        run = [*options, "-O1", "-w", f"-I{empty}", "-include", header, "-c", source]
+        _compile([compiler, *run, "-o", objects[-1]])
+    rest = [s for s in sources if s.name not in portable]
+    _compile([compiler, *options, *rest, *objects, "-o", target, "-lm"])
+
+
+def _compile(command):
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -61,6 +77,20 @@ def test_every_path_of_this_processor_is_right_and_stays_in_its_blocks(harness):
     assert result["generic"][0] == "ok"
     best = next(p for p, status in result.items() if status[0] == "ok")
     assert result["active"] == [best]  # paths are listed best first
+
+
+@pytest.mark.llama
+def test_avx512_paths_by_portable_c(tmp_path):
+    """On any processor: what the two paths compute, if not what the compiler makes of them."""
+    if not Path("/usr/include/simde/x86/avx512.h").is_file():
+        pytest.skip("AVX-512 is not checked here by portable C: libsimde-dev is not installed")
+    target = tmp_path / "tq_check"
+    compiler = shutil.which("cc") or "gcc"
+    compile_harness(compiler, target, portable=("tq-avx512.c", "tq-avx512-vnni.c"))
+    result = run_harness([target])
+    assert result["active"] == ["avx512"]
+    for path in ("avx512", "avx512-vnni"):
+        assert result[path][0] == "ok" and int(result[path][1]) > 1000
 
 
 @pytest.mark.llama

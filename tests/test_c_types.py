@@ -125,7 +125,7 @@ def model_codes(kind, block):
         for p in range(4):
             c[p, i] = v // 3**p % 3
         if i < 24:
-            c[i % 4, 26 + i // 4] = v // 81
+            c[i % 4, 26 + i // 4] = min(v // 81, 2)
     return c.reshape(-1)
 
 
@@ -204,17 +204,29 @@ def test_what_cannot_be_stored_is_found_by_validation(libs, kind, bad):
     assert not libs.valid(kind, libs.quantize(kind, x))
 
 
-@TERNARY
-def test_validation_finds_impossible_codes(libs, kind):
+def test_validation_finds_impossible_codes(libs):
+    kind = formats.TQ1_1.id
     data = random_payload(kind, 1, 3, np.random.default_rng(0))
     assert libs.valid(kind, data)
     size = SIZES[kind]
-    for byte, value in (
-        ((4, 0xF3), (size - 1, 0xC0)) if kind == formats.TQ2_1.id else ((4, 243), (size - 1, 81))
-    ):
+    for byte, value in ((4, 243), (size - 1, 81)):
         broken = data.copy()
         broken[0, size + byte] = value
         assert not libs.valid(kind, broken)
+        with pytest.raises(ValueError, match="row 0, block 1 has bytes that are no codes"):
+            formats.TYPES[NAMES[kind]].check(broken)
+
+
+@TERNARY
+def test_validation_finds_every_scale_that_is_no_number(libs, kind):
+    data = random_payload(kind, 1, 3, np.random.default_rng(0))
+    for at in (0, 2):  # alpha, mu
+        for half in (0x7C00, 0xFC00, 0x7E00, 0xFC01):
+            broken = data.copy()
+            broken[0, SIZES[kind] + at : SIZES[kind] + at + 2] = np.array([half], "<u2").view("u1")
+            assert not libs.valid(kind, broken)
+            with pytest.raises(ValueError, match="row 0, block 1 has a NaN or infinite scale"):
+                formats.TYPES[NAMES[kind]].check(broken)
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -234,6 +246,25 @@ def test_dequantisation_is_exact_for_any_scales(libs, gguf_py, kind):
     assert (got.view(np.uint32) == want.view(np.uint32)).all()
     other = gguf_py.quants.dequantize(data, gguf_py.GGMLQuantizationType(kind))
     assert (other.view(np.uint32) == want.view(np.uint32)).all()
+
+
+@TERNARY
+def test_any_bytes_have_one_value(libs, gguf_py, kind):
+    """In C, gguf-py and the packers, also bytes that no encoder writes; FORMAT.md says which."""
+    rng = np.random.default_rng(11)
+    data = rng.integers(0, 256, (64, 4, SIZES[kind]), dtype=np.uint8)
+    halves = np.ascontiguousarray(data[..., :4]).view("<f2").astype(np.float32)
+    finite = np.isfinite(halves).all(-1)
+    assert finite.any() and not finite.all()
+    data = data.reshape(64, -1)
+    with np.errstate(invalid="ignore"):
+        want = model_dequantize(kind, data).reshape(64, 4, BLOCK)
+    want[~finite] = np.nan
+    want = want.reshape(64, -1)
+    others = [libs.dequantize(kind, data), formats.TYPES[NAMES[kind]].dequantize(data)]
+    others.append(gguf_py.quants.dequantize(data, gguf_py.GGMLQuantizationType(kind)))
+    for got in others:
+        assert np.array_equal(got, want, equal_nan=True)
 
 
 @TERNARY
@@ -358,6 +389,34 @@ def test_llama_quantize_makes_our_types_and_names_the_layout(libs, tiny, gguf_py
         assert (tensor.data == want).all(), tensor.name
 
 
+@pytest.mark.parametrize(
+    ("kind", "damage"),
+    [(formats.TQ1_1.id, "codes"), (formats.TQ1_1.id, "alpha"), (formats.TQ2_1.id, "alpha")],
+)
+def test_check_tensors_refuses_what_no_encoder_writes(build, tiny, gguf_py, kind, damage):
+    folder, quantize = tiny
+    file = folder / f"damaged-{damage}-{NAMES[kind]}.gguf"
+    assert quantize("f16.gguf", file.name, NAMES[kind].upper()).returncode == 0
+    (folder / "text.txt").write_text("any text")
+    command = [build.tool("llama-perplexity"), "-m", file, "-f", folder / "text.txt"]
+
+    def load():
+        done = subprocess.run(
+            [*command, "--check-tensors"], env=build.env(), capture_output=True, text=True,
+            errors="replace", timeout=120,
+        )  # fmt: skip
+        return done.returncode, done.stdout + done.stderr
+
+    found = "ggml_validate_row_data: found"  # the loader's own last line can be lost
+    assert found not in load()[1]
+    reader = gguf_py.GGUFReader(file, "r+")
+    data = next(t for t in reader.tensors if t.name == "blk.0.ffn_up.weight").data
+    data.reshape(-1, SIZES[kind])[5, 4 if damage == "codes" else 1] = 0xFF
+    reader.data.flush()
+    status, output = load()
+    assert status != 0 and found in output
+
+
 def test_a_single_tensor_of_our_type_names_the_layout_too(tiny, gguf_py):
     folder, quantize = tiny
     done = quantize(
@@ -367,6 +426,22 @@ def test_a_single_tensor_of_our_type_names_the_layout_too(tiny, gguf_py):
     fields = gguf_py.GGUFReader(folder / "mixed.gguf").fields
     assert fields[SMALLEST.layout_key()].contents() == SMALLEST.layout
     assert DEFAULT.layout_key() not in fields
+
+
+@TERNARY
+def test_the_loader_refuses_levels_that_a_type_has_not(tiny, kind):
+    folder, quantize = tiny
+    name = NAMES[kind]
+    assert quantize("f16.gguf", "good.gguf", name.upper()).returncode == 0
+    data, number = (folder / "good.gguf").read_bytes(), b"\4\0\0\0"  # a uint32 follows
+    old, new = b"llama.vocab_size" + number, f"pt2.{name}.levels".encode() + number
+    assert data.count(old) == 1
+    for levels in {formats.TQ1_1.id: (2, 4), formats.TQ2_1.id: (2, 5)}[kind]:
+        changed = data.replace(old + b"\x40", new + bytes([levels]))
+        (folder / "bad.gguf").write_bytes(changed)
+        done = quantize("bad.gguf", "copy.gguf", "COPY")
+        assert done.returncode != 0
+        assert f"pt2.{name}.levels must be a uint32, 3 or (of TQ2_1) 4" in done.stderr
 
 
 @pytest.mark.parametrize(

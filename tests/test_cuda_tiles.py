@@ -96,6 +96,15 @@ def by_the_comment(kind, file: U8, background: int = 0) -> U8:
     return tiles
 
 
+def test_bytes_that_are_no_codes_have_the_cpus_value_in_tile_form(host: ctypes.CDLL) -> None:
+    rng = np.random.default_rng(3)
+    file = matrices(TQ1_1, rng, 1, 16, 4)
+    file[..., 4:] = rng.integers(200, 256, (1, 16, 4, 26))
+    tiles = np.zeros(by_the_comment(TQ1_1, file).shape, np.uint8)
+    host.to_tiles(shape_of(TQ1_1, file), pointer(file), pieces(0, file.size), pointer(tiles))
+    assert np.array_equal(tiles, by_the_comment(TQ1_1, file))
+
+
 def shape_of(kind, file: U8) -> ctypes.Array:
     count, rows, blocks, _ = file.shape
     return (ctypes.c_int64 * 4)(kind is TQ1_1, blocks * BLOCK, rows, count)

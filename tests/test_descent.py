@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_ternary import moments, weights
+from quantize_support import moments, weights
 
 from pt2_core.errors import PT2Error
 from quantize.method import descent
@@ -68,14 +68,16 @@ def test_descent_is_the_best_of_all_values_column_by_column(sub_block, levels, m
         assert not torch.equal(got, t)
 
 
-@given(SEEDS, st.sampled_from([3, 4]))
+@given(SEEDS, st.sampled_from([3, 4]), st.sampled_from(["float16", "pair"]))
 @settings(max_examples=25, deadline=None)
-def test_neither_step_raises_the_objective_of_any_row(seed, levels):
+def test_neither_step_raises_the_objective_of_any_row(seed, levels, scales):
     w, t, grid, h = problem(seed, levels=levels)
+    grid = store_grid(grid, scales)
     last = descent.objective(w, t, grid, h)
     start = last.clone()
     for _ in range(3):
-        grid, t = descent.joint_grid(w, t, grid, h, levels)
+        grid, t = descent.joint_grid(w, t, grid, h, levels, scales)
+        assert all(map(torch.equal, grid, store_grid(grid, scales)))
         now = descent.objective(w, t, grid, h)
         assert bool((now <= last * (1 + 1e-5)).all())
         assert bool((grid.alpha >= 0).all()) and set(t.unique().tolist()) <= set(
@@ -199,6 +201,28 @@ def test_four_levels_lose_less_than_three_at_every_stage():
     )
     assert three.keys() == four.keys() and len(four) == 6
     assert all(four[stage] < 0.8 * three[stage] for stage in four if stage != "init")
+
+
+@pytest.mark.parametrize("levels", [3, 4])
+def test_pairs_cost_little_and_every_grid_is_one(levels):
+    w, h = weights(9, 32, 128), moments(9, 128, tokens=512).double()
+    halves, pair = (
+        quantize_matrix(w, h, Method(32, levels, scales, rounds=2))
+        for scales in ("float16", "pair")
+    )
+    result, sums = pair[0], pair[1].rows_of(0, 32)["E_x"]
+    grid = Grid(result.alpha, result.mu)
+    assert all(map(torch.equal, grid, store_grid(grid, "pair")))
+    assert sums["final"] < 1.05 * halves[1].rows_of(0, 32)["E_x"]["final"]
+
+
+def test_a_mean_far_beyond_the_spread_survives_a_pair():
+    """Mu is out of the fitted alpha's reach: the pair's alpha is raised, and T chosen for it."""
+    w, h = weights(9, 8, 32) + 5.0, moments(9, 32, tokens=512).double()
+    result, _ = quantize_matrix(w, h, Method(32, 3, "pair"))
+    assert float((result.dequantize() - w).abs().max()) < 0.6
+    with pytest.raises(PT2Error, match="scale pair"):
+        quantize_matrix(w * 1e5, h, Method(32, 3, "pair"))
 
 
 @pytest.mark.parametrize("levels", [3, 4])

@@ -8,18 +8,28 @@ import torch
 import transformers
 from export_support import FAMILIES, foldable_orders, linears, make_model
 
-from export.fold import Heads, dense_plan, fold_plan
+from export.fold import dense_plan, fold_plan
 from pt2_core.errors import PT2Error
 from pt2_core.model.checkpoint import Checkpoint
+from pt2_core.model.fold_edges import edges_for
 
-HEADS = Heads(n_head=4, n_kv=2, dim=8)
+SETTINGS = {"model_type": "llama", "num_attention_heads": 4}
 
 
-def tensors_of(hidden=32):
-    names = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
-    config = {"num_hidden_layers": 1}
-    names += [f"{m}.weight" for m in linears(config)]
-    return [*names, "model.layers.0.input_layernorm.weight"]
+def tensors_of(hidden=32, ffn=48):
+    rows = {"k_proj": 16, "v_proj": 16, "gate_proj": ffn, "up_proj": ffn}
+    shapes = {n: [64, hidden] for n in ("model.embed_tokens.weight", "lm_head.weight")}
+    shapes |= {"model.norm.weight": [hidden], "model.layers.0.input_layernorm.weight": [hidden]}
+    for m in linears({"num_hidden_layers": 1}):
+        kind = m.rpartition(".")[2]
+        shapes[f"{m}.weight"] = [rows.get(kind, hidden), ffn if kind == "down_proj" else hidden]
+    return shapes
+
+
+def plan_of(residual, orders, tensors=None):
+    tensors = tensors or tensors_of()
+    places = {m: f"{m}.weight" for m in orders}
+    return fold_plan(edges_for(SETTINGS, tensors), tensors, places, residual, orders)
 
 
 def orders_of(hidden=32, ffn=48):
@@ -38,9 +48,12 @@ def test_folded_model_gives_the_same_logits(family, tied, tmp_path):
     with torch.no_grad():
         before = model(tokens).logits
         residual, orders = foldable_orders(folder)
-        heads = Heads.from_config(Checkpoint.open(folder).settings)
-        plan = dense_plan(fold_plan(model.state_dict(), heads, residual, orders), orders)
-        folded = {k: plan.apply(k, v.clone()) for k, v in model.state_dict().items()}
+        tensors = {k: list(v.shape) for k, v in model.state_dict().items()}
+        edges = edges_for(Checkpoint.open(folder).settings, tensors)
+        places = {m: f"{m}.weight" for m in orders}
+        plan = dense_plan(fold_plan(edges, tensors, places, residual, orders), places, orders)
+        folded = {k: torch.from_numpy(plan.apply(k, v.numpy().copy()))
+                  for k, v in model.state_dict().items()}  # fmt: skip
         moved = [k for k, v in model.state_dict().items() if not torch.equal(v, folded[k])]
         if tied:
             del folded["lm_head.weight"]
@@ -57,7 +70,7 @@ def test_folded_model_gives_the_same_logits(family, tied, tmp_path):
 
 def test_natural_order_needs_no_fold_and_no_known_names():
     residual, orders = orders_of()
-    plan = fold_plan(["anything.at.all"], HEADS, residual, orders)
+    plan = fold_plan(None, {"anything.at.all": [3]}, {}, residual, orders)
     assert not plan.rows and not plan.cols
 
 
@@ -69,7 +82,7 @@ def test_kept_linears_are_folded_in_their_columns_too():
         if not m.endswith(("down_proj", "o_proj")):
             orders[m] = residual
     del orders[kept]
-    plan = fold_plan(tensors_of(), HEADS, residual, orders)
+    plan = plan_of(residual, orders)
     assert np.array_equal(plan.cols[f"{kept}.weight"], residual)
     assert "model.layers.0.self_attn.k_proj.weight" not in plan.cols
 
@@ -89,7 +102,7 @@ def test_orders_that_cannot_be_folded_are_refused(module, change, said):
     name = f"model.layers.0.{module}"
     orders[name] = change(orders[name].copy())
     with pytest.raises(PT2Error, match=said) as e:
-        fold_plan(tensors_of(), HEADS, residual, orders)
+        plan_of(residual, orders)
     assert said == "not a permutation" or "--order foldable" in str(e.value)
 
 
@@ -97,27 +110,40 @@ def test_one_order_for_the_heads_of_a_group_is_accepted():
     residual, orders = orders_of()
     name = "model.layers.0.self_attn.o_proj"
     orders[name] = swap(swap(orders[name].copy(), 0, 1), 8, 9)
-    plan = fold_plan(tensors_of(), HEADS, residual, orders)
+    plan = plan_of(residual, orders)
     v = plan.rows["model.layers.0.self_attn.v_proj.weight"]
     assert v.tolist() == [1, 0, *range(2, 16)]
 
 
-def test_a_tensor_of_unknown_role_is_not_folded_past():
+def test_an_order_that_nothing_is_known_to_fold_is_refused():
     residual, orders = orders_of()
-    residual = residual[::-1].copy()
-    orders = {m: residual if len(o) == 32 and "o_proj" not in m else o for m, o in orders.items()}
-    with pytest.raises(PT2Error, match=r"experts.*--order none"):
-        fold_plan([*tensors_of(), "model.layers.0.mlp.experts.weight"], HEADS, residual, orders)
-    with pytest.raises(PT2Error, match=r"fc1.*role is unknown"):
-        fold_plan(tensors_of(), HEADS, residual, {**orders, "model.layers.0.fc1": residual})
+    turned = residual[::-1].copy()
+    with pytest.raises(PT2Error, match=r"residual stream has an order.*--order none"):
+        fold_plan(None, tensors_of(), {}, turned, orders)
+    with pytest.raises(PT2Error, match=r"fc1 has a column order of its own, which nothing folds"):
+        plan_of(residual, {**orders, "model.layers.0.fc1": turned})
 
 
-def test_heads_default_as_transformers_does():
-    config = {"num_attention_heads": 8, "hidden_size": 64}
-    assert Heads.from_config(config) == Heads(8, 8, 8)
-    assert Heads.from_config({**config, "head_dim": 16, "num_key_value_heads": 2}).dim == 16
-    with pytest.raises(PT2Error, match="num_attention_heads"):
-        Heads.from_config({})
+def test_the_orders_of_experts_fold_into_their_own_rows():
+    """Each expert of a tensor of three dimensions has an order of its own."""
+    moe = "model.layers.0.block_sparse_moe."
+    tensors = {moe + "input_linear.weight": [3, 8, 4], moe + "output_linear.weight": [3, 4, 4]}
+    edges = edges_for({"model_type": "granitemoe"}, tensors)
+    rng = np.random.default_rng(0)
+    names = [f"{moe}output_linear[{e}]" for e in range(3)]
+    orders = {n: rng.permutation(4).astype(np.int32) for n in names}
+    places = {n: n.replace("[", ".weight[") for n in names}
+    identity = np.arange(4, dtype=np.int32)
+    plan = dense_plan(fold_plan(edges, tensors, places, identity, orders), places, orders)
+    x = rng.normal(size=4)
+    up, down = (rng.normal(size=tensors[n]) for n in tensors)
+    folded_up, folded_down = (plan.apply(n, t) for n, t in zip(tensors, (up, down), strict=True))
+    assert not np.array_equal(up, folded_up)
+    for e in range(3):
+        for u, d in ((up[e], down[e]), (folded_up[e], folded_down[e])):
+            made = d @ (np.maximum(u[:4] @ x, 0) * (u[4:] @ x))
+            expected = down[e] @ (np.maximum(up[e][:4] @ x, 0) * (up[e][4:] @ x))
+            np.testing.assert_allclose(made, expected)
 
 
 def swap(order, i, j):

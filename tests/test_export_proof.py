@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -132,6 +133,27 @@ def test_verify_sees_one_alpha_of_one_row(right, spoiled):
     assert found.problems == [
         "blk.0.attn_q.weight does not hold the artifact's alpha, mu and codes"
     ]
+
+
+def test_verify_refuses_bytes_that_no_encoder_writes(right, spoiled):
+    """Even where they stand for the right values."""
+
+    def change(tensors, fields):
+        rows = tensors["blk.0.attn_q.weight"].data
+        blocks = rows.reshape(-1, SMALLEST.nbytes)
+        block, byte = np.argwhere((blocks[:, 4:28] >= 162) & (blocks[:, 4:28] < 175))[0]
+        blocks[block, 4 + byte] += 81
+        same = blocks[block : block + 1].copy()
+        same[0, 4 + byte] -= 81
+        values = SMALLEST.dequantize(blocks[block : block + 1])
+        assert np.array_equal(values, SMALLEST.dequantize(same))
+
+    found = verify_file(spoiled(change), right[0], proof_tokens=0)
+    assert len(found.problems) == 1
+    assert re.fullmatch(
+        rf"blk\.0\.attn_q\.weight is damaged: {SMALLEST.name}: row \d+, block \d+ has bytes that "
+        "are no codes", found.problems[0],
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", [*formats.TYPES, "q2_k"])

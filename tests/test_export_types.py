@@ -14,8 +14,8 @@ from pt2_core import formats
 from pt2_core.formats import BLOCK, weights
 
 
-def random_matrix(rng, rows=5, blocks=4, group=BLOCK):
-    codes = rng.integers(0, 3, (rows, blocks * group), dtype=np.uint8)
+def random_matrix(rng, rows=5, blocks=4, group=BLOCK, levels=3):
+    codes = rng.integers(0, levels, (rows, blocks * group), dtype=np.uint8)
     alpha = rng.uniform(0.001, 0.1, (rows, blocks)).astype(np.float16)
     mu = (rng.normal(size=(rows, blocks)) * 0.01).astype(np.float16)
     return codes, alpha, mu
@@ -37,10 +37,12 @@ def q2k_decode(data):
     return gguf.dequantize(data, gguf.GGMLQuantizationType.Q2_K)
 
 
-@pytest.mark.parametrize("group", [64, 128, 256, 512])
-def test_q2k_reports_the_error_it_makes(group):
+@pytest.mark.parametrize(
+    "group, levels", [(64, 3), (128, 3), (128, 4), (256, 3), (256, 4), (512, 3)]
+)
+def test_q2k_reports_the_error_it_makes(group, levels):
     rng = np.random.default_rng(group)
-    codes, alpha, mu = random_matrix(rng, rows=64, blocks=1024 // group, group=group)
+    codes, alpha, mu = random_matrix(rng, 64, 1024 // group, group, levels)
     data, error = q2k.encode(codes, alpha, mu)
     assert data.shape == (64, 4 * q2k.NBYTES)
     meant = weights(codes, alpha, mu)
@@ -50,10 +52,11 @@ def test_q2k_reports_the_error_it_makes(group):
     assert error.rms < {64: 0.04, 128: 0.02}.get(group, 0.001)
 
 
-def test_q2k_is_near_the_best_of_an_exhaustive_search():
+@pytest.mark.parametrize("levels", [3, 4])
+def test_q2k_is_near_the_best_of_an_exhaustive_search(levels):
     """Against every (sc, m) of both pairs, each with its own best d and dmin."""
     rng = np.random.default_rng(7)
-    codes, alpha, mu = random_matrix(rng, rows=6, blocks=2)
+    codes, alpha, mu = random_matrix(rng, rows=6, blocks=2, levels=levels)
     _, error = q2k.encode(codes, alpha, mu)
     meant = weights(codes, alpha, mu)
     best = sum(exhaustive(c, w) for c, w in zip(codes, meant, strict=True))

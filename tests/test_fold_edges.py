@@ -32,10 +32,11 @@ SMALL = dict(
     moe_intermediate_size=24, shared_expert_intermediate_size=32, n_shared_experts=1, n_group=1,
     topk_group=1, first_k_dense_replace=1, moe_num_experts=4, moe_k=2, moe_num_shared_experts=1,
     moe_layer_start_index=1, shared_intermediate_size=28, pad_token_id=0, bos_token_id=1,
-    eos_token_id=2,
+    eos_token_id=2, word_embed_proj_dim=HIDDEN,
 )  # fmt: skip
 # The heads have another width than hidden / heads, but for these classes, which cannot.
-NO_HEAD_DIM = {"gpt_neox", "helium", "phi", "phi3", "starcoder2", "granitemoe", "granitemoeshared"}
+NO_HEAD_DIM = {"gpt_neox", "helium", "opt", "phi", "phi3", "starcoder2", "granitemoe",
+               "granitemoeshared"}  # fmt: skip
 
 
 def tiny(kind: str):
@@ -211,6 +212,13 @@ def test_an_attention_of_unknown_layout_has_no_order_within_heads():
     for settings in ({"num_attention_heads": 5}, {"head_dim": 16}, {"num_attention_heads": None}):
         found = edges_for({**known, **settings}, tensors)
         assert found is not None and found.role(o) == "none"
+
+
+def test_the_howto_shows_a_file_as_it_is():
+    root = Path(__file__).parents[1]
+    page = (root / "docs/howto/architecture.md").read_text(encoding="utf-8")
+    file = (root / "pt2_core/model/folds/opt.py").read_text(encoding="utf-8")
+    assert f"```python\n{file}```" in page
 
 
 def test_a_family_is_short():

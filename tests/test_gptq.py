@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_ternary import moments, weights
+from quantize_support import moments, weights
 
 from pt2_core.errors import PT2Error
 from quantize.method import gptq, reorder

@@ -20,8 +20,9 @@ import quantize
 from export import ExportConfig, export_gguf, gguf_types
 from export.cli import main
 from export.config import parse_size
-from export.fold import dense_plan, fold_plan
+from export.fold import dense_plan
 from export.mixed import Option, knapsack
+from export.source import TernarySource
 from pt2_core.artifact import sensitivity
 from pt2_core.artifact.folder import Artifact
 from pt2_core.artifact.sensitivity import Linear, Sensitivity
@@ -247,16 +248,13 @@ def test_restored_linears_are_the_folded_originals(measured, tmp_path):
     )
     tensors = read(tmp_path / "m.gguf")
     checkpoint, artifact = Checkpoint.open(model), Artifact.open(folder)
-    from export.fold import Heads
-
     orders = {n: m.perm for i in range(2) for n, m in artifact.block(i).items()}
-    plan = dense_plan(
-        fold_plan(checkpoint.tensors, Heads.from_config(checkpoint.settings),
-                  artifact.residual_perm, orders), orders)  # fmt: skip
+    source = TernarySource.read(artifact, checkpoint, lambda *step: None)
+    plan = dense_plan(source.plan, source.places, orders)
     for name, module in {"attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
                          "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}.items():  # fmt: skip
         source = f"model.layers.1.{module}.weight"
-        meant = plan.apply(source, checkpoint.read(source).float()).numpy()
+        meant = plan.apply(source, checkpoint.read(source).float().numpy())
         tensor = tensors[f"blk.1.{name}.weight"]
         assert tensor.tensor_type.name == "Q4_K"
         got = gguf.dequantize(np.asarray(tensor.data), tensor.tensor_type)

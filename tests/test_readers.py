@@ -21,7 +21,6 @@ from fuzz.run import time_limit
 from safetensors.numpy import load_file, save_file
 
 from export.config import parse_size
-from export.fold import Heads
 from llamacpp_bench.results import load_results
 from llamacpp_bench.show.merge import merge
 from llamacpp_bench.show.published import load_published
@@ -31,6 +30,7 @@ from pt2_core.errors import PT2Error
 from pt2_core.files import read_json, write_json
 from pt2_core.formats import DEFAULT, Q8_T
 from pt2_core.gguf_info import read_gguf
+from pt2_core.model.fold_edges import edges_for
 from pt2_core.safetensors_file import read_header
 from pt2_core.yaml_file import read_yaml
 from pt2_llama.builds import STAMP, read_build
@@ -223,7 +223,9 @@ BAD_MANIFESTS = [
     (put(["a"], *MATRIX, "E_x"), rf"matrices\.{LINEAR}\.E_x"),
     (put("0.5", *MATRIX, "E_x", "final"), rf"matrices\.{LINEAR}\.E_x\.final"),
     (put({"rows": 1, "cols": 4}, "matrices", "x\n\x1b[31m"), "unexpected entry"),
-    (put({"rows": 16, "cols": 16}, "matrices", "model.layers.7.mlp.up_proj"), "without a file"),
+    (put("yes", *MATRIX, "transposed"), rf"matrices\.{LINEAR}\.transposed"),
+    (put(3, *MATRIX, "tensor"), rf"matrices\.{LINEAR}\.tensor"),
+    (put({"columns": []}, "fold"), r"fold\.rows' is missing"),
     (put(KeyError, "settings", "block_size"), r"settings\.block_size' is missing"),
     (put(None, "settings", "block_size"), r"settings\.block_size"),
     (put(7, "files", "global.safetensors"), r"files\.global\.safetensors"),
@@ -261,7 +263,7 @@ def test_a_block_that_is_not_as_the_manifest_says_is_refused(artifact: Path, key
 def test_a_block_that_lacks_a_linear_of_the_manifest_is_refused(artifact: Path):
     record = read_manifest(artifact)["matrices"][LINEAR]
     put(record, "matrices", "model.layers.1.self_attn.k_proj")(artifact / MANIFEST)
-    with refused("lacks model.layers.1.self_attn.k_proj"):
+    with refused("names model.layers.1.self_attn.k_proj, which no block file holds"):
         Artifact.open(artifact).block(1)
 
 
@@ -345,16 +347,18 @@ def test_a_changed_state_of_a_refinement_is_refused(tmp_path: Path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"num_key_value_heads": 3.7}, {"num_key_value_heads": 3}, {"num_key_value_heads": -2},
         {"num_attention_heads": True}, {"num_attention_heads": "4"}, {"num_attention_heads": 0},
-        {"num_attention_heads": None}, {"head_dim": 4.0}, {"head_dim": [4]}, {"head_dim": -4},
-        {"hidden_size": 18}, {"hidden_size": float("inf")}, {"hidden_size": None},
-        {"hidden_size": 2**80},
+        {"num_attention_heads": 3}, {"num_attention_heads": None}, {"num_attention_heads": 2**80},
+        {"head_dim": [4]}, {"head_dim": -4}, {"head_dim": float("inf")},
     ],
 )  # fmt: skip
-def test_heads_that_cannot_be_are_refused(change):
-    with refused("config.json"):
-        Heads.from_config({**seeds.CONFIG, **change})
+def test_heads_that_cannot_be_have_no_order_of_their_own(change):
+    o, v = (f"model.layers.0.self_attn.{n}_proj" for n in "ov")
+    shapes = {f"{o}.weight": [32, 32], f"{v}.weight": [16, 32]}
+    found = edges_for(seeds.CONFIG, shapes)
+    assert found is not None and found.role(o) == "heads"
+    found = edges_for({**seeds.CONFIG, **change}, shapes)
+    assert found is not None and found.role(o) == "none"
 
 
 @pytest.mark.parametrize("text", ["9" * 400 + "G", "9" * 5000, "1e9", "٣G", "0.0000000001G", "nan"])

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from scripts import load_script
 
 from pt2_core.artifact.folder import Artifact
 from quantize.refinement.selftext import main as selftext
@@ -17,26 +16,20 @@ ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "examples/wiki-llama-7m"
 
 
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"benchmarks/{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_schedules_end_in_an_artifact_of_the_best(tmp_path, monkeypatch, capsys):
-    script = load("refine_schedules")
+    script = load_script("refine_schedules")
     steps = {"T frozen": {"codes": "frozen"}, "slow": {"lr_codes": 1e-3}}
     monkeypatch.setattr(script, "STEP_SIZES", steps)
     monkeypatch.setattr(script, "CHANGES", {})
     monkeypatch.setattr(script, "CONTEXT", 64)
-    monkeypatch.setattr(script, "TAIL_SECONDS", 0)
+    # A clock that stands: what is tried, and how long the long run is, are no matter of speed.
+    monkeypatch.setattr(script.Clock, "left", lambda clock: clock.budget)
+    planned = []
+    monkeypatch.setattr(script, "steps_within", lambda *given: planned.append(given) or 24)
     text = (ROOT / "examples/text/calibration.txt").read_text(encoding="utf-8")
     (tmp_path / "train.txt").write_text(text[:20000], encoding="utf-8")
     (tmp_path / "held.txt").write_text(text[20000:23000], encoding="utf-8")
-    options = ["--calibration", str(tmp_path / "train.txt"), "--samples", "4", "--minutes", "0.7"]
+    options = ["--calibration", str(tmp_path / "train.txt"), "--samples", "4", "--minutes", "1"]
     options += ["--held-out", str(tmp_path / "held.txt"), "--held-windows", "4", "--steps", "2"]
     options += ["--test", str(tmp_path / "held.txt"), "--batch-size", "2", "--micro-batch", "2"]
     options += ["--own-tokens", "128", "--own-rows", "2", "--dtype", "float32", "--device", "cpu"]
@@ -46,16 +39,23 @@ def test_schedules_end_in_an_artifact_of_the_best(tmp_path, monkeypatch, capsys)
     assert results["runs"]["slow"]["steps"] == 2
     assert "held.txt" in results["closed_form"]
     assert (tmp_path / "o/schedules.md").read_text() in capsys.readouterr().out
-    if "long" in results:  # a slow machine may have no time left for it
-        assert results["long"]["held.txt"] < results["closed_form"]["held.txt"]
-        assert Artifact.open(tmp_path / "o/final").manifest["settings"]["refine"]["codes"] == "ste"
+    assert planned[0][0] == 60 and results["runs"]["long"]["steps"] == 24
+    assert results["long"]["held.txt"] < results["closed_form"]["held.txt"]
+    assert Artifact.open(tmp_path / "o/final").manifest["settings"]["refine"]["codes"] == "ste"
+
+
+def test_the_long_run_leaves_time_to_measure():
+    script = load_script("refine_schedules")
+    seconds = script.TAIL_SECONDS + 100
+    assert script.steps_within(seconds, 2.0) == int(200 * script.SPARE) < 200
+    assert script.steps_within(script.TAIL_SECONDS / 2, 2.0) < 0
 
 
 @pytest.mark.parametrize("codes", ["frozen", "ste"])
 def test_cost_is_measured_at_a_shape(codes, capsys):
     options = ["--shape", "tiny", "--batch-size", "2", "--micro-batch", "1", "--seqlen", "16"]
     options += ["--device", "cpu", "--dtype", "float32", "--steps", "2", "--codes", codes]
-    assert load("refine_cost").run_main(options) == 0
+    assert load_script("refine_cost").run_main(options) == 0
     record, line = capsys.readouterr().out.strip().splitlines()
     assert json.loads(record)["tokens_per_step"] == 32
     assert "random weights" in line and "an hour holds" in line

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
+from scripts import load_script
 
 from pt2_core.artifact.folder import TernaryMatrix, pack_ternary
 from quantize import evaluate
 
-FILE = Path(__file__).parents[1] / "benchmarks" / "scale_bits.py"
-spec = importlib.util.spec_from_file_location("scale_bits", FILE)
-assert spec is not None and spec.loader is not None
-scale_bits = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(scale_bits)
+scale_bits = load_script("scale_bits")
 
 
 @pytest.mark.parametrize("bits", [4, 6, 8])

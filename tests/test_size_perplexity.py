@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from bench_support import make_results
+from scripts import load_script
 
 from llamacpp_bench.results import Perplexity, Results
 from pt2_core.errors import PT2Error
 from pt2_core.formats import SMALLEST
 
-SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks/size_perplexity.py"
-spec = importlib.util.spec_from_file_location("size_perplexity", SCRIPT)
-assert spec is not None and spec.loader is not None
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
+module = load_script("size_perplexity")
 
 
 def entry(name: str, kind: str, size: int, **texts: float) -> dict:

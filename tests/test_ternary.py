@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quantize_support import moments, weights
 
 from pt2_core.errors import PT2Error
 from quantize.method import ternary
@@ -24,20 +25,6 @@ from quantize.method.ternary import (
 )
 
 SEEDS = st.integers(0, 2**31 - 1)
-
-
-def weights(seed: int, rows: int = 24, k: int = 32, tails: bool = False) -> torch.Tensor:
-    g = torch.Generator().manual_seed(seed)
-    w = torch.randn(rows, k, generator=g) * 0.05 + 0.01 * torch.randn(rows, 1, generator=g)
-    return w * torch.exp(torch.randn(rows, k, generator=g)) if tails else w
-
-
-def moments(seed: int, k: int = 32, tokens: int = 200) -> torch.Tensor:
-    """Second moments of correlated inputs with a mean and a few loud channels."""
-    g = torch.Generator().manual_seed(seed + 1)
-    x = torch.randn(tokens, k, generator=g) @ torch.randn(k, k, generator=g) / k**0.5 + 0.3
-    x *= torch.exp(0.7 * torch.randn(k, generator=g))
-    return (x.T @ x / tokens).contiguous()
 
 
 def test_init_is_equation_4_and_5():

@@ -23,10 +23,11 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from pt2_core.artifact.manifest import block_of, check_errors, check_manifest
+from pt2_core.artifact.manifest import check_errors, check_manifest, tensor_of
 from pt2_core.commands import command
 from pt2_core.errors import PT2Error
 from pt2_core.files import atomic_path, make_folder, read_json, sha256_file, write_json
+from pt2_core.model.fold_edges import FoldEdges
 from pt2_core.process.temporary import remove_dead
 from pt2_core.safetensors_file import read_header
 from pt2_core.schema import shown
@@ -74,7 +75,9 @@ class TernaryMatrix:
     """One linear of few levels: ``W[:, perm[j]] ~ alpha[:, j // g] * T[:, j] + mu[:, j // g]``.
 
     Attributes:
-        name: the module's name in the source model, e.g. ``model.layers.3.self_attn.q_proj``.
+        name: of the tensor in the source model's files, ``.weight`` left out, e.g.
+            ``model.layers.3.self_attn.q_proj``; with ``[e]`` behind it for one expert of a tensor
+            of three dimensions.
         ternary: uint8 ``[rows, cols/4]``, see :func:`pack_ternary`.
         alpha: float16 ``[rows, cols/g]``, >= 0.
         mu: float16 ``[rows, cols/g]``.
@@ -167,6 +170,7 @@ class Artifact:
     manifest: dict[str, Any]
     residual_perm: Array
     _checked: set[str] = field(default_factory=set, repr=False)
+    _homes: dict[str, int] = field(default_factory=dict, repr=False)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, allow_incomplete: bool = False) -> Artifact:
@@ -188,8 +192,38 @@ class Artifact:
 
     @property
     def matrices(self) -> dict[str, dict[str, Any]]:
-        """Per ternary linear: rows, cols, block_size, order, errors (as in the manifest)."""
+        """Per ternary matrix: rows, cols, block_size, order, errors (as in the manifest)."""
         return self.manifest["matrices"]
+
+    def tensor_of(self, matrix: str) -> tuple[str, int | None]:
+        """The checkpoint's tensor that a matrix is of, and which expert it is (None: all of it)."""
+        return tensor_of(matrix, self.matrices[matrix])
+
+    def transposed(self, matrix: str) -> bool:
+        """Whether the checkpoint holds a matrix as ``[cols, rows]``."""
+        return bool(self.matrices[matrix].get("transposed"))
+
+    def fold(self) -> FoldEdges | None:
+        """What the orders of columns fold into; None where the manifest does not say."""
+        value = self.manifest.get("fold")
+        return None if value is None else FoldEdges.from_json(value, self.path / MANIFEST)
+
+    def homes(self) -> dict[str, int]:
+        """Ternary matrix -> the number of the block file that it stands in.
+
+        Raises:
+            PT2Error: a block's file is missing or no safetensors, or a matrix stands in none.
+        """
+        if not self._homes:
+            for index in range(self.n_blocks):
+                for name in read_header(self.path / block_file(index)):
+                    self._homes.setdefault(name.rpartition(".")[0], index)
+        if missing := sorted(self.matrices.keys() - self._homes.keys()):
+            raise PT2Error(
+                f"{self.path / MANIFEST} names {missing[0]}, which no block file holds; "
+                "quantise again"
+            )
+        return {name: self._homes[name] for name in self.matrices}
 
     @property
     def kept(self) -> dict[str, str]:
@@ -255,18 +289,15 @@ class Artifact:
                 name, **{k: v for k, v in parts.items() if v is not None}, levels=levels
             )
             result[name].check(where)
-            self._check_record(result[name], index, where)
-        wanted = {name for name in self.matrices if block_of(name) == index}
-        if missing := sorted(wanted - set(result)):
-            raise PT2Error(f"{where} lacks {missing[0]}, which the manifest names; quantise again")
+            self._check_record(result[name], where)
+        self.homes()
         return result
 
-    def _check_record(self, m: TernaryMatrix, index: int, where: str) -> None:
+    def _check_record(self, m: TernaryMatrix, where: str) -> None:
         """The manifest's figures are what exporter and evaluation plan by: they must be true."""
         record = self.matrices[m.name]
         size = record.get("block_size", m.block_size)
-        stated = (record["rows"], record["cols"], size, block_of(m.name))
-        if stated != (m.rows, m.cols, m.block_size, index):
+        if (record["rows"], record["cols"], size) != (m.rows, m.cols, m.block_size):
             raise PT2Error(
                 f"{where}: {m.name} is {m.rows} x {m.cols} in blocks of {m.block_size}, not as "
                 "the manifest says; quantise again"

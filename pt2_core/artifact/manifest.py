@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pt2_core.errors import PT2Error
+from pt2_core.model.fold_edges import FOLD, split_expert
 from pt2_core.schema import (
     anything,
     boolean,
@@ -22,7 +23,9 @@ from pt2_core.schema import (
 
 SHA256 = r"[0-9a-f]{64}"
 FILE_NAME = r"(?!block-)[a-z][a-z-]*\.safetensors|block-\d{5}\.safetensors"
-LINEAR_NAME = r"model\.layers\.\d{1,6}\.[\w.]+"
+# The name of a tensor in the files without its ``.weight``; of a tensor of three dimensions each
+# expert is a matrix of its own.
+MATRIX_NAME = r"[\w.-]+(\[\d{1,6}\])?"
 STAGES = ("init", "itf", "aga", "reround", "blockwise", "final")  # as they follow in time
 MEND = "quantise again, or copy the artifact again"
 
@@ -32,7 +35,7 @@ HELD = record({k: number() for k in ("kl", "same_top", "perplexity", "teacher_pe
 _MATRIX = record(
     {"rows": _SIZE, "cols": _SIZE},
     {"block_size": _SIZE, "levels": integer(3, 4), "order": text(), "E_w": _ERRORS, "E_x": _ERRORS,
-     "norm_w": number(0), "norm_x": number(0)},
+     "norm_w": number(0), "norm_x": number(0), "tensor": text(), "transposed": boolean},
 )  # fmt: skip
 _MODEL = record(
     {"fingerprint": text()},
@@ -44,13 +47,14 @@ _MANIFEST = record(
         "complete": boolean,
         "files": mapping(text(SHA256), FILE_NAME),
         "kept": mapping(text()),
-        "matrices": mapping(_MATRIX, LINEAR_NAME),
+        "matrices": mapping(_MATRIX, MATRIX_NAME),
         "model": _MODEL,
         "settings": record({"block_size": _SIZE}),
         "versions": mapping(anything),
         "calibration": mapping(anything),
     },
     {"activations": mapping(text(), r"\d{1,6}"),
+     "fold": optional(FOLD),
      "proof": mapping(anything),
      "refinement": record({"before": HELD, "after": HELD})},
 )  # fmt: skip
@@ -66,9 +70,9 @@ def check_manifest(value: Any, file: Path) -> None:
     blocks = sorted(name for name in value["files"] if name.startswith("block-"))
     if blocks != [f"block-{i:05d}.safetensors" for i in range(len(blocks))]:
         raise PT2Error(f"{file}: 'files' names {blocks[-1]} but not every block before it; {MEND}")
-    lost = [n for n in value["matrices"] if block_of(n) >= len(blocks)]
-    if lost:
-        raise PT2Error(f"{file}: 'matrices' has {lost[0]}, of a block without a file; {MEND}")
+    if value["matrices"] and not blocks:
+        lost = next(iter(value["matrices"]))
+        raise PT2Error(f"{file}: 'matrices' has {lost}, and there is no block's file; {MEND}")
     cols = {name: m["cols"] % m.get("block_size", 1) for name, m in value["matrices"].items()}
     if bad := next((name for name, rest in cols.items() if rest), None):
         raise PT2Error(f"{file}: the columns of {bad} are no multiple of its block_size; {MEND}")
@@ -88,8 +92,20 @@ def check_errors(value: dict[str, Any], file: Path) -> None:
             raise PT2Error(f"{file}: {name} lacks errors of some stages, or their norms; {MEND}")
 
 
-def block_of(module: str) -> int:
-    """The number of the decoder block that a linear of the manifest is in."""
-    match = re.match(r"model\.layers\.(\d+)\.", module)
-    assert match is not None, module  # check_manifest has seen to it
-    return int(match[1])
+def tensor_of(name: str, entry: Mapping[str, Any]) -> tuple[str, int | None]:
+    """The full name of the checkpoint's tensor that a matrix is of, and which expert it is.
+
+    Args:
+        entry: the manifest's entry of the matrix.
+    """
+    whole, expert = split_expert(name)
+    return str(entry.get("tensor", f"{whole}.weight")), expert
+
+
+def block_of(name: str) -> int:
+    """The first number in a matrix's name, by which tables for people are sorted.
+
+    Which file it is in only the files say (:meth:`pt2_core.artifact.folder.Artifact.homes`).
+    """
+    numbers = (int(part) for part in name.split(".") if part.isdecimal())
+    return next(numbers, 0)

@@ -53,6 +53,7 @@ class Search:
             before it is rounded; it falls linearly to 0 over all sweeps. 0: plain descent.
         seed: of the noise.
         levels: of T.
+        scales: what alpha and mu are rounded to, see ``store_grid``.
     """
 
     rounds: int = 2
@@ -60,6 +61,7 @@ class Search:
     noise: float = 0.0
     seed: int = 0
     levels: int = 3
+    scales: str = "float16"
 
 
 def refine_rows(
@@ -85,16 +87,16 @@ def refine_rows(
 def _refine(
     target: Tensor, t: Tensor, start: Grid, h: Tensor, search: Search, generator: torch.Generator
 ) -> tuple[Grid, Tensor]:
-    grid, found, levels = start, t, search.levels
+    grid, found, levels, scales = start, t, search.levels, search.scales
     for r in range(search.rounds):
-        grid, found = joint_grid(target, found, grid, h, levels)
+        grid, found = joint_grid(target, found, grid, h, levels, scales)
         noise = [search.noise * (1 - (r + i / search.sweeps) / search.rounds)
                  for i in range(search.sweeps)]  # fmt: skip
         found = descend(target, found, grid, h, search.sweeps, noise, generator, levels)
     if search.noise:  # down to where no single change helps
-        grid, found = joint_grid(target, found, grid, h, levels)
+        grid, found = joint_grid(target, found, grid, h, levels, scales)
         found = descend(target, found, grid, h, SETTLING_SWEEPS, levels=levels)
-    grid, found = joint_grid(target, found, grid, h, levels)
+    grid, found = joint_grid(target, found, grid, h, levels, scales)
     better = objective(target, found, grid, h) < objective(target, t, start, h)
     better = better[:, None]
     chosen = Grid(*(torch.where(better, new, old) for new, old in zip(grid, start, strict=True)))
@@ -249,11 +251,11 @@ def descend_block(
 
 
 def joint_grid(
-    target: Tensor, t: Tensor, grid: Grid, h: Tensor, levels: int = 3
+    target: Tensor, t: Tensor, grid: Grid, h: Tensor, levels: int = 3, scales: str = "float16"
 ) -> tuple[Grid, Tensor]:
     """The alpha and mu of all blocks of a row at once, for a given T.
 
-    A row keeps its old grid where the new one, rounded to float16, is no better.
+    A row keeps its old grid where the new one, rounded to what is stored, is no better.
 
     Returns:
         (grid, t): t counted from the other end where alpha came out negative, and 0 where it is 0.
@@ -263,7 +265,7 @@ def joint_grid(
     size = max(1, SOLVE_NUMBERS // max(cols, 4 * blocks * blocks))
     steps = [
         _solve(target[a : a + size], t[a : a + size],
-               Grid(grid.alpha[a : a + size], grid.mu[a : a + size]), h, mirror(levels))
+               Grid(grid.alpha[a : a + size], grid.mu[a : a + size]), h, mirror(levels), scales)
         for a in range(0, rows, size)
     ]  # fmt: skip
     alpha, mu = torch.cat([s.alpha for s in steps]), torch.cat([s.mu for s in steps])
@@ -273,7 +275,7 @@ def joint_grid(
     return Grid(alpha.abs(), mu), turned.reshape(rows, cols)
 
 
-def _solve(target: Tensor, t: Tensor, grid: Grid, h: Tensor, mirrored: int) -> Grid:
+def _solve(target: Tensor, t: Tensor, grid: Grid, h: Tensor, mirrored: int, scales: str) -> Grid:
     """The accepted grid of some rows. Where its alpha is negative, its mu is that of the mirrored t
     (:func:`quantize.method.ternary.mirror`), which is what will be stored."""
     matrix, right = _normal_equations(target, t, grid, h)
@@ -290,7 +292,7 @@ def _solve(target: Tensor, t: Tensor, grid: Grid, h: Tensor, mirrored: int) -> G
     alpha, mu = (old + step).float().split(blocks, dim=1)
     if mirrored:
         mu = mu + mirrored * alpha.clamp(max=0)
-    stored = store_grid(Grid(alpha, mu))
+    stored = store_grid(Grid(alpha, mu), scales)
     new = torch.cat([stored.alpha, stored.mu], dim=1)
     step = new.double() - old.double()
     if mirrored:  # what the stored pair means for t as it is

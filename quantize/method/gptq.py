@@ -26,6 +26,7 @@ from quantize.method.ternary import (
     fit_grid,
     iterative_ternary_fitting,
     positive_alpha,
+    round_to_grid,
     starting_point,
     store_grid,
 )
@@ -34,6 +35,8 @@ STAGES = ("init", "itf", "aga", "reround")
 # Columns re-rounded before their errors are carried to the rest of the block by one matmul.
 SUB_BLOCK = 32
 DAMPING_TRIES = 4
+# A scale pair whose alpha is so much larger than the one it stands for has been raised to reach mu.
+RAISED = 1.1
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Method:
 
     block_size: int = 128
     levels: int = 3
+    scales: str = "float16"
     itf: bool = True
     itf_steps: int = 50
     aga: bool = True
@@ -170,7 +174,7 @@ def quantize_matrix(
         errors.add("blockwise", original, result.dequantize(), hessian.float())
         h = damped[perm[:, None], perm].float()
         search = descent.Search(
-            method.rounds, method.sweeps, method.noise, method.seed, method.levels
+            method.rounds, method.sweeps, method.noise, method.seed, method.levels, method.scales
         )
         grid, t = descent.refine_rows(aim[:, perm], codes.float(), Grid(alpha, mu), h, search)
         result = Ternary(t.to(torch.int8), grid.alpha, grid.mu, perm)
@@ -210,10 +214,13 @@ def ternarize_block(
     if method.reround and hinv is not None:
         feedback, order = feedback_weights(hinv, c)
         for _ in range(method.reround):
-            t = reround(w, store_grid(grid), feedback, order, method.levels)
+            t = reround(w, store_grid(grid, method.scales), feedback, order, method.levels)
             grid = activation_grid(w, t, c) if method.aga else fit_grid(w, t)
             grid, t = positive_alpha(grid, t, method.levels)
-    grid = store_grid(grid)
+    meant, grid = grid, store_grid(grid, method.scales)
+    if method.scales == "pair":  # t was chosen for a much smaller alpha where mu was out of reach
+        raised = grid.alpha > RAISED * meant.alpha
+        t = torch.where(raised[:, None], round_to_grid(w, grid, method.levels), t)
     t = t * (grid.alpha > 0)[:, None]  # one code for one value: t is 0 where alpha is
     if method.reround:
         note("reround", grid, t)

@@ -16,7 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pt2_core import scale_pairs as pairs
 from pt2_core.errors import PT2Error
+from quantize.method.scale_pairs import rounded
 
 # A 2x2 system whose determinant is smaller than this share of the product of its diagonal cannot
 # tell alpha from mu: T is (nearly) constant over the row.
@@ -210,16 +212,33 @@ def check_range(weight: Tensor, block_size: int) -> None:
         raise PT2Error(f"weights of about {largest:.3g} are too large for alpha in float16 (65504)")
 
 
-def store_grid(grid: Grid) -> Grid:
-    """Round alpha and mu to what is stored, float16, and return them as float32.
+def store_grid(grid: Grid, scales: str = "float16") -> Grid:
+    """Round alpha and mu to what is stored, and return them as float32.
+
+    Args:
+        scales: ``float16``, or ``pair``: 16 bits for both (docs/scale-pairs.md). A pair whose alpha
+            would not reach mu has a larger one, perhaps much larger.
 
     Raises:
-        PT2Error: a value does not fit into float16 (weights above 65504).
+        PT2Error: a value does not fit (weights above 65504; of pairs, an alpha above 16128).
     """
+    if scales == "pair":
+        return _store_pairs(grid)
     stored = Grid(grid.alpha.half().float(), grid.mu.half().float())
     if not bool((stored.alpha.isfinite() & stored.mu.isfinite()).all()):
         raise PT2Error("alpha or mu does not fit into float16: the weights are too large")
     return stored
+
+
+def _store_pairs(grid: Grid) -> Grid:
+    size = grid.alpha.abs()
+    low, high = (pairs.LARGEST * end / pairs.STEPS for end in (pairs.LEAST, pairs.MOST))
+    if not bool(((size <= pairs.LARGEST) & (grid.mu >= low) & (grid.mu <= high)).all()):
+        raise PT2Error(
+            f"alpha or mu does not fit into a scale pair ({pairs.LARGEST:g}): weights too large"
+        )
+    alpha, mu = rounded(size, grid.mu)
+    return Grid(torch.where(grid.alpha < 0, -alpha, alpha), mu)
 
 
 def weight_error(w: Tensor, w_hat: Tensor) -> float:

@@ -58,7 +58,7 @@ static double half_value(uint16_t h) {
     return h & 0x8000 ? -v : v;
 }
 
-enum kind { RANDOM, ALL_ZERO, ALL_EQUAL, HUGE_SCALE, OFFSET_ABOVE_SCALE, NEGATIVE_ZERO, SUBNORMAL, N_KINDS };
+enum kind { RANDOM, ALL_ZERO, ALL_EQUAL, HUGE_SCALE, OFFSET_ABOVE_SCALE, NEGATIVE_ZERO, SUBNORMAL, ANY_BYTES, NOT_FINITE, N_KINDS };
 
 static void scales_of(enum kind kind, uint16_t * alpha, uint16_t * mu) {
     *alpha = (uint16_t) (0x1c00 + rnd() % 0x0c00); // 2^-8 .. 2^-5
@@ -69,7 +69,34 @@ static void scales_of(enum kind kind, uint16_t * alpha, uint16_t * mu) {
         case OFFSET_ABOVE_SCALE: *mu = (uint16_t) (*alpha + 0x0800); break;
         case NEGATIVE_ZERO:      *alpha = *mu = 0x8000; break;
         case SUBNORMAL:          *alpha = 1 + rnd() % 1023; *mu = (uint16_t) (0x8000 | (1 + rnd() % 1023)); break;
+        case NOT_FINITE: // NaN or infinity, in one block of eight
+            if (rnd() % 8 == 0) {
+                *(rnd() & 1 ? alpha : mu) = (uint16_t) ((rnd() & 1) << 15 | 0x7c00 | (rnd() & 1));
+                if (rnd() % 4 == 0) {
+                    *mu = *alpha;
+                }
+            }
+            break;
         default: break;
+    }
+}
+
+// the codes of any bytes, as FORMAT.md has them
+static void codes_of(enum ggml_type type, const uint8_t * qs, int * c) {
+    for (int i = 0; i < (type == GGML_TYPE_TQ2_1 ? 32 : 26); ++i) {
+        if (type == GGML_TYPE_TQ2_1) {
+            for (int p = 0; p < 4; ++p) {
+                c[32 * p + i] = qs[i] >> (2 * p) & 3;
+            }
+            continue;
+        }
+        int v = qs[i] > 242 ? qs[i] - 81 : qs[i];
+        for (int p = 0; p < 4; ++p, v /= 3) {
+            c[32 * p + i] = v % 3;
+        }
+        if (i < 24) {
+            c[32 * (i % 4) + 26 + i / 4] = v;
+        }
     }
 }
 
@@ -81,7 +108,6 @@ static double make_block(enum ggml_type type, enum kind kind, uint8_t * dst, dou
     int c[QK_TQ];
     for (int e = 0; e < QK_TQ; ++e) {
         c[e] = kind == ALL_EQUAL ? equal : kind == ALL_ZERO ? 1 : (int) (rnd() % 3);
-        w[e] = half_value(alpha) * (c[e] - 1) + half_value(mu);
     }
     memcpy(dst, &alpha, 2);
     memcpy(dst + 2, &mu, 2);
@@ -94,7 +120,17 @@ static double make_block(enum ggml_type type, enum kind kind, uint8_t * dst, dou
             qs[i] = (uint8_t) (c0 + 3 * c1 + 9 * c2 + 27 * c3 + (i < 24 ? 81 * c[32 * (i % 4) + 26 + i / 4] : 0));
         }
     }
-    return half_value(alpha) + fabs(half_value(mu));
+    if (kind == ANY_BYTES) {
+        for (int i = 0; i < (type == GGML_TYPE_TQ2_1 ? 32 : 26); ++i) {
+            qs[i] = (uint8_t) (rnd() % 3 ? 230 + rnd() % 26 : rnd());
+        }
+        codes_of(type, qs, c);
+    }
+    const bool finite = (alpha & 0x7c00) != 0x7c00 && (mu & 0x7c00) != 0x7c00;
+    for (int e = 0; e < QK_TQ; ++e) {
+        w[e] = finite ? half_value(alpha) * (c[e] - 1) + half_value(mu) : (double) NAN;
+    }
+    return (kind == ANY_BYTES ? 2 : 1) * half_value(alpha) + fabs(half_value(mu));
 }
 
 struct problem {
@@ -161,7 +197,7 @@ static void check(const struct problem * p, const char * what, int r, int c, flo
     }
     ++cases;
     // roundings of float sums, relative to what is added up (alpha and mu may cancel in the result)
-    if (!(fabs(got - want) <= 1e-6 * scale)) {
+    if (isnan(want) ? !isnan(got) : !(fabs(got - want) <= 1e-6 * scale)) {
         printf("%s %s %s FAILED: kind %d, %d blocks, %d rows, %d columns, at row %d, column %d: %.9g, not %.9g\n",
             path, ggml_type_name(p->type), what, p->kind, p->nb, p->rows, p->cols, r, c, got, want);
         exit(1);

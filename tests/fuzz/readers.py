@@ -22,7 +22,6 @@ from safetensors import safe_open
 from safetensors.numpy import load, load_file
 
 from export.config import parse_size
-from export.fold import Heads
 from llamacpp_bench.results import load_results, to_json
 from llamacpp_bench.show.compare import compare, remarks
 from llamacpp_bench.show.merge import merge
@@ -37,6 +36,7 @@ from pt2_core.digest import sha256_content
 from pt2_core.files import read_json, sha256_file
 from pt2_core.formats import DEFAULT, SMALLEST
 from pt2_core.gguf_info import read_gguf
+from pt2_core.model.fold_edges import edges_for
 from pt2_core.safetensors_file import read_header
 from pt2_llama.builds import STAMP, read_build
 from quantize.config import Config, load_recipe
@@ -103,16 +103,17 @@ def _read_checkpoint(folder: Path) -> Any:
     from pt2_core.model.checkpoint import Checkpoint
 
     model = Checkpoint.open(folder)
-    return model, model.architecture, Heads.from_config(model.raw_config)
+    shapes = {name: list(info.shape) for name, info in model.tensors.items()}
+    return model, model.architecture, edges_for(model.raw_config, shapes)
 
 
 def _judge_checkpoint(folder: Path, value: Any) -> str | None:
-    model, _, heads = value
+    model, _, edges = value
     if not _finite(model.raw_config):
         return "config.json has NaN or Inf"
-    sizes = (heads.n_head, heads.n_kv, heads.dim)
-    if not all(type(n) is int and n > 0 for n in sizes) or heads.n_head % heads.n_kv:
-        return f"heads {sizes}"
+    for edge in edges.edges.values() if edges is not None else ():
+        if (h := edge.heads) is not None and (min(h.n_kv, h.dim) < 1 or h.n_head % h.n_kv):
+            return f"heads {h}"
     shapes = [t.shape for t in model.tensors.values()]
     return None if all(type(n) is int for s in shapes for n in s) else "a shape of no integers"
 

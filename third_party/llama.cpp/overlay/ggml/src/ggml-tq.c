@@ -169,13 +169,18 @@ static const uint8_t tq1_1_codes[81] = {
 #undef D3
 };
 
+// the fifth digit. A byte above 242 is none that an encoder writes: it counts as the one 81 below, on every path
+static int tq1_1_fifth(uint8_t v) {
+    return v < 162 ? v / 81 : 2;
+}
+
 void ggml_tq1_1_unpack_block(const block_tq1_1 * GGML_RESTRICT x, uint8_t * GGML_RESTRICT qs2) {
     for (int i = 0; i < TQ1_1_NQS; ++i) {
         qs2[i] = tq1_1_codes[x->qs[i] % 81];
     }
     for (int g = 0; g < TQ_LANES - TQ1_1_NQS; ++g) {
         const uint8_t * v = x->qs + 4 * g;
-        qs2[TQ1_1_NQS + g] = (uint8_t) (v[0] / 81 | v[1] / 81 << 2 | v[2] / 81 << 4 | v[3] / 81 << 6);
+        qs2[TQ1_1_NQS + g] = (uint8_t) (tq1_1_fifth(v[0]) | tq1_1_fifth(v[1]) << 2 | tq1_1_fifth(v[2]) << 4 | tq1_1_fifth(v[3]) << 6);
     }
 }
 
@@ -229,9 +234,10 @@ size_t quantize_tq1_1(const float * GGML_RESTRICT src, void * GGML_RESTRICT dst,
 static void tq_dequantize_codes(ggml_half alpha_h, ggml_half mu_h, const uint8_t * qs2, float * y) {
     const float alpha = GGML_FP16_TO_FP32(alpha_h);
     const float mu    = GGML_FP16_TO_FP32(mu_h);
+    const bool  sound = isfinite(alpha) && isfinite(mu); // or all of the block's weights are NaN, in products as well
     for (int e = 0; e < QK_TQ; ++e) {
         const int c = (qs2[e % TQ_LANES] >> (2 * (e / TQ_LANES))) & 3;
-        y[e] = alpha * (float) (c - 1) + mu;
+        y[e] = sound ? alpha * (float) (c - 1) + mu : NAN;
     }
 }
 
@@ -292,18 +298,14 @@ void dequantize_row_q8_t(const block_q8_t * GGML_RESTRICT x, float * GGML_RESTRI
 }
 
 bool ggml_tq_validate_codes(enum ggml_type type, const void * data, size_t nblocks) {
+    if (type == GGML_TYPE_TQ2_1) {
+        return true; // every byte is four codes: code 3 is the fourth level
+    }
     for (size_t b = 0; b < nblocks; ++b) {
+        const block_tq1_1 * x = (const block_tq1_1 *) data + b;
         bool bad = false;
-        if (type == GGML_TYPE_TQ2_1) {
-            const block_tq2_1 * x = (const block_tq2_1 *) data + b;
-            for (int i = 0; i < TQ_LANES; ++i) {
-                bad |= (x->qs[i] & (x->qs[i] >> 1) & 0x55) != 0;
-            }
-        } else {
-            const block_tq1_1 * x = (const block_tq1_1 *) data + b;
-            for (int i = 0; i < TQ1_1_NQS; ++i) {
-                bad |= x->qs[i] >= (i < 24 ? 243 : 81);
-            }
+        for (int i = 0; i < TQ1_1_NQS; ++i) {
+            bad |= x->qs[i] >= (i < 24 ? 243 : 81);
         }
         if (bad) {
             fprintf(stderr, "ggml_validate_row_data: found invalid %s codes at block %zu\n", ggml_type_name(type), b);

@@ -88,7 +88,9 @@ def _join(alpha: np.ndarray, mu: np.ndarray, qs: np.ndarray) -> np.ndarray:
 
 def _values(blocks: np.ndarray, codes: np.ndarray) -> np.ndarray:
     alpha, mu = _scales(blocks)
-    return alpha * (codes.astype(np.float32) - np.float32(1)) + mu
+    with np.errstate(invalid="ignore"):
+        values = alpha * (codes.astype(np.float32) - np.float32(1)) + mu
+    return np.where(np.isfinite(alpha) & np.isfinite(mu), values, np.float32(np.nan))
 
 
 class TQ2_1(__Quant, qtype=GGMLQuantizationType.TQ2_1):
@@ -125,6 +127,6 @@ class TQ1_1(__Quant, qtype=GGMLQuantizationType.TQ1_1):
         unit = np.array([1, 3, 9, 27], dtype=np.uint8).reshape(1, 4, 1)
         main = (qs[:, None, :] // unit) % np.uint8(3)
         n_fifth = 4 * (_LANES - _N_BASE3)
-        fifth = (qs[:, :n_fifth] // np.uint8(81)).reshape(n, -1, 4).transpose(0, 2, 1)
+        fifth = np.minimum(qs[:, :n_fifth] // np.uint8(81), 2).reshape(n, -1, 4).transpose(0, 2, 1)
         codes = np.concatenate([main, fifth], axis=-1).reshape(n, -1)
         return _values(blocks, codes)

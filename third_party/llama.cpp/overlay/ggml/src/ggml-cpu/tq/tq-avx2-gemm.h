@@ -1,6 +1,6 @@
 // The matrix-matrix kernel of the AVX2 path, included by tq-avx2.c. See tq.h and KERNELS.md.
 
-// The 26 base-3 bytes at qs as the 2-bit form of TQ2_1. p = v mod 81 are planes 0..3; v - p = 81*t has t,
+// The 26 base-3 bytes at qs as the 2-bit form of TQ2_1. p = v mod 81 are planes 0..3; v - p81 = 81*t has t,
 // the fifth digit, in its low two bits. p splits into p mod 9 and a multiple of 9, which differs from the
 // other multiples in its low four bits, so that two table look-ups give the codes
 TQ_INLINE __m256i tq1_1_unpack(const uint8_t * qs) {
@@ -10,7 +10,8 @@ TQ_INLINE __m256i tq1_1_unpack(const uint8_t * qs) {
     const __m128i hi = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *) (qs + 10)), drop6);
     const __m256i v  = _mm256_set_m128i(hi, lo);
 
-    const __m256i p     = tq_mod(v, 81);
+    const __m256i p81   = tq_mod(v, 81);
+    const __m256i p     = _mm256_min_epu8(p81, _mm256_sub_epi8(p81, _mm256_set1_epi8(81))); // of bytes above 242 p81 is 81 and more
     const __m256i p9    = tq_mod(tq_mod(p, 27), 9);
     const __m256i low   = TQ_HALVES(0, 1, 2, 4, 5, 6, 8, 9, 10, 0, 0, 0, 0, 0, 0, 0);
     // at 9h mod 16: 16*(h mod 3) + 64*(h / 3)
@@ -18,7 +19,7 @@ TQ_INLINE __m256i tq1_1_unpack(const uint8_t * qs) {
     const __m256i codes = _mm256_or_si256(_mm256_shuffle_epi8(low, p9), _mm256_shuffle_epi8(high, _mm256_sub_epi8(p, p9)));
 
     // four fifth digits each, with weights 1, 4, 16, 64, are the bytes of lanes 26..31
-    const __m256i digit = _mm256_and_si256(_mm256_sub_epi8(v, p), _mm256_set1_epi8(3));
+    const __m256i digit = _mm256_and_si256(_mm256_sub_epi8(v, p81), _mm256_set1_epi8(3));
     const __m256i pairs = _mm256_maddubs_epi16(digit, _mm256_set1_epi32(0x40100401));
     const __m256i fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
     __m128i f = _mm_packus_epi32(_mm256_castsi256_si128(fours), _mm256_extracti128_si256(fours, 1));
@@ -54,7 +55,7 @@ TQ_INLINE void tq_avx2_unpack8(enum ggml_type type, int nr, const char * x, size
     __m256 a, m;
     tq_scales(_mm256_loadu_si256((const __m256i *) am), &a, &m);
     _mm256_store_ps(alpha, a);
-    _mm256_store_ps(offset, _mm256_sub_ps(m, a));
+    _mm256_store_ps(offset, tq_offset(a, m));
 }
 
 // sums[c][16 rows] += one block of the N columns from c0 of a panel of width W

@@ -91,13 +91,13 @@ TQ_INLINE __m256i tq_mod(__m256i v, int n) {
 
 #define TQ_HALVES(...) _mm256_broadcastsi128_si256(_mm_setr_epi8(__VA_ARGS__))
 
-// The five base-3 digits of every byte; of bytes above 242 anything. v / 27 has the upper two: v*19 >> 9, for even
-// and odd bytes apart. Tables have the digits of 0..8; 9 and 18 differ in their low four bits
+// The five base-3 digits of every byte. v / 27 has the upper two: v*19 >> 9, for even and odd bytes apart. Tables have the
+// digits of 0..8, and of 9 what the bytes above 242 count as; 9 and 18 differ in their low four bits
 TQ_INLINE void tq1_1_digits(__m256i v, __m256i * c) {
     const __m256i unit   = TQ_HALVES(0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 0, 0, 0, 0, 0, 0);
-    const __m256i three  = TQ_HALVES(0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0);
+    const __m256i three  = TQ_HALVES(0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 0, 0, 0, 0, 0, 0);
     const __m256i nines  = TQ_HALVES(0, 0, 2, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0);
-    const __m256i times  = TQ_HALVES(0, 27, 54, 81, 108, (char) 135, (char) 162, (char) 189, (char) 216, 0, 0, 0, 0, 0, 0, 0);
+    const __m256i times  = TQ_HALVES(0, 27, 54, 81, 108, (char) 135, (char) 162, (char) 189, (char) 216, (char) 243, 0, 0, 0, 0, 0, 0);
     const __m256i even   = _mm256_srli_epi16(_mm256_maddubs_epi16(v, _mm256_set1_epi16(19)), 9);
     const __m256i odd    = _mm256_srli_epi16(_mm256_maddubs_epi16(v, _mm256_set1_epi16(19 << 8)), 1);
     const __m256i upper  = _mm256_or_si256(even, _mm256_and_si256(odd, _mm256_set1_epi16((short) 0xff00)));
@@ -121,6 +121,11 @@ TQ_INLINE void tq_scales(__m256i am, __m256 * alpha, __m256 * mu) {
     const __m256i m = _mm256_srli_epi32(am, 16);
     *alpha = _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1)));
     *mu    = _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(m), _mm256_extracti128_si256(m, 1)));
+}
+
+// ggml_tq_offset
+TQ_INLINE __m256 tq_offset(__m256 alpha, __m256 mu) {
+    return _mm256_fmadd_ps(_mm256_setzero_ps(), _mm256_mul_ps(alpha, mu), _mm256_sub_ps(mu, alpha));
 }
 
 //
@@ -206,7 +211,7 @@ TQ_INLINE void tq_gemv_group(enum ggml_type type, int n, bool last, const char *
     __m256 alpha, mu;
     tq_scales(_mm256_loadu_si256((const __m256i *) am), &alpha, &mu);
     _mm256_storeu_ps(scale, _mm256_mul_ps(alpha, _mm256_loadu_ps(d)));
-    __m256 t = _mm256_fmadd_ps(_mm256_sub_ps(mu, alpha), _mm256_loadu_ps(s), *sum);
+    __m256 t = _mm256_fmadd_ps(tq_offset(alpha, mu), _mm256_loadu_ps(s), *sum);
 #pragma GCC unroll 8
     for (int i = 0; i < n; ++i) {
         const __m256i v = tq_load_block(type, !last || i + 1 < n, x + i * block_size);
@@ -256,7 +261,7 @@ TQ_INLINE float tq_avx2_dot_row(enum ggml_type type, int64_t nb, const char * x,
         __m256i q[5];
         tq_arrange_block(type, y + b, q);
         sum = _mm256_fmadd_ps(tq_avx2_dot(type, tq_load_block(type, false, xb), q), _mm256_set1_ps(alpha * y[b].d), sum);
-        offset += (_cvtsh_ss(am[1]) - alpha) * y[b].s;
+        offset += ggml_tq_offset(alpha, _cvtsh_ss(am[1])) * y[b].s;
     }
     return tq_sum_ps(sum) + offset;
 }

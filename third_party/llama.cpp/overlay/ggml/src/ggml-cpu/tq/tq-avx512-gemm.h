@@ -59,7 +59,7 @@ TQ_INLINE void tq_avx512_unpack16(enum ggml_type type, int nr, const char * x, s
     const __m512i both = _mm512_load_si512(am);
     const __m512  a    = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(both));
     _mm512_storeu_ps(alpha, a);
-    _mm512_storeu_ps(offset, _mm512_sub_ps(_mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(both, 16))), a));
+    _mm512_storeu_ps(offset, tq_offset(a, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(both, 16)))));
 }
 
 // acc + codes * q, four products a lane. With the intrinsic GCC 12 copies every accumulator, twice, on every

@@ -4,8 +4,8 @@
 //     TQ_TARGET                         function attribute
 //     tq_plane(v, p)                    (byte >> 2*p) & 3 of every byte
 //     struct tq1_1_tables, tq1_1_load_tables()
-//     tq1_1_digits(v, tables, c[5])     the five base-3 digits of every byte; of bytes above 242 anything
-//     tq1_1_codes(v, tables)            26 base-3 bytes at byte 0 and 32: the 2-bit form qs2[32] of each
+//     tq1_1_digits(v, tables, c[5])     the five base-3 digits of every byte; a byte above 242 counts as the one 81 below
+//     tq1_1_codes(v, tables)            26 base-3 bytes at byte 0 and 32: the 2-bit form qs2[32] of each, likewise
 //
 // See tq.h and KERNELS.md.
 
@@ -141,6 +141,11 @@ TQ_INLINE __m512i tq_dot_pair(enum ggml_type type, __m512i v, const __m512i * q,
     return dot;
 }
 
+// ggml_tq_offset
+TQ_INLINE __m512 tq_offset(__m512 alpha, __m512 mu) {
+    return _mm512_fmadd_ps(_mm512_setzero_ps(), _mm512_mul_ps(alpha, mu), _mm512_sub_ps(mu, alpha));
+}
+
 // Blocks x[0..n) of a row with their part of the column, added to *sum: alpha*d * sum of c*q in the lanes of each
 // pair, (mu - alpha)*s in the lane of each block. `last`: the row ends there
 TQ_INLINE void tq_gemv_group(enum ggml_type type, int n, bool last, const char * x, const __m512i * q, const float * d, const float * s,
@@ -157,7 +162,7 @@ TQ_INLINE void tq_gemv_group(enum ggml_type type, int n, bool last, const char *
     const __m512 alpha = _mm512_cvtph_ps(_mm512_castsi512_si256(am));
     const __m512 mu    = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(am, 1));
     const __m512 scale = _mm512_mul_ps(alpha, _mm512_loadu_ps(d));
-    __m512 t = _mm512_fmadd_ps(_mm512_sub_ps(mu, alpha), _mm512_loadu_ps(s), *sum);
+    __m512 t = _mm512_fmadd_ps(tq_offset(alpha, mu), _mm512_loadu_ps(s), *sum);
 
     const __m512i half = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
 #pragma GCC unroll 8
@@ -244,7 +249,7 @@ TQ_INLINE float tq_avx512_dot_row(enum ggml_type type, int64_t nb, const char * 
             memcpy(am, xb + h * block_size, sizeof(am));
             const float alpha = _cvtsh_ss(am[0]);
             scale[h] = alpha * y[b + h].d;
-            offset += (_cvtsh_ss(am[1]) - alpha) * y[b + h].s;
+            offset += ggml_tq_offset(alpha, _cvtsh_ss(am[1])) * y[b + h].s;
         }
         const __m512 f = _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(scale[0]), _mm512_set1_ps(scale[1]));
         sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), f, sum);

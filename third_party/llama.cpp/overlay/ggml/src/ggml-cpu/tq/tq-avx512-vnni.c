@@ -22,9 +22,9 @@ TQ_INLINE __m512i tq_plane(__m512i v, int plane) {
 // Tables of 16 bytes, the same in every quarter: what a register can be looked up in without VBMI. Multiples of 9 below
 // 81 differ in their low four bits
 struct tq1_1_tables {
-    __m512i unit, three; // digits of 0..8
+    __m512i unit, three; // digits of 0..8, and of 9 what bytes above 242 count as
     __m512i nines;       // the digit of 0, 9, 18
-    __m512i times;       // 27 times 0..8
+    __m512i times;       // 27 times 0..9
     __m512i low, high;   // 2-bit codes of 0..8; of 0, 9, 18, .. 72: tq1_1_codes
     __m512i fifth;       // where the byte of lane 26 + g comes from
 };
@@ -33,9 +33,9 @@ TQ_INLINE struct tq1_1_tables tq1_1_load_tables(void) {
 #define QUARTERS(...) _mm512_broadcast_i32x4(_mm_setr_epi8(__VA_ARGS__))
     const struct tq1_1_tables t = {
         QUARTERS(0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 0, 0, 0, 0, 0, 0),
-        QUARTERS(0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0),
+        QUARTERS(0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 0, 0, 0, 0, 0, 0),
         QUARTERS(0, 0, 2, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0),
-        QUARTERS(0, 27, 54, 81, 108, (char) 135, (char) 162, (char) 189, (char) 216, 0, 0, 0, 0, 0, 0, 0),
+        QUARTERS(0, 27, 54, 81, 108, (char) 135, (char) 162, (char) 189, (char) 216, (char) 243, 0, 0, 0, 0, 0, 0),
         QUARTERS(0, 1, 2, 4, 5, 6, 8, 9, 10, 0, 0, 0, 0, 0, 0, 0),
         QUARTERS(0, 0, 32, 0, 80, 0, (char) 128, 0, (char) 160, 16, 0, 64, 0, 96, 0, (char) 144),
         _mm512_inserti32x4(_mm512_inserti32x4(_mm512_set1_epi8(-1),
@@ -70,8 +70,9 @@ TQ_INLINE void tq1_1_digits(__m512i v, const struct tq1_1_tables * t, __m512i * 
 
 TQ_INLINE __m512i tq1_1_codes(__m512i v, const struct tq1_1_tables * t) {
     const __m512i p81   = tq_mod(v, 81);
-    const __m512i p9    = tq_mod(tq_mod(p81, 27), 9);
-    const __m512i codes = _mm512_or_si512(_mm512_shuffle_epi8(t->low, p9), _mm512_shuffle_epi8(t->high, _mm512_sub_epi8(p81, p9)));
+    const __m512i p     = _mm512_min_epu8(p81, _mm512_sub_epi8(p81, _mm512_set1_epi8(81))); // of bytes above 242 p81 is 81 and more
+    const __m512i p9    = tq_mod(tq_mod(p, 27), 9);
+    const __m512i codes = _mm512_or_si512(_mm512_shuffle_epi8(t->low, p9), _mm512_shuffle_epi8(t->high, _mm512_sub_epi8(p, p9)));
     // Four fifth digits make the byte t0 + 4*t1 + 16*t2 + 64*t3 of a lane >= 26: a dot product of the 81*t with
     // what 81 times is 1, 4, 16 and 64 modulo 256 has it in its low byte
     const __m512i four  = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_sub_epi8(v, p81), _mm512_set1_epi32(0x4010c4b1));

@@ -24,11 +24,12 @@ TQ_INLINE __m512i tq_plane(__m512i v, int plane) {
     return _mm512_gf2p8affine_epi64_epi8(v, _mm512_set1_epi64((1ll << (56 + 2 * plane)) | (1ll << (48 + 2 * plane + 1))), 0);
 }
 
-// A base-3 byte v splits by subtraction: p = v mod 81 has digits 0..3, and v - p = 81*t the fifth digit t.
+// A base-3 byte v splits by subtraction: p = v mod 81 has digits 0..3, and v - p = 81*t the fifth digit t. Of a byte above
+// 242, which counts as the one 81 below, p is 81 to 93 and t is 2.
 // A table turns p into four 2-bit codes
 struct tq1_1_tables {
     __m512i low;   // of p = 0..63
-    __m512i high;  // of p = 64..80, at p - 64
+    __m512i high;  // of p = 64..93, at p - 64
     __m512i fifth; // where the byte of lane 26 + g is: tq1_1_codes
 };
 
@@ -38,7 +39,9 @@ TQ_INLINE struct tq1_1_tables tq1_1_load_tables(void) {
 #define D1(d3, d2, d1) (64*(d3) + 16*(d2) + 4*(d1)), (64*(d3) + 16*(d2) + 4*(d1) + 1), (64*(d3) + 16*(d2) + 4*(d1) + 2)
 #define D2(d3, d2) D1(d3, d2, 0), D1(d3, d2, 1), D1(d3, d2, 2)
 #define D3(d3) D2(d3, 0), D2(d3, 1), D2(d3, 2)
-        D3(0), D3(1), D3(2)
+        D3(0), D3(1), D3(2),
+        // and of 81..93, what is left of the bytes above 242: digits of 0..12
+        D2(0, 0), D1(0, 1, 0), D1(0, 1, 1)
 #undef D1
 #undef D2
 #undef D3
@@ -52,7 +55,7 @@ TQ_INLINE struct tq1_1_tables tq1_1_load_tables(void) {
     return t;
 }
 
-// p of every byte
+// p of every byte, 0..93
 TQ_INLINE __m512i tq1_1_mod81(__m512i v) {
     // unsigned minimum: subtracting too much wraps to a larger number
     const __m512i once  = _mm512_sub_epi8(v, _mm512_set1_epi8(81));

@@ -47,7 +47,7 @@ static void tq_generic_gemv(enum ggml_type type, int64_t k, int64_t nrows, const
                 ggml_tq1_1_unpack_block(xb, unpacked);
                 qs2   = unpacked;
             }
-            sum += alpha * y[b].d * (float) tq_generic_dot_block(qs2, y[b].qs) + (mu - alpha) * y[b].s;
+            sum += alpha * y[b].d * (float) tq_generic_dot_block(qs2, y[b].qs) + ggml_tq_offset(alpha, mu) * y[b].s;
         }
         dst[r] = sum;
     }

@@ -25,7 +25,7 @@ TQ_INLINE void tq_neon_unpack8(enum ggml_type type, int elements, int nr, const 
         memcpy(&am, block, sizeof(am));
         const float32x4_t scales = vcvt_f32_f16(vreinterpret_f16_u32(vdup_n_u32(am)));
         alpha[r]  = vgetq_lane_f32(scales, 0);
-        offset[r] = vgetq_lane_f32(scales, 1) - alpha[r];
+        offset[r] = ggml_tq_offset(alpha[r], vgetq_lane_f32(scales, 1));
         uint8_t qs2[32];
         if (type == GGML_TYPE_TQ2_1) {
             memcpy(qs2, block + 4, sizeof(qs2));

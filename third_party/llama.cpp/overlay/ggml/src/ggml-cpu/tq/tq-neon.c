@@ -88,9 +88,10 @@ TQ_INLINE uint8x16_t tq1_1_unpack16(uint8x16_t v, uint8x16_t * fifth) {
         0, 1, 2, 4, 5, 6, 8, 9, 10, 16, 17, 18, 20, 21, 22, 24, 25, 26, 32, 33, 34, 36, 37, 38, 40, 41, 42,
     };
     const uint8x16x2_t table = { { vld1q_u8(three_digits), vld1q_u8(three_digits + 16) } };
-    const uint8x16_t p = tq_mod(v, 81);
+    const uint8x16_t p81 = tq_mod(v, 81);
+    const uint8x16_t p = vminq_u8(p81, vsubq_u8(p81, vdupq_n_u8(81))); // of bytes above 242 p81 is 81 and more
     const uint8x16_t q = tq_mod(p, 27);
-    *fifth = vandq_u8(vsubq_u8(v, p), vdupq_n_u8(3));
+    *fifth = vandq_u8(vsubq_u8(v, p81), vdupq_n_u8(3));
     return vmlaq_u8(vqtbl2q_u8(table, q), vsubq_u8(p, q), vdupq_n_u8(192));
 }
 
@@ -171,7 +172,7 @@ TQ_DOTPROD static inline int32x4_t tq_neon_dotprod_dot(uint8x16_t v0, uint8x16_t
                     tq1_1_unpack(block + 4, &v0, &v1);                                                                      \
                 }                                                                                                           \
                 acc = vfmaq_n_f32(acc, vcvtq_f32_s32(DOT(v0, v1, y[b].qs)), alpha * y[b].d);                                \
-                offset += (mu - alpha) * y[b].s;                                                                            \
+                offset += ggml_tq_offset(alpha, mu) * y[b].s;                                                               \
             }                                                                                                               \
             dst[r] = vaddvq_f32(acc) + offset;                                                                              \
         }                                                                                                                   \

@@ -87,6 +87,12 @@ extern const struct ggml_tq_path ggml_tq_path_neon_i8mm;
 // that is unknown or cannot run here), else the best
 const struct ggml_tq_path * ggml_tq_active(void);
 
+// mu - alpha of a block, what a sum of activations is multiplied by; NaN where either is NaN or infinite, so that the
+// result is NaN whatever the codes and activations are. The vector kernels compute just this
+static inline float ggml_tq_offset(float alpha, float mu) {
+    return 0.0f * (alpha * mu) + (mu - alpha);
+}
+
 // Block b of w columns as a panel block at dst
 void ggml_tq_pack_panel(const block_q8_t * const * col, int64_t b, int w, char * dst);
 

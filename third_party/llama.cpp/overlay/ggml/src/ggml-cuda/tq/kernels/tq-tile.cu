@@ -62,7 +62,8 @@ static __device__ __forceinline__ void tq_set_bits(uint8_t * byte, const uint32_
     atomicOr(word, bits << shift);
 }
 
-// A byte of TQ1_1's base-3 numbers owns the four codes of its lane, and one code of lanes 26 to 31.
+// A byte of TQ1_1's base-3 numbers owns the four codes of its lane, and one code of lanes 26 to 31. One above 242 counts as
+// the one 81 below, as on the CPU.
 static __device__ __forceinline__ void tq1_put(uint8_t * tile, const int row, const int i, int v) {
     uint32_t codes = 0;
 #pragma unroll
@@ -76,7 +77,7 @@ static __device__ __forceinline__ void tq1_put(uint8_t * tile, const int row, co
         *own = (uint8_t) codes;
         const int lane  = TQ1_BASE3 + i / 4;
         const int plane = i % 4;
-        tq_set_bits(tile + tq_lane_byte(row, lane), 3u << (2*plane), tq_tile_codes((uint32_t) v) << (2*plane));
+        tq_set_bits(tile + tq_lane_byte(row, lane), 3u << (2*plane), tq_tile_codes((uint32_t) (v < 3 ? v : 2)) << (2*plane));
     } else {
         tq_set_bits(own, 0xff, codes); // shares its word with lanes 26 and 27
     }

@@ -52,6 +52,11 @@ static __device__ __forceinline__ uint32_t tq1_1_pop_digit(uint32_t & even, uint
     return digits;
 }
 
+// The fifth digit of a byte; one above 242 counts as the one 81 below.
+static __device__ __forceinline__ int tq1_1_fifth(const int v) {
+    return v < 162 ? v / 81 : 2;
+}
+
 static __device__ __forceinline__ uint32_t tq_codes(const block_tq1_1 * b, const int j) {
     const uint16_t * q16 = (const uint16_t *) b->qs; // blocks are aligned to 2 bytes only
     uint32_t codes = 0;
@@ -75,7 +80,7 @@ static __device__ __forceinline__ uint32_t tq_codes(const block_tq1_1 * b, const
             if (lane >= TQ1_1_NQS) {
 #pragma unroll
                 for (int p = 0; p < 4; ++p) {
-                    codes |= (uint32_t) (b->qs[4*(lane - TQ1_1_NQS) + p] / 81) << (8*k + 2*p);
+                    codes |= (uint32_t) tq1_1_fifth(b->qs[4*(lane - TQ1_1_NQS) + p]) << (8*k + 2*p);
                 }
             }
         }
@@ -92,7 +97,7 @@ static __device__ __forceinline__ int tq_code(const block_tq1_1 * b, const int e
     const int lane  = e % 32;
     const int plane = e / 32;
     if (lane >= TQ1_1_NQS) {
-        return b->qs[4*(lane - TQ1_1_NQS) + plane] / 81;
+        return tq1_1_fifth(b->qs[4*(lane - TQ1_1_NQS) + plane]);
     }
     const int div = plane == 0 ? 1 : plane == 1 ? 3 : plane == 2 ? 9 : 27;
     return b->qs[lane] / div % 3;
