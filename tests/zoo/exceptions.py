@@ -60,6 +60,10 @@ SPECIALS: dict[str, Special] = {
         {**_mamba(), "attn_layer_indices": [1, 3]}, {"attn_rotary_emb": 32}
     ),
     "BitNetForCausalLM": Special({"tie_word_embeddings": True}, tokenizer="spm"),
+    # The default makes a tiny model's predictions next to even.
+    "CohereForCausalLM": Special({"logit_scale": 1.0}),
+    "Cohere2ForCausalLM": Special({"logit_scale": 1.0}),
+    "Cohere2MoeForCausalLM": Special({"logit_scale": 1.0}),
     "DbrxForCausalLM": Special({
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 512, "moe_num_experts": 4, "moe_top_k": 2},

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from pt2_core.artifact import proof_text
 from pt2_core.artifact.proof import Proof, cut, scored
+from tests.zoo import tokenizers
 from tests.zoo.configs import special, tiny_config
-from tests.zoo.tokenizers import KINDS
 
 LENGTH, WINDOWS = 128, 2
 # Rounded activations send a token near a tie to another expert; in a random model experts have
@@ -52,7 +52,7 @@ def write_model(folder: Path, name: str, kind: str) -> Path:
     if more.renamed:
         _rename(folder / "model.safetensors", more.renamed)
     _change(folder / "config.json", more.raw)
-    KINDS[more.tokenizer](folder)
+    tokenizers.write(more.tokenizer, folder)
     _change(folder / "tokenizer_config.json", more.settings)
     return folder
 
