@@ -115,6 +115,8 @@ SPECIALS: dict[str, Special] = {
         {**MLA, **INDEXED}, renamed={
             "hc_pre.hc_head.": "hc_head.", "hc_pre.hc_attn_layer.hc_": "hc_attn_layer.hc_pre.hc_",
             "hc_pre.hc_mlp_layer.hc_": "hc_mlp_layer.hc_pre.hc_",
+            "mlp.linear_gate": "mlp.gate_proj",
+            "shared_experts.linear_gate": "shared_experts.gate_proj",
         }
     ),
     "HunYuanMoEV1ForCausalLM": Special(raw={
