@@ -19,6 +19,7 @@ from pt2_core.cli import ArgumentParser, run_cli
 from pt2_core.commands import command
 from pt2_core.errors import PT2Error
 from pt2_core.files import human_bytes, read_json
+from pt2_core.model.hub import model_folder
 from pt2_core.words import screen
 
 if TYPE_CHECKING:
@@ -139,11 +140,12 @@ def _run(args: argparse.Namespace) -> int:
     from pt2_core.progress import open_reporter
 
     out = screen()
+    model_dir = None if args.model is None else model_folder(args.model)
     with open_reporter() as reporter:
         if args.artifact is None:
             reporter.note(f"exporting {artifact}, the newest artifact here")
         report = export_gguf(
-            artifact, args.out, config, model_dir=args.model, progress=reporter.stage
+            artifact, args.out, config, model_dir=model_dir, progress=reporter.stage
         )
     for note in report.notes:
         reporter.warn(note)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
 from pt2_core import formats
 from pt2_core.artifact.folder import Artifact
 from pt2_core.errors import PT2Error
@@ -22,6 +25,21 @@ def check_levels(artifact: Artifact, kind: str) -> None:
         f"{artifact.path} has {levels} levels, {kind} holds {formats.TYPES[kind].levels}: "
         f"use --type {' or '.join([*others, 'q2_k'])}"
     )
+
+
+def wrong_levels(
+    artifact: Artifact, fields: Mapping[str, Any], tensors: Iterable[Any]
+) -> Iterator[str]:
+    """What a file's metadata says wrongly of the levels of its types.
+
+    Args:
+        fields: the file's metadata.
+        tensors: of gguf-py's reader.
+    """
+    for kind in sorted({t.tensor_type.name.lower() for t in tensors}):
+        for key, levels in levels_entry(artifact, kind).items():
+            if fields.get(key) != levels:
+                yield f"{key} is {fields.get(key, 'missing')} in place of {levels}"
 
 
 def levels_entry(artifact: Artifact, kind: str) -> dict[str, int]:

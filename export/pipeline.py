@@ -148,7 +148,7 @@ def export_gguf(
     model = Checkpoint.open(Path(model_dir) if model_dir is not None else source_model(artifact))
     check_tokenizer(model.path)
     ggml = _library(config)
-    model.keep_only(artifact.manifest["model"].get("tensors", model.tensors))
+    model.as_made(artifact.manifest["model"])
     source = TernarySource.read(artifact, model, progress)
     if config.targeted:
         source.measured()  # before the long work

@@ -24,6 +24,7 @@ from export.checks import Progress, check_model, source_model
 from export.converter import Carrier, CarrierTensor, Options, run_converter
 from export.encode import F32_TYPE, Item
 from export.ggml import Ggml
+from export.levels import wrong_levels
 from export.proof import Folder, Programs, Verdict
 from export.prove import MAX_ROW_ERROR, Prover, row_error
 from export.source import TernarySource
@@ -89,7 +90,7 @@ def verify_file(
     artifact = Artifact.open(artifact_dir)
     model = Checkpoint.open(Path(model_dir) if model_dir is not None else source_model(artifact))
     check_model(artifact, model, progress)
-    model.keep_only(artifact.manifest["model"].get("tensors", model.tensors))
+    model.as_made(artifact.manifest["model"])
     programs: Programs = Folder(Path(llama)) if llama is not None else api.require_build(variant)
     ggml = Ggml(api.require_build().lib_dir)
     source = TernarySource.read(artifact, model, progress)
@@ -103,6 +104,7 @@ def verify_file(
             source.values, source.whole, options,
         )  # fmt: skip
         _compare_metadata(carrier, fields, findings)
+        findings.problems += wrong_levels(artifact, fields, tensors.values())
         items = _compare_tensors(carrier, tensors, source, ggml, findings, progress)
         if proof_tokens:
             prover = Prover(

@@ -14,6 +14,7 @@ from pt2_core.cli import ArgumentParser, run_cli
 from pt2_core.commands import command, resume_command
 from pt2_core.errors import PT2Error
 from pt2_core.files import human_seconds
+from pt2_core.model.hub import model_folder
 from pt2_core.process.locks import folder_lock
 from pt2_core.progress import open_reporter
 from pt2_core.words import screen
@@ -31,7 +32,7 @@ from quantize.config import (
 from quantize.refinement.config import RefineConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from pt2_core.model.checkpoint import Checkpoint
     from quantize.pipeline import Preflight, Result
@@ -41,6 +42,7 @@ DEFAULTS = Config()
 EPILOG = """\
 examples:
   pt2-quantize Llama-3.2-1B                        ternarise it into ./Llama-3.2-1B-pt2
+  pt2-quantize Qwen/Qwen3-4B                       fetch it from the hub first, into the hub's cache
   pt2-quantize Qwen3-4B -o q4 --calibration my.txt --seqlen 1024 --device cuda --dtype bfloat16
   pt2-quantize Qwen3-4B -o q4 --resume             take up a run that was stopped
   pt2-quantize Qwen3-4B --recipe best              the best T, alpha and mu without gradients
@@ -67,7 +69,8 @@ calibration:
   field). The text is cut into windows that do not overlap, and --samples of them are drawn with
   --seed. No BOS token is added unless --bos; special tokens written in the text are plain text.
 
-supported: Llama, Mistral, Qwen2, Qwen3 (Hugging Face folders with safetensors)
+supported: every causal language model that transformers has a class for, as a Hugging Face folder
+           with safetensors; pt2-export writes those that llama.cpp's converter knows
 next:      pt2-export model.gguf --from OUT
 """
 
@@ -101,7 +104,9 @@ def build_parser() -> argparse.ArgumentParser:
         description="Ternarise a Hugging Face language model: W ~ alpha * T + mu, T of {-1, 0, 1}.",
         epilog=EPILOG,
     )
-    parser.add_argument("model", help="folder of the model (config.json, *.safetensors, tokenizer)")
+    what = "folder of the model (config.json, *.safetensors, tokenizer), or ORG/NAME of the hub"
+    parser.add_argument("model", help=what)
+    parser.add_argument("--revision", help="of the hub: a branch, tag or commit (its main branch)")
     parser.add_argument("-o", "--out", help="folder of the artifact (default: ./MODEL-pt2)")
     parser.add_argument("--recipe", default="fast", help="paper, fast, best, refined or FILE.yaml")
     mode = parser.add_mutually_exclusive_group()
@@ -146,6 +151,8 @@ def build_parser() -> argparse.ArgumentParser:
     _switch(method, "sequential", "Hessians behind the block's own quantised linears")
     _option(method, "damping", "share of the mean Hessian diagonal")
     method.add_argument("--skip", metavar="REGEX", help="leave matching linears as they are")
+    method.add_argument("--strict", action="store_true", help="stop where a linear would have to "
+                        "stay as it is (an odd width, say)")  # fmt: skip
 
     export = parser.add_argument_group("the file that pt2-export will write")
     export.add_argument("--max-context", type=int, metavar="N", help="tokens that it is meant for, "
@@ -218,10 +225,9 @@ def _quantize(
     from quantize.first_checks import check_first, check_text_source, refuse_overwriting
 
     refuse_overwriting(out, args.resume, args.overwrite)
+    model = model_folder(args.model, args.revision)
     first = out / CLOSED_FORM if args.recipe == "refined" else out
-    checkpoint = check_first(
-        args.model, first, config, resume=args.resume, overwrite=args.overwrite
-    )
+    checkpoint = check_first(model, first, config, resume=args.resume, overwrite=args.overwrite)
     if args.refine_text:
         check_text_source(args.refine_text, "text", checkpoint)
     from quantize.pipeline import ternarize  # torch: only once the options are known to be right
@@ -229,15 +235,15 @@ def _quantize(
     refined: Refined | None = None
     with open_reporter(args.quiet) as reporter:
         more = {"resume": args.resume, "overwrite": args.overwrite, "reporter": reporter,
-                "command": resume,
+                "command": resume, "strict": args.strict,
                 "preflight": export_preflight(config, args.preflight)}  # fmt: skip
         if args.recipe == "refined":
             from quantize.refinement.recipe import refine_settings, ternarize_and_refine
 
             settings = refine_settings(config, args.refine_text, args.refine_steps)
-            result, refined = ternarize_and_refine(args.model, out, config, settings, **more)
+            result, refined = ternarize_and_refine(model, out, config, settings, **more)
         else:
-            result = ternarize(args.model, out, config, **more)
+            result = ternarize(model, out, config, **more)
     return result, refined
 
 
@@ -248,14 +254,16 @@ def export_preflight(config: Config, wanted: bool) -> Preflight:
         wanted: False makes one that only says that it was left out.
     """
 
-    def check(checkpoint: Checkpoint, ternary: Mapping[str, tuple[int, int]]) -> list[str]:
+    def check(
+        checkpoint: Checkpoint, ternary: Mapping[str, tuple[int, ...]], transposed: Collection[str]
+    ) -> list[str]:
         if not wanted:
             return ["the preflight was left out (--no-preflight)"]
         from export.preflight import NoSource, preflight
 
         try:
             return preflight(
-                checkpoint, ternary, max_context=config.max_context,
+                checkpoint, ternary, transposed=transposed, max_context=config.max_context,
                 pre_tokenizer=config.pre_tokenizer,
             )  # fmt: skip
         except NoSource as e:
@@ -267,11 +275,12 @@ def export_preflight(config: Config, wanted: bool) -> Preflight:
 def print_summary(result: Result) -> None:
     """One screen: what was made, the errors by kind of linear and stage, what to do next."""
     from pt2_core.artifact.folder import RUN
+    from pt2_core.artifact.manifest import kind_of
 
     console = screen()
     kinds: dict[str, list[dict[str, Any]]] = {}
     for name, m in result.matrices.items():
-        kinds.setdefault(name.rpartition(".")[2], []).append(m)
+        kinds.setdefault(kind_of(name), []).append(m)
     stages = list(dict.fromkeys(s for m in result.matrices.values() for s in m["E_x"]))
     table = Table(title="relative output error E_x", title_justify="left")
     table.add_column("linear")
@@ -288,8 +297,11 @@ def print_summary(result: Result) -> None:
         f"ternary  {len(result.matrices)} linears, {result.parameters / 1e6:.1f} M weights, "
         f"{bits:.3f} bits per weight (log2({levels}) and two float16 per {result.block_size})"
     )
-    if result.kept:
-        print(f"kept     {len(result.kept)} linears as they are (--skip)")
+    for reason in dict.fromkeys(result.kept.values()):
+        count = sum(1 for r in result.kept.values() if r == reason)
+        print(f"kept     {count} linears as they are: {reason}")
+    for line in result.starved():
+        print(f"experts  {line}")
     if result.warnings:
         print(f"warnings {len(result.warnings)}, see {result.path / RUN}")
     print(f"time     {human_seconds(result.seconds)}")

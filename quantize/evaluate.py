@@ -27,6 +27,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -52,7 +53,7 @@ from pt2_core.texts.tokens import (
     refuse_degenerate_tokens,
 )
 from quantize.config import DEVICES, DTYPES
-from quantize.model.streamed import StreamedModel
+from quantize.model.streamed import Stream, StreamedModel
 from quantize.model.torch_setup import arithmetic, pick_device
 
 GridChange = Callable[[Array, Array], tuple[Array, Array]]
@@ -96,25 +97,22 @@ def perplexity(
     weights = None if artifact is None else _artifact_for(checkpoint, Path(artifact))
     with arithmetic(threads):
         model = StreamedModel(checkpoint, pick_device(device), dtype)
-        hidden = model.embed(tokens)
-        batches = -(-tokens.shape[0] // batch_size)
-        reporter.start("perplexity", batches * model.n_blocks)
+        stream = model.start(tokens, batch_size)
+        reporter.start("perplexity", len(stream.batches) * model.n_blocks)
         for index in range(model.n_blocks):
-            layer = model.load_block(index, _dequantized(weights, index, grid))
-            for batch in hidden.split(batch_size):
-                batch.copy_(model.forward_block(layer, batch, index))
-                reporter.step(f"block {index + 1}/{model.n_blocks}")
+            layer = model.block(index).module(_dequantized(weights, index, grid))
+            text = f"block {index + 1}/{model.n_blocks}"
+            stream.advance(layer, index, partial(reporter.step, text))
         reporter.done()
-        return _score(model, hidden, tokens, second_half)
+        return _score(model, stream, tokens, second_half)
 
 
-def _score(model: StreamedModel, hidden: Tensor, tokens: Tensor, second_half: bool) -> Score:
-    head = model.head()
+def _score(model: StreamedModel, stream: Stream, tokens: Tensor, second_half: bool) -> Score:
     # Position p predicts token p + 1; llama.cpp starts at p = ctx / 2.
     first = tokens.shape[1] // 2 if second_half else 0
     losses = []
-    for states, ids in zip(hidden, tokens.to(hidden.device), strict=True):
-        logits = head(states[first:-1])
+    found = model.logits(stream, first, -1)
+    for logits, ids in zip(found, tokens.to(model.device), strict=True):
         losses.append(nn.functional.cross_entropy(logits, ids[first + 1 :], reduction="none"))
     nll = torch.cat(losses).double()
     mean = float(nll.mean())

@@ -8,11 +8,8 @@ from pt2_core.artifact.folder import MANIFEST, read_manifest
 from pt2_core.errors import PT2Error
 from pt2_core.model.checkpoint import Checkpoint
 from pt2_core.model.tokenizer_files import VOCABULARIES
-from pt2_core.model.widths import check_linears
 from pt2_core.texts.sources import check_sources
 from quantize.config import Config
-
-EXPORTED_ORDERS = ("none", "foldable")  # pt2-export cannot fold the others
 
 
 def check_first(
@@ -22,21 +19,13 @@ def check_first(
     """Look at output, model and calibration source.
 
     Raises:
-        PT2Error: the output exists, the model cannot be used, a width fits no block, or there is no
-            such calibration text.
+        PT2Error: the output exists, the model cannot be used, or there is no such calibration
+            text.
     """
     refuse_overwriting(out, resume, overwrite)
     checkpoint = Checkpoint.open(model_dir)
-    checkpoint.check_architecture()
-    check_widths(checkpoint, config)
     check_text_source(config.calibration, "calibration text", checkpoint)
     return checkpoint
-
-
-def check_widths(checkpoint: Checkpoint, config: Config) -> tuple[list[str], dict[str, str]]:
-    """:func:`pt2_core.model.widths.check_linears` with a run's settings."""
-    exported = config.order in EXPORTED_ORDERS
-    return check_linears(checkpoint, config.block_size, config.skip, exported=exported)
 
 
 def check_text_source(source: str, what: str, checkpoint: Checkpoint) -> None:

@@ -19,7 +19,9 @@ from pt2_core.artifact.folder import Artifact
 from pt2_core.artifact.proof import LEAST_MASS, TOP, Proof, cut, shape
 from pt2_core.errors import PT2Error
 from pt2_core.model.checkpoint import Checkpoint
+from pt2_core.model.expected import load_config
 from pt2_core.texts.tokens import bos_token, encode, has_tokenizer, load_tokenizer
+from quantize.model.block import Block
 from quantize.model.streamed import StreamedModel
 
 Weights = Mapping[str, Tensor]
@@ -35,14 +37,16 @@ class ProofRun:
     def __init__(self, checkpoint: Checkpoint, plan: Proof, device: str = "cpu") -> None:
         self.plan = plan
         self.model = StreamedModel(checkpoint, device, "float32")
-        self.hidden = self.model.embed(torch.from_numpy(plan.inputs()).long())
+        self.stream = self.model.start(torch.from_numpy(plan.inputs()).long(), 1)
 
     @torch.no_grad()
-    def advance(self, index: int, weights: Weights) -> None:
-        """Run decoder block ``index`` with the given weights of its ternary linears."""
-        layer = self.model.load_block(index, weights)
-        for window in self.hidden.split(1):
-            window.copy_(self.model.forward_block(layer, window, index))
+    def advance(self, block: Block, weights: Weights) -> None:
+        """Run a decoder block with the given weights of its ternary linears.
+
+        Args:
+            block: of any streamed model of the same checkpoint; its tensors are used.
+        """
+        self.stream.advance(block.module(weights, torch.float32), block.index)
 
     @torch.no_grad()
     def finish(self) -> Proof:
@@ -51,11 +55,9 @@ class ProofRun:
         Raises:
             PT2Error: the predictions are NaN or Inf.
         """
-        head = self.model.head()
         first = self.plan.length // 2
         tops, logprobs = [], []
-        for states in self.hidden:
-            logits = head(states[first:-1])
+        for logits in self.model.logits(self.stream, first, -1):
             found = logits.log_softmax(-1).topk(min(TOP, logits.shape[-1]))
             tops.append(found.indices.int().cpu().numpy())
             logprobs.append(found.values.float().cpu().numpy())
@@ -105,7 +107,7 @@ def plan_proof(checkpoint: Checkpoint, tokens: int, max_context: int = 0) -> Pro
     ids = ([] if bos is None else [bos]) + ids
     lines = tuple(proof_text.lines(special_tokens(tokenizer)))
     coded = tuple(np.array(encode_specials(tokenizer, t), np.int32) for _, t in lines)
-    vocab = checkpoint.info("model.embed_tokens.weight").shape[0]
+    vocab = load_config(checkpoint).vocab_size
     if max(ids) >= vocab:
         raise PT2Error(
             f"the tokenizer in {checkpoint.path} gives token id {max(ids)}, and the model has "
@@ -152,13 +154,14 @@ def make_proof(
         PT2Error: of the model or the artifact.
     """
     replaced = {k: torch.from_numpy(v) for k, v in artifact.replaced().items()}
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+    tables = StreamedModel(checkpoint)
+    for name in dict.fromkeys((tables.embedding, tables.head)):
         value = override(name)
         if value is not None:
             replaced[name] = torch.from_numpy(np.ascontiguousarray(value))
     run = ProofRun(dataclasses.replace(checkpoint, replaced=replaced), plan, device)
     for index in range(run.model.n_blocks):
-        run.advance(index, block_weights(artifact, index, override))
+        run.advance(run.model.block(index), block_weights(artifact, index, override))
         step(index + 1, run.model.n_blocks)
     return run.finish()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pt2_core.artifact.folder import MANIFEST, read_manifest
-from pt2_core.artifact.manifest import STAGES, block_of, check_errors
+from pt2_core.artifact.manifest import STAGES, block_of, check_errors, kind_of
 from pt2_core.errors import PT2Error
 from pt2_core.files import atomic_path
 
@@ -80,7 +80,7 @@ def _figure(manifest: dict[str, Any]) -> Any:
     from matplotlib.figure import Figure
 
     blocks = sorted(_groups(manifest, block_of))
-    kinds = _groups(manifest, lambda name: name.split(".")[-1])
+    kinds = _groups(manifest, kind_of)
     figure = Figure(figsize=(12, 7), layout="constrained")
     axes = figure.subplots(2, 2)
     for row, key in enumerate(("E_w", "E_x")):

@@ -23,14 +23,17 @@ import quantize.model.waiting  # noqa: F401  before torch is loaded
 # isort: split
 
 import argparse
-import dataclasses
 import sys
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pt2_core.artifact.folder import Artifact
+from pt2_core.artifact.manifest import kind_of
 from pt2_core.artifact.sensitivity import Linear, Sensitivity, write
 from pt2_core.artifact.source import check_made_from
 from pt2_core.cli import ArgumentParser, check_threads, run_cli
@@ -41,8 +44,10 @@ from pt2_core.progress import Reporter, open_reporter
 from pt2_core.texts.tokens import check_context, context_limit
 from quantize.calibration import load_calibration
 from quantize.config import DEVICES, DTYPES
-from quantize.model.streamed import EMBEDDING, HEAD, StreamedModel
+from quantize.model.block import Block
+from quantize.model.streamed import Stream, StreamedModel
 from quantize.model.torch_setup import arithmetic, pick_device
+from quantize.moments import watch
 
 # Longer windows say no more of a linear and cost more.
 MAX_WINDOW = 512
@@ -51,20 +56,29 @@ NOISE = 0.01
 
 
 class _Variants:
-    """Residual streams ``[windows, len, hidden]`` by name, kept on the CPU."""
+    """What each variant's windows are before the next block, kept on the CPU, by name."""
 
-    def __init__(self, model: StreamedModel, batch_size: int) -> None:
-        self.model, self.batch_size = model, batch_size
-        self.streams: dict[str, Tensor] = {}
+    def __init__(self, model: StreamedModel, base: Stream) -> None:
+        self.model, self.base = model, base
+        self.states: dict[str, list[Tensor]] = {}
+
+    def add(self, name: str, stream: Stream) -> None:
+        """Take windows in, before the first block."""
+        self.states[name] = [b.hidden.cpu() for b in stream.batches]
 
     def forward(self, layer: nn.Module, index: int, name: str, source: str | None = None) -> None:
-        """Run a block on stream ``source`` (default: ``name`` itself) and keep it as ``name``."""
-        stream = self.streams[source or name]
-        parts = [
-            self.model.forward_block(layer, batch.to(self.model.device), index).cpu()
-            for batch in stream.split(self.batch_size)
-        ]
-        self.streams[name] = torch.cat(parts)
+        """Run a block on the variant ``source`` (default: ``name``) and keep it as ``name``."""
+        device = self.model.device
+        with torch.no_grad():
+            self.states[name] = [
+                batch.run(layer, index, state.to(device)).cpu()
+                for batch, state in zip(self.base.batches, self.states[source or name], strict=True)
+            ]
+
+    def stream(self, name: str) -> Stream:
+        """A variant's windows on the model's device."""
+        pairs = zip(self.base.batches, self.states[name], strict=True)
+        return Stream([replace(b, hidden=s.to(self.model.device)) for b, s in pairs])
 
 
 def measure(
@@ -77,7 +91,7 @@ def measure(
     batch_size: int = 4,
     reporter: Reporter | None = None,
 ) -> Sensitivity:
-    """Run the ternary model once for every linear.
+    """Run the ternary model once for every linear; once for a kind of linear of all experts.
 
     Args:
         checkpoint: the model that the artifact was made from.
@@ -88,111 +102,142 @@ def measure(
     """
     reporter = reporter or Reporter()
     tokens = tokens[:, :MAX_WINDOW]
-    replaced = {k: torch.from_numpy(v) for k, v in artifact.replaced().items()}
+    refined = {k: torch.from_numpy(v) for k, v in artifact.replaced().items()}
     full = StreamedModel(checkpoint, device, dtype)
-    model = StreamedModel(dataclasses.replace(checkpoint, replaced=replaced), device, dtype)
-    tied = checkpoint.tied
-    variants = _Variants(model, batch_size)
-    streams = variants.streams
-    streams["full"] = full.embed(tokens).cpu()
-    streams["ternary"] = model.embed(tokens).cpu()
-    shaken = _shaken_tables(model, tied)
-    table = shaken["embedding"].to(model.device, model.dtype)
-    streams["embedding"] = nn.functional.embedding(tokens.to(model.device), table).cpu()
+    model = StreamedModel(replace(checkpoint, replaced=refined), device, dtype)
+    noisy = _shaken(model, dtype)
+    base = model.start(tokens, batch_size)
+    variants = _Variants(model, base)
+    variants.add("full", full.start(tokens, batch_size))
+    variants.add("ternary", base)
+    variants.add("embedding", noisy["embedding"].start(tokens, batch_size))
     linears: dict[str, Linear] = {}
-    total = len(artifact.matrices)
-    reporter.start("measuring each linear", total * (model.n_blocks + 1) // 2)
+    groups: dict[str, list[str]] = {}
+    reporter.start("measuring each linear", len(artifact.matrices) * (model.n_blocks + 1) // 2)
     for index in range(model.n_blocks):
         matrices = artifact.block(index)
         weights = {n: torch.from_numpy(m.dequantize()).to(device) for n, m in matrices.items()}
-        layer = model.load_block(index, weights)
-        inputs = _inputs(model, layer, streams["ternary"], index, batch_size)
-        for name in [n for n in streams if n not in ("full", "ternary")]:
+        block = model.block(index)
+        layer = block.module(weights)
+        inputs = _inputs(block, layer, variants.stream("ternary"))
+        for name in [n for n in variants.states if n not in ("full", "ternary")]:
             variants.forward(layer, index, name)
             reporter.step(f"block {index + 1}/{model.n_blocks}")
+        here = _groups(block, list(weights))
         for name, weight in weights.items():
-            original = model.weight(name)
-            moment = inputs[name]
-            off = original.double() - weight.double()
-            error = float(((off @ moment) * off).sum())
-            energy = moment.diagonal().float().cpu().numpy()
-            linears[name] = Linear(0.0, error, energy)
-            model.replace_weights(layer, index, {name: original})
+            linears[name] = _linear(block.weight(name) - weight, inputs.get(name))
+        for name, members in here.items():
+            block.put(layer, {n: block.weight(n) for n in members})
             variants.forward(layer, index, name, "ternary")
-            model.replace_weights(layer, index, {name: weight})
+            block.put(layer, {n: weights[n] for n in members})
+        groups |= here
         variants.forward(layer, index, "ternary")
-        variants.forward(full.load_block(index), index, "full")
+        variants.forward(full.block(index).module(), index, "full")
     reporter.done()
-    divergence = _divergences(full, model, streams, shaken, tied)
+    divergence = _divergences(full, model, noisy, variants)
     kl = divergence["ternary"]
-    for name, value in linears.items():
-        linears[name] = dataclasses.replace(value, gain=kl - divergence[name])
-    tables = {n: (divergence[n] - kl) / NOISE for n in (["embedding"] if tied else shaken)}
+    for name, members in groups.items():
+        whole = sum(linears[n].error for n in members) or 1.0
+        for n in members:
+            share = linears[n].error / whole if len(members) > 1 else 1.0
+            linears[n] = replace(linears[n], gain=(kl - divergence[name]) * share)
+    tables = {n: (divergence[n] - kl) / NOISE for n in noisy if n in divergence}
     return Sensitivity(tokens.numel(), kl, linears, tables)
 
 
-def _inputs(
-    model: StreamedModel, layer: nn.Module, stream: Tensor, index: int, batch_size: int
-) -> dict[str, Tensor]:
-    """The mean of x x^T at the input of every linear of a block, float64, by module name."""
-    sums: dict[int, Tensor] = {}
+def _groups(block: Block, names: list[str]) -> dict[str, list[str]]:
+    """Variants of a block: each matrix, and as one all experts' matrices of a kind.
 
-    def take(number: int, x: Tensor) -> None:
-        x = x.reshape(-1, x.shape[-1]).float()
-        product = (x.T @ x).double()
-        sums[number] = sums[number] + product if number in sums else product
+    A file holds those in one tensor of one type; what the group gains is shared by their errors.
+    """
+    found: dict[tuple[object, ...], list[str]] = {}
+    for name in names:
+        matrix = block.matrices[name]
+        alone = matrix.expert is None
+        found.setdefault((name,) if alone else (matrix.site, kind_of(name)), []).append(name)
+    return {members[0]: members for members in found.values()}
 
-    for batch in stream.split(batch_size):
-        model.capture_inputs(layer, batch.to(model.device), index, take)
-    tokens = stream.shape[0] * stream.shape[1]
+
+def _linear(off: Tensor, moment: Tensor | None) -> Linear:
+    """What a matrix's error makes of its inputs; an expert that no token reached makes nothing."""
+    if moment is None:
+        return Linear(0.0, 0.0, torch.ones(off.shape[1]).numpy())
+    off = off.double()
+    error = float(((off @ moment) * off).sum())
+    return Linear(0.0, error, moment.diagonal().float().cpu().numpy())
+
+
+@torch.no_grad()
+def _inputs(block: Block, layer: nn.Module, stream: Stream) -> dict[str, Tensor]:
+    """The mean over all tokens of x x^T at the input of every matrix of a block, float64, by name.
+
+    An expert's input is 0 for the tokens that are not routed to it.
+    """
+    sums: dict[tuple[int, int | None], Tensor] = {}
+    wanted = range(len(block.sites))
+    tokens = 0
+    for batch in stream.batches:
+        tokens += batch.tokens.numel()
+        seen, _ = watch(
+            layer, block.sites, wanted, partial(batch.run, layer, block.index)
+        )  # fmt: skip
+        inputs: list[tuple[tuple[int, int | None], Tensor]] = [
+            ((n, None), x) for n, x in seen.inputs.items()
+        ]
+        inputs += [((n, e), x) for n, each in seen.experts.items() for e, x in each.items()]
+        for key, x in inputs:
+            x = x.reshape(-1, x.shape[-1]).float()
+            product = (x.T @ x).double()
+            sums[key] = sums[key] + product if key in sums else product
     return {
-        model.linear_name(index, linear): sums[number] / tokens
-        for number, site in enumerate(model.adapter.sites)
-        for linear in site.linears
+        m.name: sums[m.site, m.expert] / tokens
+        for m in block.matrices.values()
+        if (m.site, m.expert) in sums
     }
 
 
-def _shaken_tables(model: StreamedModel, tied: bool) -> dict[str, Tensor]:
-    """The embeddings, and the head where it is another tensor, with noise on them, float32."""
+def _shaken(model: StreamedModel, dtype: str) -> dict[str, StreamedModel]:
+    """Models with noise on the embeddings, and on the head where it is another tensor."""
     generator = torch.Generator().manual_seed(0)
     result = {}
-    for key, name in {"embedding": EMBEDDING, **({} if tied else {"head": HEAD})}.items():
+    for key, name in {"embedding": model.embedding, "head": model.head}.items():
+        if key == "head" and name == model.embedding:
+            continue
         weight = model.checkpoint.read(name).float()
         rows = weight.square().mean(dim=1, keepdim=True).sqrt()
         noise = torch.randn(weight.shape, generator=generator)
-        result[key] = weight + noise * rows * NOISE**0.5
+        shaken = {**model.checkpoint.replaced, name: weight + noise * rows * NOISE**0.5}
+        checkpoint = replace(model.checkpoint, replaced=shaken)
+        result[key] = StreamedModel(checkpoint, str(model.device), dtype)
     return result
 
 
 def _divergences(
-    full: StreamedModel, model: StreamedModel, streams: dict[str, Tensor],
-    shaken: dict[str, Tensor], tied: bool,
-) -> dict[str, float]:  # fmt: skip
+    full: StreamedModel, model: StreamedModel, noisy: dict[str, StreamedModel], variants: _Variants
+) -> dict[str, float]:
     """KL(full precision || variant) in nats per token."""
-    whole = full.head()
-    plain = model.head()
-    changed = {HEAD if not tied else EMBEDDING: shaken["embedding" if tied else "head"]}
-    replaced = {**model.checkpoint.replaced, **changed}
-    noisy = StreamedModel(
-        dataclasses.replace(model.checkpoint, replaced=replaced), str(model.device),
-        str(model.dtype).removeprefix("torch."),
-    ).head()  # fmt: skip
-    heads = dict.fromkeys(streams, plain)
-    runs = dict(streams)
+    runs = {n: (model, n) for n in variants.states if n != "full"}
+    tied = "head" not in noisy
     if tied:
-        heads["embedding"] = noisy
+        runs["embedding"] = (noisy["embedding"], "embedding")
     else:
-        runs["head"], heads["head"] = streams["ternary"], noisy
-    sums = dict.fromkeys((n for n in runs if n != "full"), 0.0)
+        runs["head"] = (noisy["head"], "ternary")
+    sums = dict.fromkeys(runs, 0.0)
     count = 0
-    for window in range(streams["full"].shape[0]):
-        target = whole(streams["full"][window].to(full.device)).log_softmax(dim=-1)
-        count += target.shape[0]
-        for name in sums:
-            got = heads[name](runs[name][window].to(full.device)).log_softmax(dim=-1)
-            sums[name] += float(
-                nn.functional.kl_div(got, target, log_target=True, reduction="sum").double()
-            )
+    streams = {n: variants.stream(n).batches for n in variants.states}
+    with ExitStack() as held, torch.no_grad():
+        for each in (full, model, *noisy.values()):
+            held.enter_context(each.outside())
+        for at, batch in enumerate(streams["full"]):
+            targets = [t.log_softmax(dim=-1) for t in full.logits(Stream([batch]))]
+            count += sum(t.shape[0] for t in targets)
+            for name, (head, states) in runs.items():
+                found = head.logits(Stream([streams[states][at]]))
+                for logits, target in zip(found, targets, strict=True):
+                    got = logits.log_softmax(dim=-1)
+                    sums[name] += float(
+                        nn.functional.kl_div(got, target, log_target=True, reduction="sum").double()
+                    )
     if not all(abs(v) < float("inf") for v in sums.values()):
         raise PT2Error("the model's logits are NaN or Inf: use --dtype float32")
     return {name: value / count for name, value in sums.items()}

@@ -155,7 +155,7 @@ def upstream_test(name, *arguments):
     build = api.require_build("cpu")
     done = subprocess.run(
         [build.tool(name), *arguments], env=build.env(), capture_output=True, text=True,
-        errors="replace", timeout=580,
+        errors="replace", timeout=1500,
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)

@@ -12,15 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from quantize_support import tiny_config, tiny_model, token_file
+from quantize_support import tiny_model, token_file
 from safetensors.torch import load_file, save_file
 
 from pt2_core.errors import PT2Error
-from pt2_core.model.architectures import ADAPTERS, EMBEDDING, HEAD
 from pt2_core.model.checkpoint import Checkpoint
+from pt2_core.model.tied_tables import EMBEDDING, HEAD
 from pt2_core.model.widths import width_problem
+from quantize.config import Config
 from quantize.evaluate import perplexity
 from quantize.model.streamed import StreamedModel
+from quantize.plan import make_plan
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -328,14 +330,18 @@ def test_a_missing_model_type_is_that_of_the_architecture(folder):
     refused(folder, "do not belong together")
 
 
-def test_our_defaults_are_those_of_transformers():
-    for name, adapter in ADAPTERS.items():
-        settings = tiny_config(name.removesuffix("ForCausalLM")).to_dict()
-        default = type(tiny_config(name.removesuffix("ForCausalLM")))()
-        assert settings["model_type"] == adapter.model_type
-        assert default.tie_word_embeddings is False
-        for key, value in adapter.defaults.items():
-            assert getattr(default, key) == value
+def test_a_number_of_heads_that_the_files_lack_is_transformers_default(tmp_path):
+    """Mistral's is 8, whatever the number of heads; llama.cpp would take all of them."""
+    folder = tiny_model(tmp_path / "m", "Mistral", num_attention_heads=16, num_key_value_heads=8)
+    config(folder, num_key_value_heads="gone")
+    checkpoint = Checkpoint.open(folder)
+    StreamedModel(checkpoint)
+    assert checkpoint.settings["num_key_value_heads"] == 8
+    assert checkpoint.filled == {"num_key_value_heads": 8}
+    assert "num_key_value_heads: 8" in checkpoint.notes[0]
+    other = Checkpoint.open(folder)
+    other.as_made(checkpoint.identity("x"))
+    assert other.settings == checkpoint.settings
 
 
 def test_a_missing_head_dim_is_transformers_default_where_the_files_fit_it(tmp_path):
@@ -343,7 +349,7 @@ def test_a_missing_head_dim_is_transformers_default_where_the_files_fit_it(tmp_p
     folder = tiny_model(tmp_path / "m", "Qwen3", num_hidden_layers=1, head_dim=128)
     config(folder, head_dim="gone")
     checkpoint = Checkpoint.open(folder)
-    assert StreamedModel(checkpoint).head_dim == checkpoint.settings["head_dim"] == 128
+    assert StreamedModel(checkpoint).config.head_dim == checkpoint.settings["head_dim"] == 128
     assert "head_dim" in checkpoint.notes[0]
     other = tiny_model(tmp_path / "n", "Qwen3", num_hidden_layers=1, head_dim=64)
     config(other, head_dim="gone")
@@ -417,11 +423,11 @@ def test_widths_are_named_together_with_the_one_option_that_settles_them():
 
 def test_a_width_that_no_type_holds_is_refused_before_the_work(tmp_path):
     folder = tiny_model(tmp_path / "m", intermediate_size=192, num_hidden_layers=1)
-    for size in ("128", "64"):
-        done = quantise(folder, tmp_path, "--block-size", size)
-        assert "--skip 'down_proj'" in done.stderr
-    option = ["--block-size", "128", "--skip", "down_proj"]
-    assert quantise(folder, tmp_path, *option, "--calibration", "none.txt", said="none.txt")
+    model = StreamedModel(Checkpoint.open(folder))
+    for size in (128, 64):
+        with pytest.raises(PT2Error, match="--skip 'down_proj'"):
+            make_plan(model, Config(block_size=size), strict=True)
+    assert not make_plan(model, Config(skip="down_proj"), strict=True).by_need
 
 
 # Before torch -------------------------------------------------------------------------------------
@@ -451,13 +457,11 @@ def quantise(folder: Path, tmp_path: Path, *options: str, said: str = "") -> Any
 CHEAP: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
     "no folder": (lambda f: f.rename(f.parent / "gone"), [], "no model folder"),
     "output exists": (lambda f: (f.parent / "out").write_text("x"), [], "is a file"),
-    "architecture": (lambda f: config(f, architectures=["NewForCausalLM"]), [], "NewForCausalLM"),
     "option": (lambda f: None, ["--damping", "99"], "damping"),
     "no text": (lambda f: None, ["--calibration", "none.txt"], "none.txt"),
     "no tokenizer": (lambda f: None, ["--calibration", "wikitext2"], "no tokenizer"),
     "no ids": (lambda f: None, ["--calibration", "none.safetensors:x"], "none.safetensors"),
     "quantised": (lambda f: tensors(f, **{f"{LAYER}.qweight": SMALL}), [], "16-bit"),
-    "width": (lambda f: config(f), ["--block-size", "256"], "--block-size 128"),
 }
 
 

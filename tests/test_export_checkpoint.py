@@ -157,7 +157,7 @@ def test_the_artifact_says_which_tensors_count(tmp_path):
     assert any("extra_head" in note for note in report.notes)
     checkpoint = Checkpoint.open(model)
     with pytest.raises(PT2Error, match=r"no tensor model\.gone"):
-        checkpoint.keep_only(["model.gone"])
+        checkpoint.as_made({"tensors": ["model.gone"]})
 
 
 def test_a_changed_tokenizer_is_another_model(tmp_path):

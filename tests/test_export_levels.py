@@ -8,7 +8,7 @@ import pytest
 from export_support import read
 
 from export import ExportConfig, export_gguf
-from export.levels import check_levels, levels_entry, levels_of
+from export.levels import check_levels, levels_entry, levels_of, wrong_levels
 from pt2_core import formats
 from pt2_core.artifact.folder import Artifact
 from pt2_core.errors import PT2Error
@@ -32,6 +32,10 @@ def test_a_file_of_four_levels_holds_the_artifact_and_says_so(made, tmp_path):
     assert np.array_equal(np.sort(alpha[:, 0]), np.sort(up.alpha[:, 0]))
     assert np.array_equal(np.sort(mu[:, 0]), np.sort(up.mu[:, 0]))
     assert read_gguf(tmp_path / "m.gguf").metadata["pt2.tq2_1.levels"] == 4
+    assert list(wrong_levels(artifact, fields, tensors.values())) == []
+    del fields["pt2.tq2_1.levels"]
+    wrong = list(wrong_levels(artifact, fields, tensors.values()))
+    assert wrong == ["pt2.tq2_1.levels is missing in place of 4"]
 
 
 def test_q2_k_takes_four_levels(made, tmp_path):

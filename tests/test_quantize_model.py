@@ -1,4 +1,4 @@
-"""Adapters and streaming: block by block must give what transformers' own model gives."""
+"""Streaming: block by block must give what transformers' own model gives."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from pt2_core.errors import PT2Error
 from pt2_core.model.checkpoint import Checkpoint
-from pt2_core.model.widths import check_linears
+from quantize.config import Config
 from quantize.evaluate import perplexity
 from quantize.method.hessian import InputMoments
 from quantize.model.streamed import StreamedModel
+from quantize.moments import watch
+from quantize.plan import make_plan
 
 
 def full_model(folder: Path):
@@ -33,10 +35,10 @@ def tokens() -> torch.Tensor:
 def test_streamed_logits_are_the_models_own(architecture, tmp_path, tokens):
     folder = tiny_model(tmp_path / "m", architecture)
     model = StreamedModel(Checkpoint.open(folder))
-    hidden = model.embed(tokens)
+    stream = model.start(tokens, 2)
     for index in range(model.n_blocks):
-        hidden = model.forward_block(model.load_block(index), hidden, index)
-    got = torch.stack([model.head()(h) for h in hidden])
+        stream.advance(model.block(index).module(), index)
+    got = torch.stack(list(model.logits(stream)))
     with torch.no_grad():
         want = full_model(folder)(tokens).logits
     assert torch.allclose(got, want, atol=2e-4), (got - want).abs().max()
@@ -60,20 +62,25 @@ def test_sites_see_the_inputs_of_their_linears(architecture, tmp_path, tokens):
     model = StreamedModel(Checkpoint.open(folder))
     seen: dict[str, torch.Tensor] = {}
     full = full_model(folder)
-    for site in model.adapter.sites:
-        for linear in site.linears:
-            full.get_submodule(model.linear_name(1, linear)).register_forward_pre_hook(
-                lambda _, args, linear=linear: seen.__setitem__(linear, args[0])
-            )
+    block = model.block(1)
+    assert [[m.param.split(".")[1] for m in s.members] for s in block.sites] == [
+        ["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"],
+    ]  # fmt: skip
+    for name in block.matrices:
+        full.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, name=name: seen.__setitem__(name, args[0])
+        )
     with torch.no_grad():
         full(tokens)
-    hidden = model.embed(tokens)
-    hidden = model.forward_block(model.load_block(0), hidden, 0)
-    got: dict[int, torch.Tensor] = {}
-    model.capture_inputs(model.load_block(1), hidden, 1, got.__setitem__)
-    for number, site in enumerate(model.adapter.sites):
-        for linear in site.linears:
-            assert torch.allclose(got[number], seen[linear], atol=1e-4), linear
+    stream = model.start(tokens, 5)
+    stream.advance(model.block(0).module(), 0)
+    layer, batch = block.module(), stream.batches[0]
+    found, out = watch(layer, block.sites, range(4), lambda: batch.run(layer, 1), streams=True)
+    assert out is None  # nothing behind the last product is run
+    for name, matrix in block.matrices.items():
+        assert torch.allclose(found.inputs[matrix.site], seen[name], atol=1e-4), name
+    assert torch.equal(found.streams[1], batch.hidden)
+    assert set(found.streams) == {1, 3}
 
 
 def test_moments_are_the_mean_of_outer_products():
@@ -114,13 +121,29 @@ def test_shards_are_read_where_they_lie(tmp_path, tokens):
         Checkpoint.open(folder)
 
 
-def test_widths_and_skipped_linears(tmp_path):
+def plan_of(folder: Path, strict: bool = False, **settings):
+    model = StreamedModel(Checkpoint.open(folder))
+    return make_plan(model, Config(proof_tokens=0, **settings), strict=strict)
+
+
+def test_what_fits_no_block_stays_as_it_is_and_is_named(tmp_path):
     folder = tiny_model(tmp_path / "m", intermediate_size=192)
-    model = Checkpoint.open(folder)
+    plan = plan_of(folder)
+    assert len(plan.ternary) == 18 and len(plan.kept) == 3
+    assert set(plan.kept.values()) == {"blocks of 128 do not fit its 192 columns"}
+    (note,) = plan.notes("foldable")
+    assert note.startswith("model.layers.0.mlp.down_proj and 2 more stay as they are: blocks of")
     with pytest.raises(PT2Error, match=r"128 do not fit down_proj \(192 columns\).*--skip 'down_"):
-        check_linears(model, 128, None)
-    assert len(check_linears(model, 64, None, exported=False)[0]) == 21
-    ternary, kept = check_linears(model, 128, "down_proj")
-    assert len(ternary) == 18 and all("down_proj" in n for n in kept) and len(kept) == 3
+        plan_of(folder, strict=True)
+    assert len(plan_of(folder, block_size=64, order="ssr").ternary) == 21
+    skipped = plan_of(folder, strict=True, skip="down_proj")
+    assert len(skipped.ternary) == 18 and not skipped.by_need
+    assert set(skipped.kept.values()) == {"matches --skip down_proj"}
     with pytest.raises(PT2Error, match="matches every linear"):
-        check_linears(model, 128, ".")
+        plan_of(folder, skip=".")
+
+
+def test_a_model_of_which_nothing_fits_is_refused(tmp_path):
+    folder = tiny_model(tmp_path / "m", hidden_size=192, intermediate_size=192, head_dim=48)
+    with pytest.raises(PT2Error, match="cannot be ternarised"):
+        plan_of(folder)

@@ -180,14 +180,12 @@ def _convert(source: Path, final: Path, say: Say, **given: Any) -> None:
         given: what the files to compare with were given for the tokenizer and the context.
     """
     from export.converter import Options, convert_whole
-    from pt2_core.model.architectures import ADAPTERS
     from pt2_core.model.checkpoint import Checkpoint
     from pt2_core.model.expected import load_config, settle
     from pt2_llama.api import source_dir
 
     checkpoint = Checkpoint.open(source)
-    if checkpoint.architecture in ADAPTERS:
-        settle(checkpoint, load_config(checkpoint))
+    settle(checkpoint, load_config(checkpoint))
     with atomic_path(final) as tmp:
         notes = convert_whole(
             source_dir(), checkpoint, tmp, Options(**given), final.with_suffix(".log")

@@ -35,7 +35,11 @@ HELD = record({k: number() for k in ("kl", "same_top", "perplexity", "teacher_pe
 _MATRIX = record(
     {"rows": _SIZE, "cols": _SIZE},
     {"block_size": _SIZE, "levels": integer(3, 4), "order": text(), "E_w": _ERRORS, "E_x": _ERRORS,
-     "norm_w": number(0), "norm_x": number(0), "tensor": text(), "transposed": boolean},
+     "norm_w": number(0), "norm_x": number(0),
+     # Where the matrix is: the tensor of the files, and whether that holds [in, out].
+     "tensor": text(), "transposed": boolean,
+     # Of an expert: its calibration tokens, the share of the layer's common Hessian in its own.
+     "tokens": integer(0), "common": number(0)},
 )  # fmt: skip
 _MODEL = record(
     {"fingerprint": text()},
@@ -109,3 +113,12 @@ def block_of(name: str) -> int:
     """
     numbers = (int(part) for part in name.split(".") if part.isdecimal())
     return next(numbers, 0)
+
+
+def kind_of(name: str) -> str:
+    """The kind of linear that a matrix is, as tables and figures group them.
+
+    >>> kind_of("model.layers.0.mlp.experts.down_proj[5]"), kind_of("model.layers.0.mlp.up_proj")
+    ('down_proj', 'up_proj')
+    """
+    return split_expert(name)[0].rpartition(".")[2]

@@ -9,16 +9,15 @@ Free of torch until a tensor is read.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pt2_core.commands import command
 from pt2_core.errors import PT2Error
-from pt2_core.model.architectures import ADAPTERS, HEAD
 from pt2_core.model.fingerprint import fingerprint
-from pt2_core.model.leftovers import FLOATS, check_layers, check_leftovers, in_words
+from pt2_core.model.leftovers import FLOATS, check_leftovers, in_words
 from pt2_core.model.settings import (
     CONFIG,
     TIE,
@@ -27,7 +26,7 @@ from pt2_core.model.settings import (
     read_config,
     tie_flag,
 )
-from pt2_core.model.tied_tables import decide_tied
+from pt2_core.model.tied_tables import EMBEDDING, HEAD, decide_tied
 from pt2_core.model.tokenizer_files import tokenizer_files
 from pt2_core.model.weight_files import INDEX, weight_files, weight_tensors
 from pt2_core.safetensors_file import TensorInfo
@@ -49,11 +48,13 @@ class Checkpoint:
         settings: ``config.json`` made true to the files: this is what counts.
         shards: names of the files with the weights, sorted.
         tensors: tensor name -> what its header says, of the tensors that count.
-        tied: whether the embeddings' table is the head's too.
+        tied: whether the embeddings' table is the head's too, as far as names say it;
+            :func:`pt2_core.model.expected.settle` knows.
         dropped: tensors of the shards that do not count -> why.
         tokenizer_files: the tokenizer's files, relative to the folder.
         notes: one line for each thing that was left out or decided.
         replaced: tensors that are used instead of the checkpoint's (an artifact's refined norms).
+        filled: settings that ``config.json`` lacks, as transformers takes them.
     """
 
     path: Path
@@ -67,6 +68,7 @@ class Checkpoint:
     tokenizer_files: list[str]
     notes: list[str]
     replaced: dict[str, Tensor] = field(default_factory=dict)
+    filled: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def open(cls, model_dir: str | Path) -> Checkpoint:
@@ -75,8 +77,7 @@ class Checkpoint:
         Raises:
             PT2Error: no folder, no or broken ``config.json``, no safetensors, a shard that is
                 missing, truncated or damaged, weights that are quantised already or of an adapter,
-                no head, another number of decoder blocks than ``config.json`` says, or a folder
-                that asks for Python code of its own.
+                no head, or a folder that asks for Python code of its own.
         """
         path = Path(model_dir)
         if not path.is_dir():
@@ -104,11 +105,12 @@ class Checkpoint:
         notes += in_words(dropped)
         settings, more = clean_settings(path, raw)
         notes += more
+        flag = tie_flag(path, raw)
         tied = HEAD not in counted
-        if architecture_of(raw) in ADAPTERS:
-            check_layers(path, counted, settings.get("num_hidden_layers"))
-            tied, more = decide_tied(path, tie_flag(path, raw), counted, home)
-            settings[TIE] = tied
+        if EMBEDDING in counted:
+            tied, more = decide_tied(path, flag, counted, home)
+            if flag is not None or not tied:
+                settings[TIE] = tied
             notes += more
         if tied and counted.pop(HEAD, None) is not None:
             dropped[HEAD] = SAME_TABLE
@@ -131,14 +133,6 @@ class Checkpoint:
         """Size of all files that count."""
         return sum((self.path / n).stat().st_size for n in self.files)
 
-    def check_architecture(self) -> None:
-        """Raise PT2Error unless the architecture is supported; the supported ones are named."""
-        if self.architecture not in ADAPTERS:
-            raise PT2Error(
-                f"{self.path / CONFIG} names the architecture {self.architecture or '(none)'}; "
-                f"supported: {', '.join(sorted(ADAPTERS))}"
-            )
-
     def drop(self, why: Mapping[str, str]) -> None:
         """Let tensors not count (name -> reason) and say so."""
         new = {n: w for n, w in why.items() if n in self.tensors}
@@ -147,13 +141,23 @@ class Checkpoint:
         self.dropped.update(new)
         self.notes += in_words(new)
 
-    def keep_only(self, names: Iterable[str]) -> None:
-        """Let only these tensors count: those that did when an artifact was made.
+    def fill_in(self, values: Mapping[str, Any]) -> None:
+        """Complete the settings by what ``config.json`` lacks."""
+        self.filled.update(values)
+        self.settings.update(values)
+
+    def as_made(self, record: Mapping[str, Any]) -> None:
+        """Let count what did when an artifact was made: tensors, tie and settings.
+
+        Args:
+            record: the manifest's ``model``.
 
         Raises:
-            PT2Error: one of them is not there.
+            PT2Error: one of the tensors is not there.
         """
-        wanted = set(names)
+        self.tied = bool(record.get("tied", self.tied))
+        self.fill_in(record.get("filled", {}))
+        wanted = set(record.get("tensors", self.tensors))
         for name in sorted(wanted - set(self.tensors)):
             self.info(name)
         self.drop({n: "the artifact was made without it" for n in set(self.tensors) - wanted})
@@ -209,6 +213,7 @@ class Checkpoint:
             "architecture": self.architecture,
             "model_type": self.settings.get("model_type"),
             "tied": self.tied,
+            **({"filled": self.filled} if self.filled else {}),
             "tensors": {name: list(info.shape) for name, info in self.tensors.items()},
         }
 

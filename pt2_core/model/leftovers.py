@@ -8,7 +8,7 @@ heads of other tasks are dropped.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from pt2_core.errors import PT2Error
@@ -75,28 +75,24 @@ def is_buffer(name: str) -> bool:
     return _BUFFER.search(name) is not None
 
 
-def check_layers(path: Path, tensors: Mapping[str, TensorInfo], layers: object) -> None:
-    """Raise PT2Error unless the files hold as many decoder blocks as ``num_hidden_layers`` says."""
-    found = {int(m[1]) for n in tensors if (m := re.match(r"model\.layers\.(\d+)\.", n))}
-    if not found:
-        near = next((n for n in tensors if "embed_tokens" in n), next(iter(tensors)))
-        raise PT2Error(
-            f"{path} has no tensor model.layers.0.*, but e.g. {near}: load it with transformers "
-            "and save it again with save_pretrained"
-        )
-    if not isinstance(layers, int) or isinstance(layers, bool):
-        return  # transformers names what is wrong with it, or takes its default
+def check_layers(path: Path, names: Iterable[str], stack: str, layers: int) -> None:
+    """Raise PT2Error unless the files hold as many decoder blocks as ``num_hidden_layers`` says.
+
+    Args:
+        names: of the files' tensors.
+        stack: the list of decoder blocks, ``model.layers``.
+    """
+    pattern = re.compile(rf"(^|\.){re.escape(stack)}\.(\d+)\.")
+    found = {int(m[2]) for n in names if (m := pattern.search(n))}
+    missing = [i for i in range(layers) if i not in found]
+    if not found or (not missing and max(found) < layers):
+        return
+    says = f"{path / 'config.json'} says num_hidden_layers {layers}, but the files hold"
     if max(found) + 1 > layers:
         raise PT2Error(
-            f"{path / 'config.json'} says num_hidden_layers {layers}, but the files hold "
-            f"{max(found) + 1} decoder blocks: give the config.json that belongs to them"
+            f"{says} {max(found) + 1} decoder blocks: give the config.json that belongs to them"
         )
-    missing = [i for i in range(layers) if i not in found]
-    if missing:
-        raise PT2Error(
-            f"{path / 'config.json'} says num_hidden_layers {layers}, but the files hold "
-            f"{len(found)} decoder blocks: model.layers.{missing[0]} is missing"
-        )
+    raise PT2Error(f"{says} {len(found)} decoder blocks: {stack}.{missing[0]} is missing")
 
 
 def in_words(dropped: Mapping[str, str]) -> list[str]:

@@ -8,7 +8,6 @@ from typing import Any
 
 from pt2_core.errors import PT2Error
 from pt2_core.files import read_json
-from pt2_core.model.architectures import ADAPTERS
 from pt2_core.model.tokenizer_files import refuse_code
 
 CONFIG = "config.json"
@@ -60,9 +59,6 @@ def clean_settings(path: Path, raw: Mapping[str, Any]) -> tuple[dict[str, Any], 
     """The settings that count, and one line for each thing that was dropped or filled in.
 
     The tie flag is left for :func:`pt2_core.model.tied_tables.decide_tied`.
-
-    Raises:
-        PT2Error: ``model_type`` and ``architectures`` do not belong together.
     """
     settings, notes = dict(raw), []
     for key in _QUANTISED:
@@ -81,27 +77,11 @@ def clean_settings(path: Path, raw: Mapping[str, Any]) -> tuple[dict[str, Any], 
                     f"dropped {key} {settings[key]} of {CONFIG}: no id in a vocabulary of {vocab}"
                 )
                 settings[key] = kept
-    adapter = ADAPTERS.get(architecture_of(raw))
-    if adapter is not None:
-        kind = settings.setdefault("model_type", adapter.model_type)
-        if "model_type" not in raw:
-            notes.append(f"{CONFIG} has no model_type: {kind}, as of its architecture")
-        if kind != adapter.model_type:
-            raise PT2Error(
-                f"{path / CONFIG} has model_type {kind!r} and the architecture "
-                f"{architecture_of(raw)}, which do not belong together: give the config.json that "
-                "belongs to the model"
-            )
-        for key, value in adapter.defaults.items():
-            if settings.get(key) is None:
-                settings[key] = value
-                notes.append(f"{CONFIG} has no {key}: {value}, as transformers takes it")
     return settings, notes
 
 
-def tie_flag(path: Path, config: Mapping[str, Any]) -> bool:
-    """Whether ``config.json`` asks for one table; False where it is silent, as transformers' own
-    classes of the supported architectures.
+def tie_flag(path: Path, config: Mapping[str, Any]) -> bool | None:
+    """Whether ``config.json`` asks for one table; None where it is silent.
 
     Raises:
         PT2Error: it is neither true nor false.
@@ -109,7 +89,7 @@ def tie_flag(path: Path, config: Mapping[str, Any]) -> bool:
     flag = config.get(TIE)
     if flag is not None and not isinstance(flag, bool):
         raise PT2Error(f"{path / CONFIG}: {TIE} must be true or false, not {flag!r}")
-    return bool(flag)
+    return flag
 
 
 def _valid_ids(value: Any, vocab: Any) -> Any:

@@ -13,51 +13,62 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pt2_core.errors import PT2Error
-from pt2_core.model.architectures import EMBEDDING, HEAD
 from pt2_core.safetensors_file import TensorInfo, header_bytes
 
+# What most architectures call them.
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _PIECE = 1 << 24  # elements compared at a time
 
 
 def decide_tied(
-    path: Path, flag: bool, tensors: Mapping[str, TensorInfo], home: Mapping[str, str]
-) -> tuple[bool, list[str]]:
+    path: Path, flag: bool | None, tensors: Mapping[str, TensorInfo], home: Mapping[str, str],
+    embedding: str = EMBEDDING, head: str = HEAD,
+) -> tuple[bool, list[str]]:  # fmt: skip
     """Whether one table serves as embeddings and head, and what to say about it.
 
+    Args:
+        flag: ``tie_word_embeddings``; None where ``config.json`` is silent.
+        embedding, head: the names of the two tables.
+
     Raises:
-        PT2Error: there are no embeddings, or no head although the flag does not tie.
+        PT2Error: there is no head although the flag says that the two are not tied.
     """
-    if EMBEDDING not in tensors:
-        raise PT2Error(
-            f"{path} has no tensor {EMBEDDING}: load it with transformers and save it again with "
-            "save_pretrained"
-        )
-    if HEAD not in tensors:
-        if not flag:
-            raise PT2Error(
-                f"{path} has no tensor {HEAD}, and config.json does not tie the head to the "
-                "embeddings (tie_word_embeddings): give the missing file, or set it to true if "
-                "the model was trained so"
-            )
+    if head not in tensors:
+        if flag is False:
+            raise PT2Error(no_head(path, head))
         return True, []
     if not flag:
         return False, []
-    if tensors[EMBEDDING].shape == tensors[HEAD].shape and _equal(path, tensors, home):
-        return True, [f"dropped {HEAD}: it equals {EMBEDDING}, and tie_word_embeddings is true"]
+    if tensors[embedding].shape == tensors[head].shape and _equal(
+        path, tensors, home, (embedding, head)
+    ):
+        return True, [f"dropped {head}: it equals {embedding}, and tie_word_embeddings is true"]
     return False, [
-        f"ignored tie_word_embeddings of config.json: {HEAD} is stored and differs from "
-        f"{EMBEDDING}, so the two are not tied"
+        f"ignored tie_word_embeddings of config.json: {head} is stored and differs from "
+        f"{embedding}, so the two are not tied"
     ]
 
 
-def _equal(path: Path, tensors: Mapping[str, TensorInfo], home: Mapping[str, str]) -> bool:
-    maps = [_map(path / home[n], tensors[n]) for n in (EMBEDDING, HEAD)]
-    same_kind = tensors[EMBEDDING].dtype == tensors[HEAD].dtype
+def no_head(path: Path, head: str) -> str:
+    """What is wrong where a model has no head."""
+    return (
+        f"{path} has no tensor {head}, and config.json does not tie the head to the "
+        "embeddings (tie_word_embeddings): give the missing file, or set it to true if "
+        "the model was trained so"
+    )
+
+
+def _equal(
+    path: Path, tensors: Mapping[str, TensorInfo], home: Mapping[str, str], names: tuple[str, str]
+) -> bool:
+    one, other = names
+    maps = [_map(path / home[n], tensors[n]) for n in names]
+    same_kind = tensors[one].dtype == tensors[other].dtype
     for at in range(0, maps[0].size, _PIECE):
         a, b = (m[at : at + _PIECE] for m in maps)
         if same_kind and np.array_equal(a, b):
             continue
-        if not np.array_equal(_float(a, tensors[EMBEDDING].dtype), _float(b, tensors[HEAD].dtype)):
+        if not np.array_equal(_float(a, tensors[one].dtype), _float(b, tensors[other].dtype)):
             return False
     return True
 

@@ -8,7 +8,6 @@ Free of torch.
 from __future__ import annotations
 
 import json
-import os
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from pt2_core.errors import PT2Error
 from pt2_core.files import read_json
 from pt2_core.model.card import CARD, GENERATION, clean_card, clean_generation
 from pt2_core.model.checkpoint import Checkpoint
+from pt2_core.model.hub import model_name
 from pt2_core.model.settings import CONFIG, clean_settings, read_config
 from pt2_core.model.weight_files import INDEX, SINGLE
 from pt2_core.safetensors_file import TensorInfo, header_bytes, read_header
@@ -30,7 +30,7 @@ _PIECE = 1 << 24
 
 def view_folder(checkpoint: Checkpoint, parent: Path) -> Path:
     """Where to write a view: its name is the model's, which the converter puts into the file."""
-    return parent / "view" / (Path(os.path.abspath(checkpoint.path)).name or "model")
+    return parent / "view" / (model_name(checkpoint.path) or "model")
 
 
 def write_view(checkpoint: Checkpoint, folder: Path, *, without_dropped: bool = False) -> list[str]:

@@ -13,7 +13,6 @@ from typing import Any
 
 from pt2_core.errors import PT2Error
 from pt2_core.files import read_json
-from pt2_core.model.architectures import HEAD
 from pt2_core.model.leftovers import is_buffer
 from pt2_core.safetensors_file import TensorInfo, read_header
 
@@ -87,7 +86,7 @@ def weight_tensors(
     notes: list[str] = []
     absent = sorted(set(index) - set(home))
     # Buffers are computed, and whether a head must be there is for the tie to say.
-    spare = [n for n in absent if is_buffer(n) or n == HEAD]
+    spare = [n for n in absent if is_buffer(n) or n == "lm_head.weight"]
     if spare:
         notes.append(f"ignored {_some(spare)} of {INDEX}: no file holds it, and none must")
     if absent := [n for n in absent if n not in spare]:

@@ -10,50 +10,9 @@ import re
 from collections.abc import Iterable, Mapping
 
 from pt2_core import formats
-from pt2_core.errors import PT2Error
-from pt2_core.model.architectures import ADAPTERS
-from pt2_core.model.checkpoint import Checkpoint
 
 BLOCK_SIZES = (64, 128, 256)
 TERNARY_BLOCK, Q2K_BLOCK = formats.BLOCK, 256
-
-
-def check_linears(
-    checkpoint: Checkpoint, block_size: int, skip: str | None, *, exported: bool = True
-) -> tuple[list[str], dict[str, str]]:
-    """Which linears become ternary and which are kept, from the headers alone.
-
-    Args:
-        exported: refuse blocks that no export type can hold.
-
-    Returns:
-        (names of the ternary linears, kept linear -> reason)
-
-    Raises:
-        PT2Error: a tensor is missing or no matrix, widths that do not fit the block size (all of
-            them, and the option that settles it), or ``skip`` leaves nothing to do.
-    """
-    ternary: list[str] = []
-    kept: dict[str, str] = {}
-    widths: dict[str, list[int]] = {}
-    blocks = {int(n.split(".")[2]) for n in checkpoint.tensors if n.startswith("model.layers.")}
-    sites = ADAPTERS[checkpoint.architecture].sites
-    for block in sorted(blocks):
-        for linear in (name for site in sites for name in site.linears):
-            name = f"model.layers.{block}.{linear}"
-            info = checkpoint.info(f"{name}.weight")
-            if skip is not None and re.search(skip, name):
-                kept[name] = f"matches --skip {skip}"
-                continue
-            if len(info.shape) != 2:
-                raise PT2Error(f"tensor {name}.weight is no matrix but {list(info.shape)}")
-            widths.setdefault(linear.rpartition(".")[2], []).append(info.shape[1])
-            ternary.append(name)
-    if problem := width_problem(widths, block_size, skip, exported=exported):
-        raise PT2Error(problem)
-    if not ternary:
-        raise PT2Error(f"--skip {skip} matches every linear: nothing is left to ternarise")
-    return ternary, kept
 
 
 def storable(cols: int, block_size: int, *, exported: bool = True) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,8 @@ from pt2_core.errors import PT2Error
 # Column panels when multiplying: only the panels on and above the diagonal are computed.
 PANELS = 4
 PANEL_MIN = 256
+# Tokens a column from which on an expert's own Hessian counts alone.
+ENOUGH = 4
 
 
 class InputMoments:
@@ -93,6 +97,49 @@ class SiteMoments:
             self.shift.add(x_full.float() - x.float(), x)
         if streams and stream is not None and stream_full is not None:
             self.stream.add(stream_full.float() - stream.float(), x)
+
+
+class ExpertMoments:
+    """x x^T of experts' inputs, each from the tokens that were routed to it.
+
+    Attributes:
+        own: expert -> its moments.
+        common: those of all experts' inputs together; None where they were not asked for.
+    """
+
+    def __init__(self, experts: Iterable[int], common: bool) -> None:
+        self.own = {e: InputMoments() for e in experts}
+        self.common = InputMoments() if common else None
+
+    def add(self, inputs: Mapping[int, Tensor]) -> None:
+        """Add a batch: expert -> its tokens, ``[tokens, cols]``."""
+        for expert, x in inputs.items():
+            if x.numel() == 0:
+                continue
+            if expert in self.own:
+                self.own[expert].add(x)
+            if self.common is not None:
+                self.common.add(x)
+
+
+def blend(own: InputMoments, common: Tensor, where: str) -> tuple[Tensor, float]:
+    """An expert's Hessian: its own, with some of the layer's common one where its tokens are few.
+
+    With n tokens over c columns the share of the common one falls in a straight line from 1 at
+    n = 0 to 0 at n = ``ENOUGH`` c: below one token a column the expert's own is not of full rank.
+
+    Args:
+        common: float64 ``[cols, cols]``, the mean over all experts' inputs.
+        where: names the input.
+
+    Returns:
+        (the Hessian, float64 ``[cols, cols]``; the share of the common one)
+    """
+    share = max(0.0, 1.0 - own.count / (ENOUGH * common.shape[0]))
+    if own.count == 0:
+        return common, 1.0
+    mean = own.mean(where)
+    return (torch.lerp(mean, common, share), share) if share else (mean, 0.0)
 
 
 def mean_square(w: Tensor, hessian: Tensor) -> float:

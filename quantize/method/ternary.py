@@ -23,6 +23,8 @@ from quantize.method.scale_pairs import rounded
 # A 2x2 system whose determinant is smaller than this share of the product of its diagonal cannot
 # tell alpha from mu: T is (nearly) constant over the row.
 SINGULAR = 1e-7
+# Mean square of the inputs' sum, as a share of the sum of their mean squares, that counts as none.
+CANCELS = 1e-6
 LOWEST = -1  # the smallest t
 # Four levels start with this share of a row's range between its first level and its last.
 RANGE = 0.75
@@ -169,7 +171,9 @@ def activation_grid(w: Tensor, t: Tensor, c: Tensor) -> Grid:
     d = c1.sum(dtype=torch.float64)
     wt = (tc * w).sum(dim=1, dtype=torch.float64)
     w1 = (w @ c1).double()
-    if d <= 0:  # inputs that cancel out exactly, or none at all: nothing says what mu should be
+    # Inputs that cancel out (all of a LayerNorm's outputs do), or none at all: nothing says what mu
+    # should be.
+    if d <= CANCELS * c.diagonal().sum(dtype=torch.float64):
         return fit_grid(w, t)
     det = a * d - b * b
     singular = det <= SINGULAR * a * d

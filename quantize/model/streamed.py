@@ -1,188 +1,194 @@
 """A Hugging Face causal LM run one decoder block at a time, with its weights read when needed.
 
-The decoder layers and the rotary embedding are transformers' own classes, so attention, QK-norm,
-biases and rope scaling are theirs. :mod:`pt2_core.model.architectures` says where those classes are
-and which linears a block has, which of them share an input, and what their orders fold into.
+Nothing is known of any architecture: the model is transformers' own class
+(:mod:`quantize.model.shell`), its weights come through transformers' own conversion of checkpoints
+(:mod:`pt2_core.model.layout`), and what a block multiplies with is found by watching it
+(:mod:`quantize.model.sites`). Memory holds one block, and the activations.
+
+    model = StreamedModel(Checkpoint.open("wiki-llama-7m"))
+    stream = model.start(tokens, batch_size=4)
+    for index in range(model.n_blocks):
+        stream.advance(model.block(index).module(), index)
+    for logits in model.logits(stream):  # [len, vocab] of one window after the other
+        ...
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from pt2_core.model.architectures import ADAPTERS, EMBEDDING, HEAD, NORM
+from pt2_core.errors import PT2Error
 from pt2_core.model.checkpoint import Checkpoint, torch_dtype
 from pt2_core.model.expected import load_config, settle
+from quantize.model.block import Block
+from quantize.model.shell import Batch, Shell, empty_outside, fill_outside, set_value, share
+from quantize.model.sites import Matrix, Site, find_matrices, find_sites
+
+PROBE_TOKENS = 8  # enough for a block to run
 
 
-class _LastSite(Exception):
-    """Ends a forward pass whose remaining results are not wanted."""
+class Stream:
+    """Windows between two decoder blocks.
+
+    Attributes:
+        batches: the windows, a few at a time.
+    """
+
+    def __init__(self, batches: list[Batch]) -> None:
+        self.batches = batches
+
+    def clone(self) -> Stream:
+        """The same windows, to go another way."""
+        return Stream([replace(b, hidden=b.hidden.clone()) for b in self.batches])
+
+    @torch.no_grad()
+    def advance(
+        self, layer: nn.Module, index: int, step: Callable[[], None] = lambda: None
+    ) -> None:
+        """Replace the activations by the outputs of decoder block ``index``."""
+        for batch in self.batches:
+            out = batch.run(layer, index)
+            # Into the same memory, so that there are never two copies of the activations.
+            batch.hidden = batch.hidden.copy_(out) if out.shape == batch.hidden.shape else out
+            step()
 
 
 class StreamedModel:
     """A causal LM that holds at most one decoder block.
 
     Attributes:
-        config: transformers' config.
-        n_blocks, hidden_size, head_dim, queries_per_kv: the shapes the orders need.
+        config: transformers' config (of the text model, in a model of parts).
+        shell: the class without its blocks.
+        layout: which tensors of the files make which parameters.
+        n_blocks, hidden_size: its shape.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: str = "cpu", dtype: str = "float32") -> None:
-        """Read the config, and check architecture and tensors against transformers' class.
+        """Build the class, and check the tensors against it.
 
         Raises:
-            PT2Error: an unknown architecture (the known ones are named), a broken config, or
-                tensors that are not those of the class.
+            PT2Error: a class that transformers does not know, a broken config, or tensors that are
+                not those of the class.
         """
         self.checkpoint = checkpoint
         self.device = torch.device(device)
         self.dtype = torch_dtype(dtype)
-        checkpoint.check_architecture()
-        self.adapter = ADAPTERS[checkpoint.architecture]
         self.config = load_config(checkpoint)
-        settle(checkpoint, self.config)
-        heads = self.config.num_attention_heads
-        self.n_blocks: int = self.config.num_hidden_layers
+        model, self.layout = settle(checkpoint, self.config)
+        self.shell = Shell(model, self.device, self.dtype)
+        self.n_blocks = len(self.shell.blocks)
         self.hidden_size: int = self.config.hidden_size
-        self.head_dim: int = getattr(self.config, "head_dim", None) or self.hidden_size // heads
-        self.queries_per_kv: int = heads // (self.config.num_key_value_heads or heads)
-        self._module = importlib.import_module(f"transformers.models.{self.adapter.module}")
-        self._rotary = self._class("RotaryEmbedding")(self.config).to(self.device)
+        self._holders = 0
+        self._sites: dict[str, list[Site]] = {}
+        self._probe: Batch | None = None
+        self._matrices: tuple[int, list[Matrix]] = (-1, [])
 
-    def linear_name(self, block: int, linear: str) -> str:
-        """The module's full name, e.g. ``model.layers.3.mlp.up_proj``."""
-        return f"model.layers.{block}.{linear}"
+    @property
+    def embedding(self) -> str:
+        """The files' name of the embeddings' table."""
+        return self._table(self.shell.model.get_input_embeddings())
 
-    def weight(self, module: str) -> Tensor:
-        """A linear's weight, float32 ``[out, in]``, on the device."""
-        return self.checkpoint.read(f"{module}.weight").to(self.device, torch.float32)
+    @property
+    def head(self) -> str:
+        """The files' name of the head's table: the embeddings' where the two are tied."""
+        return self._table(self.shell.model.get_output_embeddings())
 
-    @torch.no_grad()
-    def embed(self, tokens: Tensor) -> Tensor:
-        """int64 ``[n, len]`` -> the residual stream, ``[n, len, hidden]`` in the forward dtype."""
-        shape = (self.config.vocab_size, self.hidden_size)
-        table = self.checkpoint.read(EMBEDDING, shape).to(self.device, self.dtype)
-        return nn.functional.embedding(tokens.to(self.device), table)
-
-    def load_block(self, index: int, replace: Mapping[str, Tensor] | None = None) -> nn.Module:
-        """Build decoder block ``index`` with its weights in the forward dtype.
-
-        Args:
-            replace: module name -> weight ``[out, in]`` to use instead of the checkpoint's.
-        """
-        with torch.device("meta"):
-            layer = self._class("DecoderLayer")(self.config, layer_idx=index)
-        prefix = f"model.layers.{index}."
-        for name, parameter in list(layer.named_parameters()):
-            module = prefix + name.rpartition(".")[0]
-            if replace is not None and name.endswith(".weight") and module in replace:
-                value = replace[module]
-            else:
-                value = self.checkpoint.read(prefix + name, tuple(parameter.shape))
-            _set_parameter(layer, name, value.to(self.device, self.dtype))
-        return layer.eval()
-
-    def replace_weights(self, layer: nn.Module, index: int, replace: Mapping[str, Tensor]) -> None:
-        """Give linears of a loaded block other weights (module name -> ``[out, in]``)."""
-        prefix = f"model.layers.{index}."
-        for module, value in replace.items():
-            name = f"{module.removeprefix(prefix)}.weight"
-            _set_parameter(layer, name, value.to(self.device, self.dtype))
+    def _table(self, module: nn.Module | None) -> str:
+        names = [n for n, m in self.shell.model.named_modules() if m is module]
+        if not names:
+            raise PT2Error(f"{type(self.shell.model).__name__} has no embeddings or no head")
+        name = f"{names[0]}.weight"
+        name = self.shell.model.all_tied_weights_keys.get(name, name)
+        return self.layout.sources(name)[0]
 
     @torch.no_grad()
-    def forward_block(self, layer: nn.Module, hidden: Tensor, index: int) -> Tensor:
-        """One decoder block on ``[n, len, hidden]``, every window from position 0, causal."""
-        length = hidden.shape[1]
-        positions = torch.arange(length, device=hidden.device)[None]
-        out = layer(
-            hidden,
-            attention_mask=self._sliding_mask(index, length),
-            position_ids=positions,
-            position_embeddings=self._rotary(hidden, positions),
-        )
-        return out[0] if isinstance(out, tuple) else out
-
-    def capture_inputs(
-        self,
-        layer: nn.Module,
-        hidden: Tensor,
-        index: int,
-        take: Callable[[int, Tensor], None],
-        *,
-        take_stream: Callable[[int, Tensor], None] | None = None,
-        last: int | None = None,
-        to_the_end: bool = False,
-    ) -> Tensor | None:
-        """Run a block only as far as needed to see the inputs of its sites.
+    def start(self, tokens: Tensor, batch_size: int) -> Stream:
+        """Windows before the first block.
 
         Args:
-            take: called with (index into ``adapter.sites``, input ``[n, len, in]``).
-            take_stream: called, for sites that write to the residual stream, with (index, the
-                stream ``[n, len, hidden]`` before they do).
-            last: index of the last site that is wanted (None: all).
-            to_the_end: run the whole block and return its output.
+            tokens: int64 ``[n, len]``.
+            batch_size: windows in a forward pass.
         """
-        handles = []
-        last = len(self.adapter.sites) - 1 if last is None else last
-        for number, site in enumerate(self.adapter.sites):
-            if take_stream is not None and site.stream is not None:
+        with self.outside():
+            batches = list(share(self.shell.record(part) for part in tokens.split(batch_size)))
+            for batch in batches:
+                batch.hidden = batch.hidden.clone()
+        return Stream(batches)
 
-                def stream_hook(
-                    _: nn.Module, args: tuple[Tensor, ...], number: int = number
-                ) -> None:
-                    take_stream(number, args[0])
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """Hold the weights outside the blocks (embeddings, head) while inside.
 
-                norm = layer.get_submodule(site.stream)
-                handles.append(norm.register_forward_pre_hook(stream_hook))
-
-            def hook(_: nn.Module, args: tuple[Tensor, ...], number: int = number) -> None:
-                take(number, args[0])
-                if number == last and not to_the_end:
-                    raise _LastSite
-
-            module = layer.get_submodule(site.linears[0])
-            handles.append(module.register_forward_pre_hook(hook))
+        :meth:`start` and :meth:`logits` hold them by themselves; between several calls they are
+        then not read again.
+        """
+        self._holders += 1
+        if self._holders == 1:
+            fill_outside(self.shell, self.layout, self.checkpoint.read)
         try:
-            return self.forward_block(layer, hidden, index)
-        except _LastSite:
-            return None
+            yield
         finally:
-            for handle in handles:
-                handle.remove()
+            self._holders -= 1
+            if not self._holders:
+                empty_outside(self.shell)
+
+    def block(self, index: int) -> Block:
+        """Decoder block ``index``; no tensor has been read yet."""
+        sites, matrices = self.sites(index), self.matrices(index)
+        return Block(self.checkpoint, self.layout, self.shell, index, sites, matrices)
 
     @torch.no_grad()
-    def head(self) -> Callable[[Tensor], Tensor]:
-        """The final norm and the output head: ``[n, hidden]`` -> float32 logits ``[n, vocab]``."""
-        with torch.device("meta"):
-            norm = self._class("RMSNorm")(self.hidden_size, eps=self.config.rms_norm_eps)
-        scale = self.checkpoint.read(NORM, (self.hidden_size,))
-        _set_parameter(norm, "weight", scale.to(self.device, self.dtype))
-        shape = (self.config.vocab_size, self.hidden_size)
-        table = self.checkpoint.read(EMBEDDING if self.checkpoint.tied else HEAD, shape)
-        table = table.to(self.device, self.dtype)
-        return lambda hidden: (norm(hidden) @ table.T).float()
+    def logits(self, stream: Stream, first: int = 0, last: int | None = None) -> Iterator[Tensor]:
+        """The logits of windows behind the last block, one window after the other.
 
-    def _class(self, kind: str) -> Any:
-        return getattr(self._module, self.adapter.prefix + kind)
+        Args:
+            first, last: the positions that are wanted, ``first:last``.
 
-    def _sliding_mask(self, index: int, length: int) -> Tensor | None:
-        """None where plain causal attention is right: sdpa then masks by itself."""
-        window = getattr(self.config, "sliding_window", None)
-        types = getattr(self.config, "layer_types", None)
-        if types is not None and types[index] != "sliding_attention":
-            return None
-        if window is None or length <= window:
-            return None
-        at = torch.arange(length, device=self.device)
-        distance = at[:, None] - at[None, :]
-        return ((distance >= 0) & (distance < window))[None, None]
+        Returns:
+            float32 ``[positions, vocab]`` for each window
+        """
+        with self.outside():
+            for batch in stream.batches:
+                length = batch.tokens.shape[1]
+                keep = torch.arange(length, device=self.device)[first:last]
+                alike = batch.hidden.shape[0] == batch.tokens.shape[0]
+                for i in range(batch.tokens.shape[0]) if alike else [None]:
+                    rows = slice(None) if i is None else slice(i, i + 1)
+                    part = replace(batch, tokens=batch.tokens[rows])
+                    states = batch.hidden if i is None else batch.hidden[rows]
+                    yield from self.shell.logits(part, states, keep)
 
+    def sites(self, index: int) -> list[Site]:
+        """The sites of a decoder block, in the order they run; blocks made alike share them."""
+        kind = repr(self.shell.blocks[index])
+        if kind not in self._sites:
+            self._sites[kind] = find_sites(self.shell, self._probed(), index)
+        return self._sites[kind]
 
-def _set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    parameter = nn.Parameter(value, requires_grad=False)
-    setattr(module.get_submodule(owner), leaf, parameter)
+    def matrices(self, index: int) -> list[Matrix]:
+        """The matrices of the files that a decoder block multiplies with, in its sites' order."""
+        if self._matrices[0] != index:
+            prefix = f"{self.shell.stack}.{index}."
+            found = find_matrices(self.layout, self.sites(index), prefix)
+            self._matrices = (index, found)
+        return self._matrices[1]
+
+    @torch.no_grad()
+    def _probed(self) -> Batch:
+        """A few tokens before the first block, for embeddings of zero."""
+        if self._probe is None:
+            assert not self._holders, "sites are found before weights are held"
+            model = self.shell.model
+            for name, p in list(model.named_parameters(remove_duplicate=False)):
+                if not name.startswith(f"{self.shell.stack}."):
+                    zeros = torch.zeros(p.shape, dtype=self.dtype, device=self.device)
+                    set_value(model, name, zeros)
+            tokens = torch.arange(PROBE_TOKENS) % self.config.vocab_size
+            self._probe = self.shell.record(tokens[None])
+            empty_outside(self.shell)
+        return self._probe

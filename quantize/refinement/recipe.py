@@ -51,10 +51,11 @@ def ternarize_and_refine(
     reporter: Reporter | None = None,
     command: str | None = None,
     preflight: Preflight | None = None,
+    strict: bool = False,
 ) -> tuple[Result, Refined]:
     """Both stages; the closed form stays in ``OUT/closed-form``.
 
-    ``command`` and ``preflight`` are as in :func:`quantize.pipeline.ternarize`.
+    ``command``, ``preflight`` and ``strict`` are as in :func:`quantize.pipeline.ternarize`.
 
     Raises:
         PT2Error: of either stage.
@@ -68,7 +69,7 @@ def ternarize_and_refine(
             forget_state(out, reporter or Reporter())
         result = ternarize(
             model_dir, closed, config, resume=resume, overwrite=overwrite, reporter=reporter,
-            command=command, preflight=preflight,
+            command=command, preflight=preflight, strict=strict,
         )  # fmt: skip
         go_on = resume and ((out / STATE).is_file() or _made_from(out, closed))
         refined = refine(
