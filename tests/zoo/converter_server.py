@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-SECONDS = 120  # a conversion that takes longer is ended
+SECONDS = 600  # a conversion that takes longer is ended
 
 
 @contextmanager

@@ -92,7 +92,8 @@ SPECIALS: dict[str, Special] = {
         {"text_config": GEMMA4, "vision_config": VISION, "audio_config": None}, tokenizer="gemma"
     ),
     "Gemma4UnifiedForConditionalGeneration": Special(
-        {"text_config": GEMMA4}, tokenizer="gemma"
+        {"text_config": GEMMA4}, {"moe_intermediate_size": None, "num_kv_shared_layers": 0},
+        tokenizer="gemma",
     ),
     "Gemma3nForCausalLM": Special({
         "num_hidden_layers": 10, "num_kv_shared_layers": 5, "vocab_size_per_layer_input": 512,

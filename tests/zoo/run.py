@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-SECONDS = 600.0
+SECONDS = 900.0
 MEMORY = 6 << 30  # bytes of data that a class may hold
 Work = Callable[[Path, str, str], dict[str, Any]]
 
