@@ -108,6 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     what = "llama.cpp's name for the tokenizer's regular expressions, if it does not know them"
     option("--pre-tokenizer", "NAME", what)
     option("--split-max-size", "SIZE", "files of at most SIZE of tensors, such as 500M or 2G")
+    what = "write a model card for the hub (default: README.md beside OUT)"
+    p.add_argument("--card", metavar="FILE", nargs="?", const="", help=what)
+    option("--base-model", "ORG/NAME", "the source model's name on the hub, for the card")
     for name, dest, what in (
         ("--strict", "strict", "fail if a linear of a decoder block would not be ternary"),
         ("--overwrite", "overwrite", "replace the output if it exists"),
@@ -136,9 +139,11 @@ def _run(args: argparse.Namespace) -> int:
         pre_tokenizer=args.pre_tokenizer,
     )
     artifact = args.artifact or newest_artifact(Path())
+    from export.card import card_path
     from export.pipeline import export_gguf
     from pt2_core.progress import open_reporter
 
+    card = None if args.card is None else card_path(args.out, args.card, args.overwrite)
     out = screen()
     model_dir = None if args.model is None else model_folder(args.model)
     with open_reporter() as reporter:
@@ -150,7 +155,21 @@ def _run(args: argparse.Namespace) -> int:
     for note in report.notes:
         reporter.warn(note)
     _show(out, report, config)
+    if card is not None:
+        _write_card(card, report, Path(artifact), model_dir, args.base_model)
     return 0
+
+
+def _write_card(
+    path: Path, report: ExportReport, artifact_dir: Path, model_dir: Path | None, name: str | None
+) -> None:
+    from export.card import read_base, write_card
+    from export.checks import source_model
+    from pt2_core.artifact.folder import Artifact
+
+    artifact = Artifact.open(artifact_dir)
+    write_card(path, report, artifact, read_base(model_dir or source_model(artifact), name))
+    print(f"model card: {path}")
 
 
 def newest_artifact(folder: Path) -> Path:
