@@ -41,11 +41,11 @@ GEMMA: dict[str, Any] = {"query_pre_attn_scalar": 64}
 # The published ones scale everywhere; queries times 1, the default, would look at one token only.
 GRANITE: dict[str, Any] = {
     "attention_multiplier": 0.125, "embedding_multiplier": 2.0, "residual_multiplier": 0.5,
-    "logits_scaling": 0.5,
+    "logits_scaling": 2.0,
 }  # fmt: skip
 GEMMA4: dict[str, Any] = {
     "num_hidden_layers": 6, "vocab_size_per_layer_input": 512, "global_head_dim": 128,
-    "num_experts": None,
+    "num_experts": None, "final_logit_softcapping": 5.0,
 }  # fmt: skip
 VISION: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2,

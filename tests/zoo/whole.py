@@ -72,7 +72,7 @@ def whole(folder: Path, name: str, kind: str, keep_in: Path | None = None) -> di
             "kl": found.kl, "same": found.same_top, "proof": report.proof.difference.kl,
             "fallbacks": len(report.fallbacks),
         }  # fmt: skip
-        tokens_differ = verdict.problem is not None and "tokens" in verdict.problem
+        tokens_differ = verdict.problem is not None and "other tokens" in verdict.problem
         limit = MAX_KL.get(type_)
         if tokens_differ or (verdict.problem and (limit is None or found.kl > limit)):
             raise WrongFile(f"{type_}: {verdict.problem}")
