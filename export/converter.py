@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -145,14 +145,18 @@ def run_converter(
     np.savez(workdir / "replaced.npz", **replaced)  # type: ignore[arg-type]
     levels = dict.fromkeys(whole or {}, VALUES)
     reasons, files = dict(whole or {}), dict[str, str]()
+    # What the files hold in 4 or 8 bits and is not ternary.
+    packed = {
+        name: _save(workdir / f"packed-{i:05d}.npy", model.read(name).float().numpy())
+        for i, name in enumerate(n for n in model.packed if n not in ternary)
+    }
     view = _View(model, workdir)
     while True:
         for name in (n for n, level in levels.items() if level == VALUES and n not in files):
-            files[name] = str((workdir / f"values-{len(files):05d}.npy").resolve())
-            np.save(files[name], np.ascontiguousarray(values(name), dtype=np.float32))
+            files[name] = _save(workdir / f"values-{len(files):05d}.npy", values(name))
         result = view.drive(
             source_dir, options, ternary=_as_json(ternary), levels=levels, reasons=reasons,
-            values=files,
+            values=files, given=packed,
         )  # fmt: skip
         levels, reasons = result["levels"], result["reasons"]
         if result["written"]:
@@ -160,6 +164,11 @@ def run_converter(
     carrier = read_carrier(workdir / "carrier.gguf", result, workdir / "result.json.npz")
     carrier.notes = result["notes"]
     return carrier
+
+
+def _save(file: Path, value: NDArray[np.float32]) -> str:
+    np.save(file, np.ascontiguousarray(value, dtype=np.float32))
+    return str(file.resolve())
 
 
 def try_converter(
@@ -223,6 +232,9 @@ def convert_whole(
         PT2Error: as :func:`run_converter`.
     """
     check_tokenizer(model.path)
+    if model.packed:  # the converter unpacks it by itself
+        how = {"quantization_config": model.raw_config["quantization_config"]}
+        model = replace(model, settings={**model.settings, **how}, packed={})
     with temporary_folder(Path(tempfile.gettempdir()), "pt2-convert-") as work:
         more = {"whole": True, "outtype": outtype, "carrier": str(out.absolute())}
         notes: list[str] = _View(model, work).drive(source_dir, options, log, **more)["notes"]
@@ -247,7 +259,9 @@ class _View:
             "model": str(self.folder.resolve()),
             "shown": str(self.model.path),
             "tensors": sorted(self.model.tensors),
-            "dropped": sorted(self.model.dropped),
+            "dropped": sorted([*self.model.dropped, *self.model.parts]),
+            "packed": {n: list(p.shape) for n, p in self.model.packed.items()},
+            "given": {},
             "carrier": str(self.workdir / "carrier.gguf"),
             "result": str(self.workdir / "result.json"),
             "orders": str(self.workdir / "orders.npz"),

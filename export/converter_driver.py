@@ -16,12 +16,13 @@ as messages name it), ``carrier`` (output), ``result`` (output, see below), ``te
 the checkpoint's tensors), ``ternary`` (tensor name -> shape in the file, number of its first
 matrix, whether it is transposed), ``values`` (tensor name -> an .npy with what is to be written
 where it cannot be ternary, folded), ``levels`` (tensor name -> how to give it, where an earlier
-run has found that out), ``orders`` (an .npz with ``rows/NAME`` and ``cols/NAME``), ``replaced`` (an
-.npz of tensors that take the place of the checkpoint's, by its names), ``dropped`` (names of
-tensors that the files hold and that do not count), ``whole`` (true: convert the model as it is),
-``outtype`` ("f32", or "bf16" of a whole model), ``max_context``
-(0: as the model), ``pre_tokenizer`` (a name or null), ``vocab`` (false: leave the tokenizer out)
-and ``preflight`` (true: everything but reading weights and writing the carrier).
+run has found that out), ``packed`` (name -> shape, of tensors that the files hold in another form)
+and ``given`` (of these, the .npy with the values), ``orders`` (an .npz with ``rows/NAME`` and
+``cols/NAME``), ``replaced`` (an .npz of tensors that take the place of the checkpoint's, by its
+names), ``dropped`` (names of tensors that the files hold and that do not count), ``whole`` (true:
+convert the model as it is), ``outtype`` ("f32", or "bf16" of a whole model), ``max_context`` (0: as
+the model), ``pre_tokenizer`` (a name or null), ``vocab`` (false: leave the tokenizer out) and
+``preflight`` (true: everything but reading weights and writing the carrier).
 
 The result, JSON: ``notes`` (what was mended or ignored), ``levels``, ``reasons`` (tensor name ->
 why it must be given as values), ``written`` (false where values are missing, so that there is no

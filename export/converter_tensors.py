@@ -50,6 +50,10 @@ class Tensors:
         tensors, job = self.model.model_tensors, self.job
         for name in job["dropped"]:
             tensors.pop(_renamed(self.model, name), None)
+        for name, shape in job["packed"].items():
+            if name not in self.targets and self._theirs.get(name) is not None:
+                given = job["given"].get(name)
+                self._put(name, _from_file(given) if given else _of_shape(tuple(shape)))
         for name, target in self.targets.items():
             level = self.levels.of[name]
             if self._theirs[name] is None:

@@ -229,6 +229,15 @@ def test_a_request_without_end_is_cut_after_the_grace(chat: Path) -> None:
 
 
 @pytest.mark.llama
+def test_a_draft_changes_nothing_but_the_speed(chat: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with serving(chat, "--draft", chat, "--log", log) as server:
+        for question, answer in list(ANSWERS.items())[:3]:
+            assert server.ask(question)["message"]["content"] == answer
+    assert "draft acceptance" in log.read_text()
+
+
+@pytest.mark.llama
 def test_keys_and_a_log(chat: Path, tmp_path: Path) -> None:
     keys, log = tmp_path / "keys", tmp_path / "log"
     keys.write_text("# mine\nsecret\n")

@@ -18,6 +18,7 @@ from pt2_core.commands import command
 from pt2_core.errors import PT2Error
 from pt2_core.model.fingerprint import fingerprint
 from pt2_core.model.leftovers import FLOATS, check_leftovers, in_words
+from pt2_core.model.packed import Packed, packed_tensors
 from pt2_core.model.settings import (
     CONFIG,
     TIE,
@@ -54,6 +55,7 @@ class Checkpoint:
         tokenizer_files: the tokenizer's files, relative to the folder.
         notes: one line for each thing that was left out or decided.
         replaced: tensors that are used instead of the checkpoint's (an artifact's refined norms).
+        packed: tensors that the files hold in 4 or 8 bits; ``tensors`` has them as bfloat16.
         filled: settings that ``config.json`` lacks, as transformers takes them.
     """
 
@@ -68,6 +70,7 @@ class Checkpoint:
     tokenizer_files: list[str]
     notes: list[str]
     replaced: dict[str, Tensor] = field(default_factory=dict)
+    packed: dict[str, Packed] = field(default_factory=dict)
     filled: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -100,10 +103,18 @@ class Checkpoint:
             )
         tensors, home, more = weight_tensors(path, shards, index)
         notes += more
+        packed = packed_tensors(path, raw, tensors)
+        if packed:
+            parts = {part for p in packed.values() for part in (p.weight, p.scale)}
+            home.update({name: home[p.weight] for name, p in packed.items()})
+            tensors = {n: t for n, t in tensors.items() if n not in parts}
+            tensors |= {name: p.info for name, p in packed.items()}
+            kind = next(iter(packed.values())).kind.upper()
+            notes.append(f"{len(packed)} tensors in {kind} are read as the 16-bit values they mean")
         dropped = check_leftovers(path, tensors)
         counted = {n: t for n, t in tensors.items() if n not in dropped}
         notes += in_words(dropped)
-        settings, more = clean_settings(path, raw)
+        settings, more = clean_settings(path, _unpacked(raw) if packed else raw)
         notes += more
         flag = tie_flag(path, raw)
         tied = HEAD not in counted
@@ -116,7 +127,9 @@ class Checkpoint:
             dropped[HEAD] = SAME_TABLE
         files, more = tokenizer_files(path)
         notes += more
-        return cls(path, raw, settings, shards, counted, home, tied, dropped, files, notes)
+        return cls(
+            path, raw, settings, shards, counted, home, tied, dropped, files, notes, packed=packed
+        )
 
     @property
     def architecture(self) -> str:
@@ -174,8 +187,6 @@ class Checkpoint:
         Raises:
             PT2Error: it is missing, of another shape, not of a floating type, or has NaN or Inf.
         """
-        from safetensors import SafetensorError, safe_open
-
         info = self.info(name)
         where = f"tensor {name} in {self.path / self.home[name]}"
         if info.dtype not in FLOATS:
@@ -186,14 +197,27 @@ class Checkpoint:
             )
         if name in self.replaced:
             return self.replaced[name]
-        try:
-            with safe_open(self.path / self.home[name], framework="pt") as f:
-                value: Tensor = f.get_tensor(name)
-        except (SafetensorError, OSError) as e:
-            raise PT2Error(f"{where} cannot be read: {e}") from e
+        value = self.packed[name].read(self._raw) if name in self.packed else self._raw(name)
         if not bool(value.isfinite().all()):
             raise PT2Error(f"{where} has NaN or Inf in it; download the model again")
         return value
+
+    def _raw(self, name: str) -> Tensor:
+        """A tensor as it is stored."""
+        from safetensors import SafetensorError, safe_open
+
+        file = self.path / self.home[name]
+        try:
+            with safe_open(file, framework="pt") as f:
+                value: Tensor = f.get_tensor(name)
+        except (SafetensorError, OSError) as e:
+            raise PT2Error(f"tensor {name} in {file} cannot be read: {e}") from e
+        return value
+
+    @property
+    def parts(self) -> set[str]:
+        """Tensors of the files that the packed ones are made of."""
+        return {n for p in self.packed.values() for n in (p.weight, p.scale)} - self.tensors.keys()
 
     def fingerprint(
         self,
@@ -216,6 +240,11 @@ class Checkpoint:
             **({"filled": self.filled} if self.filled else {}),
             "tensors": {name: list(info.shape) for name, info in self.tensors.items()},
         }
+
+
+def _unpacked(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a model whose weights are read as 16-bit values."""
+    return {k: v for k, v in config.items() if k != "quantization_config"}
 
 
 def torch_dtype(name: str) -> torch.dtype:

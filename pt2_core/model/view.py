@@ -114,7 +114,9 @@ def _weights(checkpoint: Checkpoint, folder: Path, without_dropped: bool) -> Non
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(checkpoint.shards, 1):
         name = SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-        members = {n for n, home in checkpoint.home.items() if home == shard}
+        stored = checkpoint.parts | (checkpoint.home.keys() - checkpoint.packed.keys())
+        stored |= {p.weight for p in checkpoint.packed.values()}
+        members = {n for n in stored if checkpoint.home[n] == shard}
         gone = {n for n in members if n in checkpoint.dropped and not n.endswith(_SKIPPED)}
         source = checkpoint.path / shard
         if gone and without_dropped:
