@@ -35,9 +35,9 @@ def with_older_names(hparams: dict[str, Any], raw: Mapping[str, Any]) -> dict[st
         raw: ``config.json`` itself; what only it has is added.
     """
     known = {**raw, **hparams}
-    inner = (raw.get("text_config"), hparams.get("text_config"))
-    if all(isinstance(settings, Mapping) for settings in inner):
-        known["text_config"] = {**inner[0], **inner[1]}
+    published, written = raw.get("text_config"), hparams.get("text_config")
+    if isinstance(published, Mapping) and isinstance(written, Mapping):
+        known["text_config"] = {**published, **written}
     more: dict[str, Any] = {
         name: value(known) for name, value in _OLDER.items() if known.get(name) is None
     }
