@@ -19,6 +19,7 @@ REASONS: dict[str, str] = {
     "Gemma4UnifiedAssistantForCausalLM": DRAFT,
     "GlmMoeDsaForCausalLM": INDEXER,
     "HYV4ForCausalLM": INDEXER,
+    "HrmTextForCausalLM": "its blocks are two stacks that are run in turns: not one list of blocks",
     "MiMoV2FlashForCausalLM": "the converter reads rope and window settings by names that "
                               "transformers 5 does not write",
     "Qwen4ExpForCausalLM": "no tiny config yet: its n-gram tables and hyper-connections",
@@ -26,7 +27,7 @@ REASONS: dict[str, str] = {
 
 # A dozen that between them have nearly everything: for make quick.
 QUICK = (
-    "LlamaForCausalLM", "Qwen3MoeForCausalLM", "MixtralForCausalLM", "Gemma2ForCausalLM",
-    "Phi3ForCausalLM", "GPT2LMHeadModel", "CohereForCausalLM", "GPTNeoXForCausalLM",
-    "Olmo2ForCausalLM", "Qwen3_5ForCausalLM", "GptOssForCausalLM", "DeepseekV2ForCausalLM",
+    "LlamaForCausalLM", "Phi3ForCausalLM", "Gemma2ForCausalLM", "GPT2LMHeadModel",
+    "CohereForCausalLM", "GPTNeoXForCausalLM", "Exaone4ForCausalLM", "GptOssForCausalLM",
+    "DbrxForCausalLM", "Glm4MoeForCausalLM", "FalconH1ForCausalLM", "GraniteMoeForCausalLM",
 )  # fmt: skip
