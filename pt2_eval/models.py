@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,10 +14,9 @@ from torch import Tensor
 from pt2_core.artifact.folder import MANIFEST, Artifact
 from pt2_core.artifact.source import check_made_from
 from pt2_core.errors import PT2Error
-from pt2_core.model.checkpoint import Checkpoint, torch_dtype
+from pt2_core.model.checkpoint import Checkpoint
 from pt2_core.texts.tokens import bos_token, context_limit, encoder, load_tokenizer
 from quantize.model.streamed import StreamedModel
-from quantize.model.student import build_teacher
 from quantize.model.torch_setup import pick_device
 
 
@@ -57,22 +56,18 @@ class TorchModel:
     ) -> None:
         checkpoint = Checkpoint.open(path)
         self.device = pick_device(device)
-        config = StreamedModel(checkpoint, self.device, dtype).config
         self.kind = "hf" if artifact is None else "artifact"
         folder = path if artifact is None else artifact.path
         self.name = folder.resolve().name
         names = checkpoint.shards if artifact is None else list(artifact.manifest["files"])
         self.size = sum((folder / name).stat().st_size for name in names)
-        self.vocab = int(config.vocab_size)
-        self.limit = self.context = context_limit(checkpoint.raw_config)
-        read: Callable[[str, tuple[int, ...]], Tensor] = checkpoint.read
         if artifact is not None:
             check_made_from(artifact, checkpoint, "--source")
-            read = _with_artifact(checkpoint, artifact)
-        with torch.no_grad():
-            self._network = build_teacher(
-                config, read, self.device, torch_dtype(dtype), tied=checkpoint.tied
-            )
+            checkpoint.replaced = {k: torch.from_numpy(v) for k, v in artifact.replaced().items()}
+        model = StreamedModel(checkpoint, self.device, dtype)
+        self.vocab = int(model.config.vocab_size)
+        self.limit = self.context = context_limit(checkpoint.raw_config)
+        self._model = model.whole(lambda index: _ternary(artifact, index))
         tokenizer = load_tokenizer(path)
         self.bos, self._encode = bos_token(tokenizer), encoder(tokenizer)
 
@@ -81,8 +76,8 @@ class TorchModel:
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
-        states = self._network.states(tokens.to(self.device))
-        return (states @ self._network.head_weight().T).float()
+        found: Tensor = self._model(input_ids=tokens.to(self.device), use_cache=False).logits
+        return found.float()
 
 
 class GgufModel:
@@ -146,22 +141,11 @@ def open_model(
     return TorchModel(where, device, dtype)
 
 
-def _with_artifact(checkpoint: Checkpoint, artifact: Artifact) -> Any:
-    """The checkpoint's ``read`` with the artifact's weights; holds one decoder block."""
-    checkpoint.replaced = {k: torch.from_numpy(v) for k, v in artifact.replaced().items()}
-    home = artifact.homes()
-    held: dict[int, Any] = {}
-
-    def read(name: str, shape: tuple[int, ...]) -> Tensor:
-        module = name.removesuffix(".weight")
-        if not name.endswith(".weight") or module not in home:
-            return checkpoint.read(name, shape)
-        if home[module] not in held:
-            held.clear()
-            held[home[module]] = artifact.block(home[module])
-        return torch.from_numpy(held[home[module]][module].dequantize())
-
-    return read
+def _ternary(artifact: Artifact | None, index: int) -> dict[str, Tensor] | None:
+    """The weights of a decoder block's matrices in an artifact."""
+    if artifact is None:
+        return None
+    return {n: torch.from_numpy(m.dequantize()) for n, m in artifact.block(index).items()}
 
 
 def _stated_context(metadata: Mapping[str, str]) -> int | None:

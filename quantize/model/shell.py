@@ -133,6 +133,10 @@ class Shell:
         """A decoder block of the class, weights on the meta device."""
         return deepcopy(self.blocks[index]).eval()
 
+    def keep(self, index: int, layer: nn.Module) -> None:
+        """Put a block with its weights into the model for good."""
+        self.blocks[index] = self._places[index] = layer
+
     def record(self, tokens: Tensor) -> Batch:
         """Run the model as far as its blocks.
 

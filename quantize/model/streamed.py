@@ -15,9 +15,10 @@ Nothing is known of any architecture: the model is transformers' own class
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -141,6 +142,21 @@ class StreamedModel:
         """Decoder block ``index``; no tensor has been read yet."""
         sites, matrices = self.sites(index), self.matrices(index)
         return Block(self.checkpoint, self.layout, self.shell, index, sites, matrices)
+
+    @torch.no_grad()
+    def whole(self, weights: Callable[[int], Mapping[str, Tensor] | None]) -> Any:
+        """The model as transformers has it, all of its weights in memory; it stays so.
+
+        Args:
+            weights: of a decoder block's number, the matrices to use in place of the files'.
+        """
+        self._probed()
+        self._holders += 1
+        if self._holders == 1:
+            fill_outside(self.shell, self.layout, self.checkpoint.read)
+        for index in range(self.n_blocks):
+            self.shell.keep(index, self.block(index).module(weights(index)))
+        return self.shell.model
 
     @torch.no_grad()
     def logits(self, stream: Stream, first: int = 0, last: int | None = None) -> Iterator[Tensor]:

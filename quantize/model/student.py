@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from pt2_core.errors import PT2Error
 from quantize.model.latent import Latent, initial_latent
 
 Read = Callable[[str, tuple[int, ...]], Tensor]
@@ -56,18 +58,20 @@ class TernaryLinear(nn.Module):
     """A linear whose weight is ``alpha * T + mu`` per row and block, columns in an order.
 
     Args:
-        t: int8 ``[rows, cols]`` of {-1, 0, 1}, in the quantised order.
+        t: int8 ``[rows, cols]``, in the quantised order.
         alpha, mu: float ``[rows, blocks]``.
         perm: int64 ``[cols]``; quantised column j reads input ``perm[j]``.
         bias: ``[rows]`` or None.
         latent: the codes' latents where they are trained; ``t`` is then not kept.
+        levels: how many values T may take.
     """
 
     def __init__(
         self, t: Tensor, alpha: Tensor, mu: Tensor, perm: Tensor, bias: Tensor | None = None,
-        latent: Latent | None = None,
+        latent: Latent | None = None, levels: int = 3,
     ) -> None:  # fmt: skip
         super().__init__()
+        self.levels = levels
         self.latent = latent
         self.t = None if latent is not None else t
         self.alpha_0, self.mu_0 = alpha.float(), mu.float()
@@ -168,6 +172,57 @@ class Network:
                 yield f"model.{name}", module
 
 
+# What a model multiplies its logits with, or bends them by: not in what is trained.
+_ON_LOGITS = ("logits_scaling", "logit_scale", "final_logit_softcapping")
+
+
+def check_trainable(model: Any) -> None:
+    """Refuse a class that the refinement does not rebuild: it is for Llama's shape of model.
+
+    Args:
+        model: transformers' causal LM; only its modules count.
+
+    Raises:
+        PT2Error: experts, transposed linears, other norms than RMSNorm, or logits that are scaled.
+    """
+    problem = _problem(model)
+    if problem:
+        raise PT2Error(
+            f"{type(model).__name__} {problem}: it cannot be trained or write text here; quantise "
+            "it with --recipe best"
+        )
+
+
+def _problem(model: Any) -> str | None:
+    body: Any = getattr(model, "model", None)
+    wanted = ("embed_tokens", "layers", "norm", "rotary_emb")
+    if not all(hasattr(body, name) for name in wanted):
+        return f"has not the parts {', '.join(wanted)}"
+    if type(body.embed_tokens) is not nn.Embedding:
+        return "scales its embeddings"
+    if any(getattr(model.config, n, None) not in (None, 1.0) for n in _ON_LOGITS):
+        return "scales its logits"
+    for module in model.modules():
+        if any(p.dim() > 2 for p in module.parameters(recurse=False)):
+            return "has experts or convolutions"
+        if "Norm" in type(module).__name__ and not _is_plain_rms(module):
+            return f"has norms of the kind {type(module).__name__}"
+    return None
+
+
+def _is_plain_rms(module: nn.Module) -> bool:
+    """Whether a norm is what :class:`ScaledNorm` computes."""
+    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 1 or not isinstance(eps, float):
+        return False
+    twin, g = deepcopy(module), torch.Generator().manual_seed(0)
+    twin.weight = nn.Parameter(torch.rand(weight.shape, generator=g), requires_grad=False)
+    x = torch.randn(2, weight.shape[0], generator=g)
+    return torch.allclose(
+        twin(x), functional.rms_norm(x, x.shape[-1:], twin.weight, eps), atol=1e-5
+    )
+
+
 def build_teacher(
     config: Any, read: Read, device: str, dtype: torch.dtype, *, tied: bool
 ) -> Network:
@@ -244,7 +299,14 @@ def trainable(student: Network) -> tuple[list[Tensor], list[Tensor], list[Latent
 
 
 def ternary_maker(
-    t: Tensor, alpha: Tensor, mu: Tensor, perm: Tensor, *, moving: bool, per_weight: bool = False
+    t: Tensor,
+    alpha: Tensor,
+    mu: Tensor,
+    perm: Tensor,
+    *,
+    moving: bool,
+    per_weight: bool = False,
+    levels: int = 3,
 ) -> Callable[[Tensor, Tensor | None], TernaryLinear]:
     """What makes a :class:`TernaryLinear` out of a quantised matrix and the teacher's linear.
 
@@ -252,6 +314,7 @@ def ternary_maker(
         t: int8 ``[rows, cols]``; alpha, mu: float ``[rows, blocks]``; perm: int64 ``[cols]``.
         moving: give its codes latents.
         per_weight: keep Adam's second moment for each weight, not for each block.
+        levels: how many values T may take.
     """
 
     def make(weight: Tensor, bias: Tensor | None) -> TernaryLinear:
@@ -260,8 +323,8 @@ def ternary_maker(
         latent = None
         if moving:
             z = initial_latent(weight.float()[:, order], codes, scale, offset)
-            latent = Latent(z, scale.shape[1], per_weight=per_weight)
-        return TernaryLinear(codes, scale, offset, order, bias, latent)
+            latent = Latent(z, scale.shape[1], per_weight=per_weight, levels=levels)
+        return TernaryLinear(codes, scale, offset, order, bias, latent, levels)
 
     return make
 

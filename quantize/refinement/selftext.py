@@ -39,7 +39,7 @@ from pt2_core.progress import Reporter, open_reporter
 from pt2_core.texts.tokens import check_context, context_limit, refuse_degenerate_tokens, stream
 from quantize.config import DEVICES, DTYPES
 from quantize.model.streamed import StreamedModel
-from quantize.model.student import Network, build_teacher
+from quantize.model.student import Network, build_teacher, check_trainable
 from quantize.model.torch_setup import arithmetic, pick_device
 
 # Not cuDNN's, which prepares itself anew for every length, and here every step has another one.
@@ -131,7 +131,9 @@ def _generate(args: object, reporter: Reporter) -> Tensor:
         allow=a["allow_long"], warn=reporter.warn,
     )  # fmt: skip
     device, dtype = pick_device(a["device"]), a["dtype"]
-    config = StreamedModel(checkpoint, device, dtype).config
+    streamed = StreamedModel(checkpoint, device, dtype)
+    check_trainable(streamed.shell.model)
+    config = streamed.config
     count = -(-a["tokens"] // a["length"])
     if a["prompts"]:
         text = stream(
