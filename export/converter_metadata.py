@@ -35,7 +35,12 @@ def with_older_names(hparams: dict[str, Any], raw: Mapping[str, Any]) -> dict[st
         raw: ``config.json`` itself; what only it has is added.
     """
     known = {**raw, **hparams}
-    more = {name: value(known) for name, value in _OLDER.items() if known.get(name) is None}
+    published, written = raw.get("text_config"), hparams.get("text_config")
+    if isinstance(published, Mapping) and isinstance(written, Mapping):
+        known["text_config"] = {**published, **written}
+    more: dict[str, Any] = {
+        name: value(known) for name, value in _OLDER.items() if known.get(name) is None
+    }
     layers = _OLDER_LAYERS.get(str(known.get("model_type")))
     if layers and isinstance(known.get("layer_types"), list):
         more["layer_types"] = [layers.get(kind, kind) for kind in known["layer_types"]]

@@ -196,8 +196,6 @@ def _run(args: argparse.Namespace, resume: str) -> int:
         raise PT2Error(f"--report {args.report}: the name must end in .html or .png")
     if args.recipe != "refined" and (args.refine_text or args.refine_steps is not None):
         raise PT2Error("--refine-text and --refine-steps belong to --recipe refined")
-    if args.recipe == "refined" and config.levels != 3:
-        raise PT2Error("--recipe refined moves three levels: use --levels 3, or --recipe best")
     out = _out(args)
 
     from quantize.first_checks import refuse_contradiction

@@ -11,6 +11,7 @@ from typing import Any
 
 from pt2_core.artifact.manifest import kind_of
 from pt2_core.errors import PT2Error
+from pt2_core.model.expected import in_all_layers
 from pt2_core.model.fold_edges import FoldEdges, edges_for
 from pt2_core.model.widths import storable, width_problem
 from quantize.config import Config
@@ -112,7 +113,7 @@ def make_plan(model: StreamedModel, config: Config, *, strict: bool = False) -> 
 
 def _settings(model: StreamedModel) -> dict[str, Any]:
     names = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim")
-    return {n: getattr(model.config, n, None) for n in names}
+    return {n: in_all_layers(model.config, n) for n in names}
 
 
 def _reason(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from pt2_core.errors import PT2Error
 from pt2_core.model.checkpoint import Checkpoint
+from pt2_core.model.settings import read_config
 from pt2_core.model.tied_tables import EMBEDDING, HEAD
 from pt2_core.model.widths import width_problem
 from quantize.config import Config
@@ -478,3 +480,9 @@ def test_bfloat16_is_compared_by_value():
 
     bits = np.array([0x8000, 0x3F80], np.uint16)
     assert _float(bits, "BF16").tolist() == [0.0, 1.0]
+
+
+def test_floats_that_json_has_not_are_read_as_transformers_writes_them(tmp_path):
+    limit = {"time_step_limit": [0.0, {"__float__": "Infinity"}], "other": {"__float__": 1, "a": 2}}
+    (tmp_path / "config.json").write_text(json.dumps(limit))
+    assert read_config(tmp_path) == {"time_step_limit": [0.0, math.inf], "other": limit["other"]}

@@ -17,7 +17,7 @@ from pt2_core.artifact.folder import Artifact, pack_ternary, read_manifest
 from pt2_core.errors import PT2Error
 from quantize.config import Config
 from quantize.evaluate import perplexity
-from quantize.model.latent import EDGE, REACH, Latent, initial_latent, round_codes, soft_codes
+from quantize.model.latent import EDGE, HALF, Latent, initial_latent, round_codes, soft_codes
 from quantize.model.student import TernaryLinear
 from quantize.pipeline import ternarize
 from quantize.refinement.config import RefineConfig
@@ -45,28 +45,29 @@ def some_matrix(rows: int = 6, cols: int = 32, blocks: int = 4):
     return t, alpha, mu, torch.randperm(cols, generator=g)
 
 
-@given(st.integers(0, 2**31))
+@given(st.integers(0, 2**31), st.sampled_from([3, 4]))
 @settings(max_examples=25, deadline=None)
-def test_a_latent_starts_in_its_code_s_cell(seed):
+def test_a_latent_starts_in_its_code_s_cell(seed, levels):
     g = generator(seed)
-    t = torch.randint(-1, 2, (5, 24), generator=g)
+    t = torch.randint(-1, levels - 1, (5, 24), generator=g)
     alpha = torch.rand(5, 3, generator=g)
     alpha[0, 0] = 0
     w = torch.randn(5, 24, generator=g) * 3
     z = initial_latent(w, t, alpha, torch.randn(5, 3, generator=g))
-    assert torch.equal(round_codes(z), t.float())
-    assert z.abs().max() <= REACH
-    assert ((z.abs() - 0.5).abs() >= EDGE - 1e-6).all()
+    assert torch.equal(round_codes(z, levels), t.float())
+    assert ((z - t).abs() <= HALF - EDGE + 1e-6).all()
 
 
-def test_the_soft_staircase_has_the_slope_it_claims_and_hardens():
-    z = torch.linspace(-1.4, 1.4, 57, dtype=torch.float64).requires_grad_()
-    value, slope = soft_codes(z, 0.2)
+@pytest.mark.parametrize("levels", [3, 4])
+def test_the_soft_staircase_has_the_slope_it_claims_and_hardens(levels):
+    z = torch.linspace(-1.4, levels - 1.6, 57, dtype=torch.float64).requires_grad_()
+    value, slope = soft_codes(z, 0.2, levels)
     (wanted,) = torch.autograd.grad(value.sum(), z)
     assert torch.allclose(slope, wanted, atol=1e-12)
-    apart = ((z.abs() - 0.5).abs() > 0.05).detach()
-    hard = round_codes(z.detach().clone())
-    assert torch.allclose(soft_codes(z, 0.005)[0][apart], hard[apart], atol=1e-3)
+    apart = ((z - z.floor() - 0.5).abs() > 0.05).detach()
+    hard = round_codes(z.detach().clone(), levels)
+    assert set(hard.tolist()) == set(range(-1, levels - 1))
+    assert torch.allclose(soft_codes(z, 0.005, levels)[0][apart], hard[apart], atol=1e-3)
 
 
 @pytest.mark.parametrize("natural", [True, False])
@@ -91,6 +92,15 @@ def test_gradients_are_those_of_the_dense_linear(natural):
     for mine, theirs in zip(got, (x2.grad, a.grad, b.grad), strict=True):
         assert torch.allclose(mine, theirs, atol=1e-4)
     assert torch.allclose(latent.grad.float(), codes.grad, rtol=0.01, atol=1e-3)
+
+
+def test_latents_of_four_levels_reach_all_of_them_and_go_no_further():
+    latent = Latent(torch.zeros(2, 8), 2, levels=4)
+    for number in range(1, 200):
+        latent.add_gradient(torch.tensor([1.0, -1.0]).repeat(8).view(2, 8))
+        latent.step(0.1, number)
+    assert set(latent.codes().unique().tolist()) == {-1.0, 2.0}
+    assert set(latent.z.unique().tolist()) == {-1.5, 2.5}
 
 
 @pytest.mark.parametrize("per_weight", [True, False])
@@ -163,6 +173,20 @@ def test_refinement_comes_closer_and_is_stored(codes, start, tmp_path):
     for folder, held in ((source, result.before), (tmp_path / "r", result.after)):
         score = perplexity(model, ids, artifact=folder, device="cpu", threads=1)
         assert score.perplexity == pytest.approx(held.perplexity, rel=2e-3)
+
+
+def test_four_levels_are_refined_as_four(start, tmp_path):
+    model, _, text = start
+    config = Config(levels=4, calibration=text, samples=6, seqlen=24, device="cpu", threads=1,
+                    proof_tokens=0)  # fmt: skip
+    ternarize(model, tmp_path / "a", config)
+    result = refine(tmp_path / "a", tmp_path / "r", RefineConfig(**SMALL, codes="ste", text=text))
+    assert result.after.kl < 0.95 * result.before.kl and result.changed > 0
+    matrices = Artifact.open(tmp_path / "r").block(1).values()
+    assert all(m.levels == 4 and set(np.unique(m.codes())) == {-1, 0, 1, 2} for m in matrices)
+    ids = torch.from_numpy(np.asarray(_ids(text)))[-4 * 16 :].view(4, 16).long()
+    score = perplexity(model, ids, artifact=tmp_path / "r", device="cpu", threads=1)
+    assert score.perplexity == pytest.approx(result.after.perplexity, rel=2e-3)
 
 
 def test_embeddings_can_be_trained(start, tmp_path):

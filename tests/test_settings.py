@@ -10,6 +10,7 @@ import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from export import converter_metadata
+from export.converter_metadata import with_older_names
 from export.settings import COMMON, GRAPHS, TABLES, Unsupported, examine, judge
 
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
@@ -158,3 +159,14 @@ def test_the_factor_on_cos_and_sin_is_that_of_transformers(rope):
         theirs = ROPE_INIT_FUNCTIONS[kind](made, torch.device("cpu"))[1]
     ours = converter_metadata.attention_factor(made.rope_parameters, 1024)
     assert ours == pytest.approx(theirs, rel=1e-9)
+
+
+def test_the_converter_gets_settings_under_the_names_of_the_published_files():
+    saved = {"model_type": "gpt_neox", "max_position_embeddings": 512, "text_config": {"a": 1},
+             "rope_parameters": {"partial_rotary_factor": 0.25}}  # fmt: skip
+    published = {"scoring_func": "sigmoid", "max_position_embeddings": 7, "text_config": {"b": 2}}
+    found = with_older_names(saved, published)
+    assert found["rotary_pct"] == 0.25 and found["n_ctx"] == found["max_position_embeddings"] == 512
+    assert found["scoring_func"] == "sigmoid" and found["text_config"] == {"a": 1, "b": 2}
+    hybrid = {"model_type": "granitemoehybrid", "layer_types": ["linear_attention", "x"]}
+    assert with_older_names(hybrid, {})["layer_types"] == ["mamba", "x"]

@@ -42,7 +42,7 @@ def load_config(checkpoint: Checkpoint) -> Any:
         if config is not whole and TIE in checkpoint.settings:
             config.tie_word_embeddings = checkpoint.settings[TIE]
         config._experts_implementation = "eager"  # each expert by itself, so that it can be seen
-        sizes = [getattr(config, n, 1) for n in SIZES]
+        sizes = [in_all_layers(config, n) for n in SIZES]
     except Exception as e:  # transformers raises whatever its fields' checks raise
         raise PT2Error(f"transformers cannot use {where}: {e}") from e
     if not all(_positive(s) for s in sizes):
@@ -85,15 +85,21 @@ def _model_type(checkpoint: Checkpoint) -> str:
 
 def _fill_in(checkpoint: Checkpoint, config: Any) -> None:
     """Numbers of heads and their width, where they are not what follows from the other sizes."""
-    heads = getattr(config, "num_attention_heads", None)
+    heads = in_all_layers(config, "num_attention_heads")
     width = getattr(config, "hidden_size", None)
     if not isinstance(heads, int) or not isinstance(width, int):
         return
     for key, plain in (("num_key_value_heads", heads), ("head_dim", width // heads)):
-        value = getattr(config, key, None)
+        value = in_all_layers(config, key)
         if checkpoint.settings.get(key) is None and value not in (None, plain):
             checkpoint.fill_in({key: value})
             checkpoint.notes.append(f"{CONFIG} has no {key}: {value}, as transformers takes it")
+
+
+def in_all_layers(config: Any, name: str) -> Any:
+    """A setting of a config; None where it has none, or one that differs by layer."""
+    differing = getattr(config, "per_layer_attributes", None) or ()
+    return None if name in differing else getattr(config, name, None)
 
 
 def _positive(value: Any) -> bool:

@@ -12,6 +12,7 @@ from pt2_core.model.tokenizer_files import refuse_code
 
 CONFIG = "config.json"
 TIE = "tie_word_embeddings"
+FLOAT_TAG = "__float__"  # transformers' mark of a float that JSON has not
 _TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id")
 _QUANTISED = ("quantization_config", "compression_config", "quantization")
 
@@ -33,7 +34,18 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise PT2Error(f"{path / CONFIG} does not hold a model's settings")
     refuse_code(path / CONFIG)
-    return config
+    return {key: _plain_floats(value) for key, value in config.items()}
+
+
+def _plain_floats(value: Any) -> Any:
+    """A value with the floats that transformers writes as ``{"__float__": "Infinity"}``."""
+    if isinstance(value, list):
+        return [_plain_floats(v) for v in value]
+    if isinstance(value, dict):
+        if set(value) == {FLOAT_TAG} and isinstance(value[FLOAT_TAG], str):
+            return float(value[FLOAT_TAG])
+        return {k: _plain_floats(v) for k, v in value.items()}
+    return value
 
 
 def architecture_of(config: Mapping[str, Any]) -> str:

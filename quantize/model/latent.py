@@ -1,10 +1,10 @@
-"""Ternary codes that gradients can move: relaxations of rounding, and the latents' optimiser.
+"""Codes that gradients can move: relaxations of rounding, and the latents' optimiser.
 
-Every code t has a latent z, a real number in units of alpha; t is z rounded to {-1, 0, 1}. Rounding
-has no gradient, so one is put in its place:
+Every code t has a latent z, a real number in units of alpha; t is z rounded to {-1, 0, 1}, or with
+four levels to {-1, 0, 1, 2}. Rounding has no gradient, so one is put in its place:
 
 - ``ste`` (straight-through): dt/dz = 1.
-- ``soft``: t is a smooth staircase with two steps of width tau, and dt/dz is its true slope. Tau
+- ``soft``: t is a smooth staircase with steps of width tau, and dt/dz is its true slope. Tau
   falls during the run, until the staircase is rounding itself.
 
 z starts at the weight that was quantised, (w - mu) / alpha. Where the closed form chose another
@@ -18,8 +18,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quantize.method.ternary import LOWEST, clamp_levels_
+
 EDGE = 0.01  # how far inside its cell a latent starts, at the least
-REACH = 1.5  # latents are kept within +-REACH: further out they would take too long to come back
+# Latents stay within half a step of the outermost codes: further out they would take too long to
+# come back.
+HALF = 0.5
 BETA_MEAN, BETA_SQUARE = 0.9, 0.98
 
 
@@ -28,7 +32,7 @@ def initial_latent(w: Tensor, t: Tensor, alpha: Tensor, mu: Tensor) -> Tensor:
 
     Args:
         w: the original weights, float32 ``[rows, cols]``, columns in the quantised order.
-        t: codes of {-1, 0, 1}, ``[rows, cols]``.
+        t: codes, ``[rows, cols]``.
         alpha, mu: float32 ``[rows, blocks]``.
 
     Returns:
@@ -38,23 +42,25 @@ def initial_latent(w: Tensor, t: Tensor, alpha: Tensor, mu: Tensor) -> Tensor:
     inverse = torch.where(alpha > 0, 1 / alpha, 0.0)[..., None]
     z = ((w.reshape(blocks) - mu[..., None]) * inverse).reshape(w.shape)
     t = t.to(z.dtype)
-    low = torch.where(t < 0, -REACH, t - 0.5)
-    high = torch.where(t > 0, REACH, t + 0.5)
+    low, high = t - HALF, t + HALF
     z = torch.where(z < low, (2 * low - z).minimum(t), z)
     z = torch.where(z > high, (2 * high - z).maximum(t), z)
     return torch.minimum(torch.maximum(z, low + EDGE), high - EDGE)
 
 
-def round_codes(z: Tensor) -> Tensor:
-    """The nearest of {-1, 0, 1}, in z's dtype."""
-    return z.round().clamp_(-1, 1)
+def round_codes(z: Tensor, levels: int = 3) -> Tensor:
+    """The nearest code, in z's dtype."""
+    return clamp_levels_(z.round(), levels)
 
 
-def soft_codes(z: Tensor, tau: float) -> tuple[Tensor, Tensor]:
-    """The smooth staircase and its slope: ``s((z - 1/2) / tau) + s((z + 1/2) / tau) - 1``."""
-    up = torch.sigmoid((z - 0.5) / tau)
-    down = torch.sigmoid((z + 0.5) / tau)
-    return up + down - 1, (up * (1 - up) + down * (1 - down)) / tau
+def soft_codes(z: Tensor, tau: float, levels: int = 3) -> tuple[Tensor, Tensor]:
+    """The smooth staircase and its slope: ``s((z - 1/2) / tau) + s((z + 1/2) / tau) - 1``, and with
+    four levels one step more, at 3/2."""
+    steps = [torch.sigmoid((z - edge) / tau) for edge in (0.5, -0.5, 1.5)[: levels - 1]]
+    value, slope = steps[0], steps[0] * (1 - steps[0])
+    for step in steps[1:]:
+        value, slope = value + step, slope + step * (1 - step)
+    return value + LOWEST, slope / tau
 
 
 class Latent:
@@ -67,10 +73,14 @@ class Latent:
     Attributes:
         z: float32 ``[rows, cols]``.
         tau: the width of the soft staircase; 0 is rounding with a straight-through gradient.
+        levels: how many codes there are.
     """
 
-    def __init__(self, z: Tensor, blocks: int, *, per_weight: bool = False) -> None:
+    def __init__(
+        self, z: Tensor, blocks: int, *, per_weight: bool = False, levels: int = 3
+    ) -> None:
         self.z = z
+        self.levels = levels
         self.tau = 0.0
         rows, cols = z.shape
         self.shape = (rows, blocks, cols // blocks)
@@ -81,12 +91,14 @@ class Latent:
 
     def codes(self) -> Tensor:
         """What the forward pass multiplies with, float32 ``[rows, cols]``."""
-        return soft_codes(self.z, self.tau)[0] if self.tau else round_codes(self.z)
+        if self.tau:
+            return soft_codes(self.z, self.tau, self.levels)[0]
+        return round_codes(self.z, self.levels)
 
     def add_gradient(self, grad: Tensor) -> None:
         """Add dloss/dt, float ``[rows, cols]``, through the slope that stands for rounding's."""
         if self.tau:
-            grad = grad * soft_codes(self.z, self.tau)[1]
+            grad = grad * soft_codes(self.z, self.tau, self.levels)[1]
         self.grad.add_(grad)
 
     def step(self, lr: float, number: int) -> None:
@@ -104,5 +116,6 @@ class Latent:
         self.square.lerp_(power, 1 - BETA_SQUARE)
         scale = (self.square / (1 - BETA_SQUARE**number)).sqrt_().add_(1e-20).reciprocal_()
         mean.view(self.shape).mul_(scale)
-        self.z.sub_(mean, alpha=lr / (1 - BETA_MEAN**number)).clamp_(-REACH, REACH)
+        self.z.sub_(mean, alpha=lr / (1 - BETA_MEAN**number))
+        self.z.clamp_(LOWEST - HALF, LOWEST + self.levels - 1 + HALF)
         self.grad.zero_()

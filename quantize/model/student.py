@@ -58,18 +58,20 @@ class TernaryLinear(nn.Module):
     """A linear whose weight is ``alpha * T + mu`` per row and block, columns in an order.
 
     Args:
-        t: int8 ``[rows, cols]`` of {-1, 0, 1}, in the quantised order.
+        t: int8 ``[rows, cols]``, in the quantised order.
         alpha, mu: float ``[rows, blocks]``.
         perm: int64 ``[cols]``; quantised column j reads input ``perm[j]``.
         bias: ``[rows]`` or None.
         latent: the codes' latents where they are trained; ``t`` is then not kept.
+        levels: how many values T may take.
     """
 
     def __init__(
         self, t: Tensor, alpha: Tensor, mu: Tensor, perm: Tensor, bias: Tensor | None = None,
-        latent: Latent | None = None,
+        latent: Latent | None = None, levels: int = 3,
     ) -> None:  # fmt: skip
         super().__init__()
+        self.levels = levels
         self.latent = latent
         self.t = None if latent is not None else t
         self.alpha_0, self.mu_0 = alpha.float(), mu.float()
@@ -297,7 +299,14 @@ def trainable(student: Network) -> tuple[list[Tensor], list[Tensor], list[Latent
 
 
 def ternary_maker(
-    t: Tensor, alpha: Tensor, mu: Tensor, perm: Tensor, *, moving: bool, per_weight: bool = False
+    t: Tensor,
+    alpha: Tensor,
+    mu: Tensor,
+    perm: Tensor,
+    *,
+    moving: bool,
+    per_weight: bool = False,
+    levels: int = 3,
 ) -> Callable[[Tensor, Tensor | None], TernaryLinear]:
     """What makes a :class:`TernaryLinear` out of a quantised matrix and the teacher's linear.
 
@@ -305,6 +314,7 @@ def ternary_maker(
         t: int8 ``[rows, cols]``; alpha, mu: float ``[rows, blocks]``; perm: int64 ``[cols]``.
         moving: give its codes latents.
         per_weight: keep Adam's second moment for each weight, not for each block.
+        levels: how many values T may take.
     """
 
     def make(weight: Tensor, bias: Tensor | None) -> TernaryLinear:
@@ -313,8 +323,8 @@ def ternary_maker(
         latent = None
         if moving:
             z = initial_latent(weight.float()[:, order], codes, scale, offset)
-            latent = Latent(z, scale.shape[1], per_weight=per_weight)
-        return TernaryLinear(codes, scale, offset, order, bias, latent)
+            latent = Latent(z, scale.shape[1], per_weight=per_weight, levels=levels)
+        return TernaryLinear(codes, scale, offset, order, bias, latent, levels)
 
     return make
 

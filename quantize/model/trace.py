@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 _PRODUCTS = {"linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm"}
+_FACTORS = ("mat1", "batch1", "mat2", "batch2")  # their names in addmm and baddbmm
 _SUMS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 
 
@@ -86,7 +87,8 @@ class Trace(TorchFunctionMode):
         if name == "linear":
             x, weight = args[0], args[1] if len(args) > 1 else kwargs["weight"]
         elif name in ("addmm", "baddbmm"):
-            x, weight = args[1], args[2]
+            given = (*args, *(kwargs[k] for k in _FACTORS if k in kwargs))
+            x, weight = given[1], given[2]
         elif name == "__rmatmul__":
             x, weight = args[1], args[0]
         else:

@@ -134,9 +134,6 @@ def refine(
         PT2Error: anything the user can mend; one line that names what and where.
     """
     source, out = Artifact.open(artifact_dir), Path(out_dir)
-    if any(m.get("levels", 3) != 3 for m in source.matrices.values()):
-        raise PT2Error(f"{source.path} has four levels, and pt2-refine moves three: quantise again "
-                       "with --levels 3")  # fmt: skip
     _check_names(source, out, resume, overwrite)
     with folder_lock(out):
         return _refine(source, out, config, model_dir, resume, overwrite, reporter or Reporter())
@@ -306,7 +303,7 @@ class Run:
             model_config,
             (
                 (name, ternary_maker(*_tensors(m), moving=config.codes != "frozen",
-                                     per_weight=config.per_weight))
+                                     per_weight=config.per_weight, levels=m.levels))
                 for index in range(source.n_blocks)
                 for name, m in source.block(index).items()
                 if name not in restored

@@ -13,6 +13,7 @@ from torch import Tensor
 from pt2_core.artifact.folder import Artifact, ArtifactWriter, TernaryMatrix
 from pt2_core.artifact.proof import Proof
 from pt2_core.model.checkpoint import Checkpoint
+from quantize.method.ternary import Grid, positive_alpha
 from quantize.model.latent import round_codes
 from quantize.model.student import Network, ScaledNorm, TernaryLinear
 from quantize.refinement.distill import Held
@@ -23,7 +24,7 @@ def pack_codes(codes: Tensor) -> Tensor:
     4]``.
 
     Args:
-        codes: values of {-1, 0, 1}, ``[rows, cols]``, of any dtype.
+        codes: values of {-1, 0, 1, 2}, ``[rows, cols]``, of any dtype.
     """
     quads = (codes + 1).to(torch.uint8).view(codes.shape[0], -1, 4)
     return quads[..., 0] | quads[..., 1] << 2 | quads[..., 2] << 4 | quads[..., 3] << 6
@@ -34,17 +35,17 @@ def snapshot(student: Network) -> dict[str, Tensor]:
     """What is stored of a student: ``M.ternary``, ``M.alpha``, ``M.mu``, and trained norms.
 
     As in the artifact, on the CPU: packed uint8, float16, float16; norms float32 by their names in
-    the checkpoint. Rows of negative alpha change the sign of alpha and T.
+    the checkpoint. Blocks of negative alpha are counted from the other end.
     """
     result: dict[str, Tensor] = {}
     for name, layer in student.modules(TernaryLinear):
         alpha, mu = layer.grid()
         z = layer.latent.z if layer.latent is not None else layer.codes()
-        codes = round_codes(z).view(*alpha.shape, -1)
-        codes = codes * torch.where(alpha < 0, -1.0, 1.0)[..., None]
+        codes = round_codes(z, layer.levels).view(alpha.numel(), -1)
+        grid, codes = positive_alpha(Grid(alpha.flatten(), mu.flatten()), codes, layer.levels)
         result[f"{name}.ternary"] = pack_codes(codes.view(z.shape)).cpu()
-        result[f"{name}.alpha"] = alpha.abs().half().cpu()
-        result[f"{name}.mu"] = mu.half().cpu()
+        result[f"{name}.alpha"] = grid.alpha.view(alpha.shape).half().cpu()
+        result[f"{name}.mu"] = grid.mu.view(alpha.shape).half().cpu()
     for name, norm in student.modules(ScaledNorm):
         if norm.c.requires_grad:
             result[f"{name}.weight"] = norm.weight().cpu()

@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,15 @@ def main() -> int:
     names = args.names or (QUICK if args.quick else list(classes))
     if unknown := [n for n in names if n not in classes]:
         parser.error(f"no class {unknown[0]!r}: see --list")
-    results = run(
-        {n: classes[n] for n in names}, source, args.jobs, plain=args.plain, keep=args.keep
-    )
-    if args.json is not None:
-        args.json.write_text(json.dumps(results, indent=1, sort_keys=True), encoding="utf-8")
+    results: dict[str, dict[str, Any]] = {}
+    if not args.plain:
+        print(table.header(), flush=True)
+    for name, result in run({n: classes[n] for n in names}, source, args):
+        results[name] = result
+        row = json.dumps({name: result}) if args.plain else table.row(name, result)
+        print(row, flush=True)
+        if args.json is not None:
+            args.json.write_text(json.dumps(results, indent=1, sort_keys=True), encoding="utf-8")
     if args.plain:
         return int(any(map(lambda r: "error" in r, results.values())))
     green = sum(map(table.is_green, results.values()))
@@ -67,40 +72,27 @@ def main() -> int:
 
 
 def run(
-    classes: dict[str, str],
-    source: Path,
-    jobs: int,
-    *,
-    plain: bool = False,
-    keep: Path | None = None,
-) -> dict[str, dict[str, Any]]:
-    """Run classes (name -> model type), and print a row for each as it comes."""
+    classes: dict[str, str], source: Path, args: argparse.Namespace
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Run classes (name -> model type) and yield what came of each, as it comes."""
     from tests.zoo.converter_server import install, serving
     from tests.zoo.run import prepare, run_all
 
     began = time.monotonic()
-    results = {}
     folder = tempfile.TemporaryDirectory(prefix="pt2-zoo-")
     with folder, serving(Path(folder.name), source) as socket:
         prepare()
+        from tests.zoo.plain import plain_path
+        from tests.zoo.whole import whole
 
         def work(place: Path, name: str, kind: str) -> dict[str, Any]:
             install(socket)
-            if plain:
-                from tests.zoo.plain import plain_path
-
+            if args.plain:
                 return plain_path(place, name, kind)
-            from tests.zoo.whole import whole
+            return whole(place, name, kind, args.keep)
 
-            return whole(place, name, kind, keep)
-
-        if not plain:
-            print(table.header(), flush=True)
-        for name, result in run_all(work, classes.items(), jobs):
-            results[name] = result
-            print(json.dumps({name: result}) if plain else table.row(name, result), flush=True)
+        yield from run_all(work, classes.items(), args.jobs)
     print(f"{time.monotonic() - began:.0f} s", file=sys.stderr)
-    return results
 
 
 if __name__ == "__main__":

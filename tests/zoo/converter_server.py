@@ -8,21 +8,24 @@ output and exit code.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-SECONDS = 120  # a conversion that takes longer is ended
+SECONDS = 600  # a conversion that takes longer is ended
 
 
 @contextmanager
@@ -65,9 +68,46 @@ def install(where: Path) -> None:
         def run(self, argv: Sequence[Any], **more: Any) -> subprocess.CompletedProcess[str]:
             if driver not in map(str, argv):
                 return theirs.run(argv, **more)
-            return _ask(where, Path(argv[-1]))
+            return answers.get(Path(argv[-1]))
 
+    answers = Answers(where)
     converter.children = Children()  # type: ignore[assignment]
+
+
+class Answers:
+    """Asks the server, and gives what it made once more where the same is asked for again.
+
+    The exports of one artifact as three types ask the converter for the same carrier.
+    """
+
+    def __init__(self, where: Path) -> None:
+        self.where = where
+        self.kept = Path(tempfile.mkdtemp(prefix="pt2-zoo-carriers-", dir=where.parent))
+        self.known: dict[str, Path] = {}
+
+    def get(self, job: Path) -> subprocess.CompletedProcess[str]:
+        """What the driver makes of a job file, beside it."""
+        before = set(job.parent.iterdir())
+        key = _content(job)
+        if key in self.known:
+            for file in self.known[key].iterdir():
+                shutil.copy(file, job.parent / file.name)
+            return subprocess.CompletedProcess([str(job)], 0, "", "")
+        done = _ask(self.where, job)
+        if done.returncode == 0:
+            self.known[key] = self.kept / str(len(self.known))
+            self.known[key].mkdir()
+            for file in {f for f in job.parent.iterdir() if f.is_file()} - before:
+                shutil.copy(file, self.known[key] / file.name)
+        return done
+
+
+def _content(job: Path) -> str:
+    """What a job asks for, wherever its folder is."""
+    place = str(job.parent)
+    text = json.loads(job.read_text(encoding="utf-8").replace(place, "."))
+    arrays = [hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(job.parent.glob("*.npz"))]
+    return json.dumps([text, arrays], sort_keys=True)
 
 
 def _ask(where: Path, job: Path) -> subprocess.CompletedProcess[str]:

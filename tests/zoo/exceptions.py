@@ -41,11 +41,11 @@ GEMMA: dict[str, Any] = {"query_pre_attn_scalar": 64}
 # The published ones scale everywhere; queries times 1, the default, would look at one token only.
 GRANITE: dict[str, Any] = {
     "attention_multiplier": 0.125, "embedding_multiplier": 2.0, "residual_multiplier": 0.5,
-    "logits_scaling": 0.5,
+    "logits_scaling": 2.0,
 }  # fmt: skip
 GEMMA4: dict[str, Any] = {
     "num_hidden_layers": 6, "vocab_size_per_layer_input": 512, "global_head_dim": 128,
-    "num_experts": None,
+    "num_experts": None, "final_logit_softcapping": 5.0,
 }  # fmt: skip
 VISION: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -60,6 +60,10 @@ SPECIALS: dict[str, Special] = {
         {**_mamba(), "attn_layer_indices": [1, 3]}, {"attn_rotary_emb": 32}
     ),
     "BitNetForCausalLM": Special({"tie_word_embeddings": True}, tokenizer="spm"),
+    # The default makes a tiny model's predictions next to even.
+    "CohereForCausalLM": Special({"logit_scale": 1.0}),
+    "Cohere2ForCausalLM": Special({"logit_scale": 1.0}),
+    "Cohere2MoeForCausalLM": Special({"logit_scale": 1.0}),
     "DbrxForCausalLM": Special({
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 512, "moe_num_experts": 4, "moe_top_k": 2},
@@ -78,24 +82,25 @@ SPECIALS: dict[str, Special] = {
     "ExaoneMoeForCausalLM": Special({}, SIGMOID),
     "FalconForCausalLM": Special({"head_dim": ..., "num_kv_heads": 1}),
     "FalconH1ForCausalLM": Special({**_mamba(), "mamba_d_ssm": 512}, {"head_dim": 64}),
-    "Gemma2ForCausalLM": Special(GEMMA, tokenizer="spm"),
-    "Gemma3ForCausalLM": Special({**GEMMA, "num_hidden_layers": 6}, tokenizer="spm"),
+    "Gemma2ForCausalLM": Special(GEMMA, tokenizer="gemma"),
+    "Gemma3ForCausalLM": Special({**GEMMA, "num_hidden_layers": 6}, tokenizer="gemma"),
     "Gemma3ForConditionalGeneration": Special(
         {"text_config": {**GEMMA, "num_hidden_layers": 6}, "vision_config": VISION,
-         "mm_tokens_per_image": 4}, tokenizer="spm"
+         "mm_tokens_per_image": 4}, tokenizer="gemma"
     ),
     "Gemma4ForConditionalGeneration": Special(
-        {"text_config": GEMMA4, "vision_config": VISION, "audio_config": None}, tokenizer="spm"
+        {"text_config": GEMMA4, "vision_config": VISION, "audio_config": None}, tokenizer="gemma"
     ),
     "Gemma4UnifiedForConditionalGeneration": Special(
-        {"text_config": GEMMA4}, tokenizer="spm"
+        {"text_config": GEMMA4}, {"moe_intermediate_size": None, "num_kv_shared_layers": 0},
+        tokenizer="gemma",
     ),
     "Gemma3nForCausalLM": Special({
         "num_hidden_layers": 10, "num_kv_shared_layers": 5, "vocab_size_per_layer_input": 512,
-        "hidden_size_per_layer_input": 256, "laurel_rank": 256,
-    }, tokenizer="spm"),
-    "Gemma4ForCausalLM": Special(GEMMA4, tokenizer="spm"),
-    "GemmaForCausalLM": Special(tokenizer="spm"),
+        "hidden_size_per_layer_input": 256, "laurel_rank": 64,
+    }, tokenizer="gemma"),
+    "Gemma4ForCausalLM": Special(GEMMA4, tokenizer="gemma"),
+    "GemmaForCausalLM": Special(tokenizer="gemma"),
     "Glm4MoeLiteForCausalLM": Special(MLA, {**SIGMOID, "first_k_dense_replace": 1}),
     "GlmMoeDsaForCausalLM": Special({**MLA, **INDEXED}, {**SIGMOID, "first_k_dense_replace": 1}),
     "GraniteForCausalLM": Special(GRANITE),
@@ -108,7 +113,12 @@ SPECIALS: dict[str, Special] = {
         "shared_intermediate_size": 512,
     }),
     "HYV4ForCausalLM": Special(
-        {**MLA, **INDEXED}, renamed={"model.hc_pre.hc_head.": "model.hc_head."}
+        {**MLA, **INDEXED}, renamed={
+            "hc_pre.hc_head.": "hc_head.", "hc_pre.hc_attn_layer.hc_": "hc_attn_layer.hc_pre.hc_",
+            "hc_pre.hc_mlp_layer.hc_": "hc_mlp_layer.hc_pre.hc_",
+            "mlp.linear_gate": "mlp.gate_proj",
+            "shared_experts.linear_gate": "shared_experts.gate_proj",
+        }
     ),
     "HunYuanMoEV1ForCausalLM": Special(raw={
         "moe_intermediate_size": [512] * 4, "moe_topk": [2] * 4, "num_shared_expert": [1] * 4,
@@ -140,13 +150,22 @@ SPECIALS: dict[str, Special] = {
         "hybrid_override_pattern": "MEM*E",
     }),
     "OlmoeForCausalLM": Special({"num_key_value_heads": 4}),
-    "PhiForCausalLM": Special({"num_key_value_heads": 4}),
+    "PhiForCausalLM": Special({"num_key_value_heads": 4, "intermediate_size": 1024}),
     "Qwen3MoeForCausalLM": Special({"norm_topk_prob": True}),
+    "SolarOpenForCausalLM": Special(
+        raw={"partial_rotary_factor": 1.0, "first_k_dense_replace": 0}
+    ),
+    "Ministral3ForCausalLM": Special(NO_WINDOW),
     "Starcoder2ForCausalLM": Special(NO_WINDOW),
     "JambaForCausalLM": Special({"attn_layer_period": 2, "attn_layer_offset": 1}),
     "LagunaForCausalLM": Special({"layer_types": ["full_attention"] + ["sliding_attention"] * 3}),
-    "MellumForCausalLM": Special({"layer_types": ["sliding_attention", "full_attention"] * 2}),
-    "MiniMaxM2ForCausalLM": Special(raw={"rotary_dim": 64}),
+    "MellumForCausalLM": Special({
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        # llama.cpp has one base for all layers.
+        "rope_parameters": {k: {"rope_type": "default", "rope_theta": 10000.0}
+                            for k in ("sliding_attention", "full_attention")},
+    }),
+    "MiniMaxM2ForCausalLM": Special(raw={"rotary_dim": 64, **SIGMOID}),
     "Phi3ForCausalLM": Special(NO_WINDOW, settings={"tokenizer_class": "GPT2Tokenizer"}),
     "YoutuForCausalLM": Special(MLA),
 }  # fmt: skip

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from pt2_core.artifact.proof_text import PROSE
 
@@ -16,14 +17,17 @@ NAMED = ["<|startoftext|>", "<|endoftext|>", "[gMASK]", "<|user|>", "<|observati
 _SPACE = "\u2581"
 
 
-def sentencepiece(folder: Path) -> None:
-    """A BPE with byte fallback, in the form in which transformers saves Llama's."""
+def sentencepiece(space_first: bool = True) -> dict[str, Any]:
+    """A BPE with byte fallback, in the form in which transformers saves Llama's.
+
+    Args:
+        space_first: whether a text gets a space in front.
+    """
     from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 
     made = Tokenizer(models.BPE(unk_token=UNKNOWN, byte_fallback=True, fuse_unk=True))
-    made.normalizer = normalizers.Sequence(
-        [normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)]
-    )
+    first = [normalizers.Prepend(_SPACE)] if space_first else []
+    made.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", _SPACE)])
     made.decoder = decoders.Sequence(
         [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(),
          decoders.Strip(" ", 1, 0)]
@@ -33,13 +37,13 @@ def sentencepiece(folder: Path) -> None:
         vocab_size=VOCAB, special_tokens=[*SPECIAL, *bytes_], show_progress=False
     )
     made.train_from_iterator(PROSE.split("\n"), trainer)
-    value = json.loads(made.to_str())
+    value: dict[str, Any] = json.loads(made.to_str())
     value["added_tokens"] = [t for t in value["added_tokens"] if t["content"] in SPECIAL]
     value["post_processor"] = _bos_first()
-    _save(folder, value)
+    return value
 
 
-def byte_level(folder: Path) -> None:
+def byte_level() -> dict[str, Any]:
     """A byte-level BPE that cuts as GPT-2's does."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -51,10 +55,8 @@ def byte_level(folder: Path) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
     made.train_from_iterator(PROSE.split("\n"), trainer)
-    _save(folder, json.loads(made.to_str()))
-
-
-KINDS: dict[str, Callable[[Path], None]] = {"spm": sentencepiece, "bpe": byte_level}
+    value: dict[str, Any] = json.loads(made.to_str())
+    return value
 
 
 def _bos_first() -> dict[str, object]:
@@ -67,8 +69,19 @@ def _bos_first() -> dict[str, object]:
     return value
 
 
-def _save(folder: Path, value: dict[str, object]) -> None:
-    (folder / "tokenizer.json").write_text(json.dumps(value), encoding="utf-8")
+@cache
+def train() -> dict[str, str]:
+    """Kind -> its tokenizer.json."""
+    return {
+        "spm": json.dumps(sentencepiece()),
+        "gemma": json.dumps(sentencepiece(space_first=False)),
+        "bpe": json.dumps(byte_level()),
+    }
+
+
+def write(kind: str, folder: Path) -> None:
+    """Write a tokenizer's files into a model's folder."""
+    (folder / "tokenizer.json").write_text(train()[kind], encoding="utf-8")
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS,
               "unk_token": UNKNOWN, "pad_token": PAD}  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
