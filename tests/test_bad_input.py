@@ -222,7 +222,7 @@ CASES: list[tuple[str, str, Break, list[str], str]] = [
         w.model / "model.safetensors.index.json").write_text(json.dumps(
             {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}))), QUANT,
      "model-00001-of-00002"),
-    ("width-not-divisible", Q, lambda w: (shutil.rmtree(w.model), make_model(w.model, 192, 256)),
+    ("width-not-divisible", Q, lambda w: (shutil.rmtree(w.model), make_model(w.model, 192, 192)),
      QUANT, "192"),
     ("tokenizer-missing", Q, lambda w: [p.unlink() for p in w.model.glob("tokenizer*")], QUANT,
      "tokenizer"),

@@ -207,7 +207,7 @@ def test_ternary_blocks_are_valid_codes() -> None:
     for kind in formats.TYPES.values():
         raw = random_blocks(kind.name, 500, rng)
         codes, alpha, mu = kind.unpack(raw)
-        assert np.unique(codes).tolist() == list(range(kind.levels))
+        assert np.unique(codes).tolist() == [0, 1, 2]  # ternary, whatever else the type holds
         assert (kind.pack(codes, alpha, mu) == raw).all()
 
 

@@ -385,7 +385,7 @@ def test_bad_models(name, llama, calib, tmp_path, capsys):
 
 BAD_OPTIONS = {
     "no model": (["/nonexistent/m"], "there is no model folder"),
-    "hub name": (["org/name"], "hf download org/name"),
+    "hub name": (["org/name"], "there is no folder org/name"),
     "no such text": (["M", "--calibration", "nope.txt"], "no calibration text 'nope.txt'"),
     "wrong tensor": (["M", "--calibration", "T:nope"], "has no tensor 'nope'"),
     "not ids": (["M", "--calibration", "T:other"], "not rows of token ids"),

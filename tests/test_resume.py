@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from pt2_core.artifact.folder import PROOF, Artifact, block_file, read_manifest
 from pt2_core.errors import PT2Error
+from pt2_core.model.fingerprint import CACHE
 from pt2_core.process.locks import folder_lock
 from pt2_core.progress import Reporter
 from quantize import sensitivities
@@ -68,6 +69,8 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, number: int, error: BaseException) 
     replace = os.replace
 
     def counted(old, new):
+        if Path(new).name == CACHE:  # of all runs on the machine, and no file of this one
+            return replace(old, new)
         if len(names) == number:
             raise error
         names.append(Path(new).name)
