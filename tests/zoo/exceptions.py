@@ -143,6 +143,7 @@ SPECIALS: dict[str, Special] = {
     }),
     "LlamaForCausalLM": Special(tokenizer="spm"),
     "MambaForCausalLM": Special(gain=0.8),
+    "NemotronForCausalLM": Special(gain=1.0),  # its activation is a square
     "Mamba2ForCausalLM": Special({"num_heads": 8, "n_groups": 1, "state_size": 64,
                                   "chunk_size": 32}),
     "MiniCPM3ForCausalLM": Special(MLA, tokenizer="spm"),
