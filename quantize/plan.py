@@ -21,6 +21,7 @@ from quantize.model.streamed import StreamedModel
 EXPORTED_ORDERS = ("none", "foldable")  # pt2-export cannot fold the others
 ROUTER = "it routes tokens to experts"
 GATE = "it has one row: a gate"
+UNREAD = "nothing was multiplied with it on the trial run"
 
 
 @dataclass
@@ -97,6 +98,9 @@ def make_plan(model: StreamedModel, config: Config, *, strict: bool = False) -> 
                 plan.blocks[-1].append(name)
             if not reason or "columns" in reason:
                 widths.setdefault(kind_of(name), []).append(matrix.cols)
+        for name in model.unread(index):
+            if name not in plan.kept and name not in plan.ternary:
+                plan.kept[name] = plan.by_need[name] = UNREAD
     problem = width_problem(widths, config.block_size, config.skip, exported=exported)
     if strict and plan.by_need:
         name, reason = next(iter(plan.by_need.items()))

@@ -18,7 +18,7 @@ from quantize.config import Config, load_recipe
 from quantize.method.hessian import ENOUGH, InputMoments, blend
 from quantize.model.streamed import StreamedModel
 from quantize.moments import gather_experts
-from quantize.plan import GATE, ROUTER, make_plan
+from quantize.plan import GATE, ROUTER, UNREAD, make_plan
 
 SLOW = [pytest.param(k, marks=() if k in QUICK else pytest.mark.slow) for k in FAMILIES]
 
@@ -140,6 +140,18 @@ def test_routers_and_gates_stay_as_they_are(tmp_path):
         "mlp.gate": ROUTER, "mlp.shared_expert_gate": GATE,
     }  # fmt: skip
     assert len(plan.ternary) == 4 * (4 + 3 + 3 * 4)
+
+
+def test_a_linear_that_the_trial_run_does_not_reach_is_named(tmp_path, monkeypatch):
+    small_model("llama", tmp_path / "m")
+    model = StreamedModel(Checkpoint.open(tmp_path / "m"))
+    whole = model.sites
+    monkeypatch.setattr(model, "sites", lambda index: whole(index)[:-1])  # down_proj's is not seen
+    plan = make_plan(model, Config())
+    names = [f"model.layers.{i}.mlp.down_proj" for i in range(model.n_blocks)]
+    assert plan.by_need == plan.kept == dict.fromkeys(names, UNREAD)
+    with pytest.raises(PT2Error, match=r"--strict: \S+\.0\.mlp\.down_proj must stay"):
+        make_plan(model, Config(), strict=True)
 
 
 def test_moments_of_experts_are_those_of_their_tokens(tmp_path):

@@ -28,7 +28,7 @@ from pt2_core.model.checkpoint import Checkpoint, torch_dtype
 from pt2_core.model.expected import load_config, settle
 from quantize.model.block import Block
 from quantize.model.shell import Batch, Shell, empty_outside, fill_outside, set_value, share
-from quantize.model.sites import Matrix, Site, find_matrices, find_sites
+from quantize.model.sites import Matrix, Site, find_matrices, find_sites, matrix_name
 
 PROBE_TOKENS = 8  # enough for a block to run
 
@@ -193,6 +193,18 @@ class StreamedModel:
             found = find_matrices(self.layout, self.sites(index), prefix)
             self._matrices = (index, found)
         return self._matrices[1]
+
+    def unread(self, index: int) -> list[str]:
+        """The files' names of a block's linears that nothing was multiplied with on the trial run.
+
+        Experts that are modules of their own run only where a token is routed to them.
+        """
+        known = {member.param for site in self.sites(index) for member in site.members}
+        modules = self.shell.blocks[index].named_modules()
+        params = [f"{name}.weight" for name, m in modules if isinstance(m, nn.Linear)]
+        prefix = f"{self.shell.stack}.{index}."
+        tensors = [t for p in params if p not in known for t in self.layout.sources(prefix + p)]
+        return [matrix_name(tensor, None) for tensor in tensors]
 
     @torch.no_grad()
     def _probed(self) -> Batch:
