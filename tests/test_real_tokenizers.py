@@ -76,6 +76,7 @@ def small_model(folder: Path, class_name: str, tokenizer: Path) -> Any:
 
 
 @pytest.mark.llama
+@pytest.mark.slow
 @pytest.mark.parametrize("package", PACKAGES)
 def test_a_real_tokenizers_tokens_are_llama_cpps(package, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -4,7 +4,8 @@
 ``config.json``, as the published models have it there: transformers drops such keys, and the
 converter reads them. ``tokenizer`` is the kind, ``settings`` are added to tokenizer_config.json.
 ``renamed`` are parts of tensors' names that transformers does not write as the published files have
-them, and what they are there.
+them, and what they are there. ``gain``: linears give outputs of about this size for inputs of size
+1; a state space model makes more of an error, the larger it is.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ class Special:
     tokenizer: str = "bpe"
     settings: dict[str, Any] = field(default_factory=dict)
     renamed: dict[str, str] = field(default_factory=dict)
+    gain: float = 1.3
 
 
 def _mamba(prefix: str = "mamba_") -> dict[str, Any]:
@@ -45,7 +47,7 @@ GRANITE: dict[str, Any] = {
 }  # fmt: skip
 GEMMA4: dict[str, Any] = {
     "num_hidden_layers": 6, "vocab_size_per_layer_input": 512, "global_head_dim": 128,
-    "num_experts": None, "final_logit_softcapping": 5.0,
+    "num_experts": None, "final_logit_softcapping": 2.0,
 }  # fmt: skip
 VISION: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -89,17 +91,18 @@ SPECIALS: dict[str, Special] = {
          "mm_tokens_per_image": 4}, tokenizer="gemma"
     ),
     "Gemma4ForConditionalGeneration": Special(
-        {"text_config": GEMMA4, "vision_config": VISION, "audio_config": None}, tokenizer="gemma"
+        {"text_config": GEMMA4, "vision_config": VISION, "audio_config": None}, tokenizer="gemma",
+        gain=1.0,
     ),
     "Gemma4UnifiedForConditionalGeneration": Special(
         {"text_config": GEMMA4}, {"moe_intermediate_size": None, "num_kv_shared_layers": 0},
-        tokenizer="gemma",
+        tokenizer="gemma", gain=1.0,
     ),
     "Gemma3nForCausalLM": Special({
         "num_hidden_layers": 10, "num_kv_shared_layers": 5, "vocab_size_per_layer_input": 512,
         "hidden_size_per_layer_input": 256, "laurel_rank": 64,
     }, tokenizer="gemma"),
-    "Gemma4ForCausalLM": Special(GEMMA4, tokenizer="gemma"),
+    "Gemma4ForCausalLM": Special(GEMMA4, tokenizer="gemma", gain=1.0),
     "GemmaForCausalLM": Special(tokenizer="gemma"),
     "Glm4MoeLiteForCausalLM": Special(MLA, {**SIGMOID, "first_k_dense_replace": 1}),
     "GlmMoeDsaForCausalLM": Special({**MLA, **INDEXED}, {**SIGMOID, "first_k_dense_replace": 1}),
@@ -139,6 +142,8 @@ SPECIALS: dict[str, Special] = {
         "layer_types": ["conv", "full_attention", "conv", "full_attention"],
     }),
     "LlamaForCausalLM": Special(tokenizer="spm"),
+    "MambaForCausalLM": Special(gain=0.8),
+    "NemotronForCausalLM": Special(gain=1.0),  # its activation is a square
     "Mamba2ForCausalLM": Special({"num_heads": 8, "n_groups": 1, "state_size": 64,
                                   "chunk_size": 32}),
     "MiniCPM3ForCausalLM": Special(MLA, tokenizer="spm"),

@@ -19,8 +19,7 @@ from tests.zoo.configs import special, tiny_config
 LENGTH, WINDOWS = 128, 2
 # Rounded activations send a token near a tie to another expert; in a random model experts have
 # nothing in common, so that theirs must be the smaller part of a block's output.
-EXPERTS_GAIN = 0.8
-GAIN = 1.3  # of a linear's weights: its outputs have about this size for inputs of size 1
+EXPERTS_GAIN = 0.6
 
 
 class WrongFile(Exception):
@@ -42,7 +41,7 @@ def write_model(folder: Path, name: str, kind: str) -> Path:
     model = getattr(transformers, name)(tiny_config(name, kind)).float()
     with torch.no_grad():
         for path, parameter in model.named_parameters():
-            _randomise(path, parameter)
+            _randomise(path, parameter, special(name).gain)
         for path, buffer in model.named_buffers():
             if path.endswith("e_score_correction_bias"):
                 buffer.normal_(std=0.1)
@@ -69,12 +68,12 @@ def _change(file: Path, more: dict[str, Any]) -> None:
     file.write_text(json.dumps(value, indent=1), encoding="utf-8")
 
 
-def _randomise(name: str, value: nn.Parameter) -> None:
+def _randomise(name: str, value: nn.Parameter, gain: float) -> None:
     """Norms around what they are made as, biases that are felt, linears that keep the size."""
     if value.dim() < 2:
         value.add_(torch.randn_like(value) * 0.2)
     else:
-        gain = EXPERTS_GAIN if "experts" in name else GAIN
+        gain *= EXPERTS_GAIN if "experts" in name else 1
         value.copy_(torch.randn_like(value) * gain * value.shape[-1] ** -0.5)
 
 
