@@ -44,6 +44,7 @@ def test_a_dozen_classes_go_through_the_whole_path(tmp_path):
 
 @pytest.mark.llama
 @pytest.mark.slow
+@pytest.mark.skipif("PT2_ALL" not in os.environ, reason="all classes: only where PT2_ALL is set")
 def test_every_class_comes_out_as_the_committed_list_says(tmp_path):
     found = run("--json", str(tmp_path / "zoo.json"))
     assert table.problems(found) == []
