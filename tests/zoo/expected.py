@@ -25,32 +25,35 @@ REASONS: dict[str, str] = {
     "Qwen4ExpForCausalLM": "no tiny config yet: its n-gram tables and hyper-connections",
 }  # fmt: skip
 
-# Right with ordinary weights (python -m tests.zoo --plain), and not yet run to the end of the whole
-# path: either outcome passes, and is printed.
-OPEN: tuple[str, ...] = (
-    "BloomForCausalLM",
-    "DeepseekV2ForCausalLM",
-    "DeepseekV3ForCausalLM",
-    "Gemma4ForCausalLM",
-    "Gemma4ForConditionalGeneration",
-    "Gemma4UnifiedForConditionalGeneration",
-    "Glm4MoeLiteForCausalLM",
-    "KimiLinearForCausalLM",
-    "MambaForCausalLM",
-    "NemotronForCausalLM",
-    "Qwen2MoeForCausalLM",
-    "Qwen3ForCausalLM",
-    "Qwen3MoeForCausalLM",
-    "Qwen3NextForCausalLM",
-    "Qwen3_5ForCausalLM",
-    "Qwen3_5MoeForCausalLM",
-    "SeedOssForCausalLM",
-    "SmolLM3ForCausalLM",
-    "SolarOpenForCausalLM",
-    "StableLmForCausalLM",
-    "Starcoder2ForCausalLM",
-    "YoutuForCausalLM",
-)
+# Right with ordinary weights (python -m tests.zoo --plain), and open on the whole path: either
+# outcome passes, and is printed. What is said is what was seen last.
+NOT_RUN = "right with ordinary weights; not run to the end yet"
+REFUSED = "right with ordinary weights; refused when last tried (KL {}, at most 0.01)"
+SLOW = "right with ordinary weights; did not end in 900 s on a busy machine"
+OPEN: dict[str, str] = {
+    "BloomForCausalLM": NOT_RUN,
+    "DeepseekV2ForCausalLM": SLOW,
+    "DeepseekV3ForCausalLM": SLOW,
+    "Gemma4ForCausalLM": REFUSED.format("0.015"),
+    "Gemma4ForConditionalGeneration": REFUSED.format("0.014"),
+    "Gemma4UnifiedForConditionalGeneration": REFUSED.format("0.031"),
+    "Glm4MoeLiteForCausalLM": SLOW,
+    "KimiLinearForCausalLM": SLOW,
+    "MambaForCausalLM": REFUSED.format("0.017"),
+    "NemotronForCausalLM": REFUSED.format("0.012"),
+    "Qwen2MoeForCausalLM": NOT_RUN,
+    "Qwen3ForCausalLM": NOT_RUN,
+    "Qwen3MoeForCausalLM": NOT_RUN,
+    "Qwen3NextForCausalLM": NOT_RUN,
+    "Qwen3_5ForCausalLM": NOT_RUN,
+    "Qwen3_5MoeForCausalLM": NOT_RUN,
+    "SeedOssForCausalLM": NOT_RUN,
+    "SmolLM3ForCausalLM": NOT_RUN,
+    "SolarOpenForCausalLM": NOT_RUN,
+    "StableLmForCausalLM": NOT_RUN,
+    "Starcoder2ForCausalLM": NOT_RUN,
+    "YoutuForCausalLM": NOT_RUN,
+}
 
 # A dozen that between them have nearly everything: for make quick.
 QUICK = (

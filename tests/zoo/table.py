@@ -10,7 +10,6 @@ from tests.zoo.expected import OPEN, REASONS
 from tests.zoo.whole import TYPES
 
 BEGIN, END = "<!-- zoo: begin -->", "<!-- zoo: end -->"
-NOT_RUN = "right with ordinary weights; not run to the end yet"
 Result = Mapping[str, Any]
 
 
@@ -49,7 +48,7 @@ def text(results: Mapping[str, Result]) -> str:
         "matrices that became ternary, and the KL divergence (nats per token) of our llama.cpp's "
         "predictions from those of transformers with the same dequantised weights."
     )
-    waiting = {name: {"error": NOT_RUN} for name in (*REASONS, *OPEN)}
+    waiting = {name: {"error": reason} for name, reason in {**REASONS, **OPEN}.items()}
     rows = [row(name, value) for name, value in sorted({**waiting, **results}.items())]
     return "\n".join([told, "", "<details><summary>The table</summary>", "", header(), *rows, "",
                       "</details>"])  # fmt: skip
