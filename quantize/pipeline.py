@@ -134,7 +134,7 @@ def _ternarize(
     with arithmetic(config.threads) as threads:
         model = StreamedModel(checkpoint, device, config.dtype)
         plan = make_plan(model, config, strict=strict)
-        for note in [*checkpoint.notes, *plan.notes(config.order)]:
+        for note in [*checkpoint.notes, *plan.notes(config)]:
             reporter.warn(note)
         run = {**_run_record(out, checkpoint, resume), "resume": command}
         if preflight is not None and "preflight" not in run:

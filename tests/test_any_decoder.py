@@ -125,7 +125,7 @@ def test_what_the_files_hold_transposed_is_said(tmp_path):
     plan = make_plan(model, Config())
     name = next(n for n in plan.ternary if n.endswith("h.1.mlp.c_fc"))
     assert plan.ternary[name] == (256, 128) and plan.tensors[name] == {"transposed": True}
-    assert plan.fold is None and "natural order" in plan.notes("foldable")[-1]
+    assert plan.fold is None and "natural order" in plan.notes(Config(order="foldable"))[-1]
     small_model("gpt_oss", tmp_path / "n")
     plan = make_plan(StreamedModel(Checkpoint.open(tmp_path / "n")), Config())
     name = "model.layers.1.mlp.experts.gate_up_proj[2]"
@@ -222,6 +222,10 @@ def test_best_runs_on_experts_too_and_is_the_same_twice(tmp_path, calibration):
     files = [sorted(p for p in (tmp_path / n).iterdir() if p.name != "run.json") for n in "ab"]
     for one, other in zip(*files, strict=True):
         assert one.name == other.name and one.read_bytes() == other.read_bytes(), one.name
+    plan = make_plan(StreamedModel(Checkpoint.open(tmp_path / "m")), config)
+    count = sum("experts" in name for name in plan.ternary)
+    assert count and plan.notes(config)[-1].startswith(f"{count} matrices of experts")
+    assert not any("experts" in note for note in plan.notes(settings(calibration)))
 
 
 def test_each_tensor_is_read_at_most_twice_by_best(tmp_path, calibration, monkeypatch):

@@ -131,7 +131,7 @@ def test_what_fits_no_block_stays_as_it_is_and_is_named(tmp_path):
     plan = plan_of(folder)
     assert len(plan.ternary) == 18 and len(plan.kept) == 3
     assert set(plan.kept.values()) == {"blocks of 128 do not fit its 192 columns"}
-    (note,) = plan.notes("foldable")
+    (note,) = plan.notes(Config(order="foldable"))
     assert note.startswith("model.layers.0.mlp.down_proj and 2 more stay as they are: blocks of")
     with pytest.raises(PT2Error, match=r"128 do not fit down_proj \(192 columns\).*--skip 'down_"):
         plan_of(folder, strict=True)
