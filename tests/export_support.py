@@ -17,6 +17,7 @@ from export import gguf_types
 from pt2_core.artifact.folder import RUN, ArtifactWriter, TernaryMatrix, pack_ternary
 from pt2_core.files import write_json
 from pt2_core.model.checkpoint import Checkpoint
+from pt2_core.model.expected import load_config
 
 Orders = dict[str, NDArray[np.int32]]
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -121,10 +122,17 @@ def linears(config: dict[str, Any]) -> list[str]:
     ]
 
 
+def settled(model_dir: Path) -> Checkpoint:
+    """A checkpoint with the settings that ``config.json`` lacks filled in, as in the quantiser."""
+    model = Checkpoint.open(model_dir)
+    load_config(model)
+    return model
+
+
 def foldable_orders(model_dir: Path, seed: int = 0) -> tuple[NDArray[np.int32], Orders]:
     """Random orders of every foldable kind: the residual stream's, and one per linear."""
     rng = np.random.default_rng(seed)
-    config = Checkpoint.open(model_dir).settings
+    config = settled(model_dir).settings
     n_head, n_kv = config["num_attention_heads"], config["num_key_value_heads"]
     dim = config.get("head_dim") or config["hidden_size"] // n_head
     residual = rng.permutation(config["hidden_size"]).astype(np.int32)
@@ -180,7 +188,7 @@ def make_artifact(
     levels: int = 3,
 ) -> Path:
     """Write an artifact of a model with the format's own writer."""
-    model = Checkpoint.open(model_dir)
+    model = settled(model_dir)
     residual, per_linear = orders or foldable_orders(model_dir)
     kept = kept or {}
     writer = ArtifactWriter.create(
