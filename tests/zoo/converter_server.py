@@ -87,7 +87,7 @@ class Answers:
 
     def get(self, job: Path) -> subprocess.CompletedProcess[str]:
         """What the driver makes of a job file, beside it."""
-        before = set(job.parent.iterdir())
+        before = _files(job.parent)
         key = _content(job)
         if key in self.known:
             for file in self.known[key].iterdir():
@@ -97,9 +97,16 @@ class Answers:
         if done.returncode == 0:
             self.known[key] = self.kept / str(len(self.known))
             self.known[key].mkdir()
-            for file in {f for f in job.parent.iterdir() if f.is_file()} - before:
-                shutil.copy(file, self.known[key] / file.name)
+            # An earlier answer's files lie there too, and are written once more.
+            for file, written in _files(job.parent).items():
+                if before.get(file) != written:
+                    shutil.copy(file, self.known[key] / file.name)
         return done
+
+
+def _files(folder: Path) -> dict[Path, int]:
+    """The files of a folder, and when each was written, in ns."""
+    return {f: f.stat().st_mtime_ns for f in folder.iterdir() if f.is_file()}
 
 
 def _content(job: Path) -> str:
