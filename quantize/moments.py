@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pt2_core.errors import PT2Error
 from quantize.method.hessian import ExpertMoments, SiteMoments
 from quantize.model.block import Block
-from quantize.model.sites import Site
+from quantize.model.sites import Matrix, Site
 from quantize.model.streamed import Stream
 from quantize.model.trace import Read, Trace
 
@@ -140,3 +141,31 @@ def gather_experts(
         moments.add(seen.experts.get(site, {}))
         step()
     return moments
+
+
+def stream_error(error: Tensor | None, members: Sequence[Matrix], site: Site) -> Tensor | None:
+    """(The full-precision model's residual stream - the stream) x^T for stacked matrices.
+
+    Args:
+        error: float64 ``[rows, cols]``, for the matrix that is added to the stream.
+        members: the matrices that are stacked; they read the site's input x.
+
+    Returns:
+        float64 ``[rows of all, cols]``, zero for matrices that do not join the stream; None where
+        none does.
+
+    Raises:
+        PT2Error: a part of a matrix joins the stream.
+    """
+    joining = [any(p.param.endswith(f".{site.stream}") for p in m.parts) for m in members]
+    if error is None or not any(joining):
+        return None
+    parts = []
+    for matrix, joins in zip(members, joining, strict=True):
+        if joins and matrix.rows != error.shape[0]:
+            raise PT2Error(
+                f"{matrix.name}: only a part of it is added to the residual stream, whose error "
+                "(stream) is made up for by other matrices alone"
+            )
+        parts.append(error if joins else error.new_zeros(matrix.rows, error.shape[1]))
+    return torch.cat(parts)

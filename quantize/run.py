@@ -40,7 +40,7 @@ from quantize.method.ternary import check_range
 from quantize.model.block import Block
 from quantize.model.sites import Matrix, Site
 from quantize.model.streamed import Stream, StreamedModel
-from quantize.moments import gather, gather_experts, watch
+from quantize.moments import gather, gather_experts, stream_error, watch
 from quantize.plan import GATE, ROUTER, Plan
 from quantize.proof_run import ProofRun
 
@@ -265,9 +265,12 @@ class Run:
     ) -> Tensor | None:  # fmt: skip
         if moments is None:
             return None
-        stream = moments.stream.mean()
-        if stream is not None and stream.shape[0] != stacked.shape[0]:
-            stream = None  # several matrices read the input, and not all of them join the stream
+        members = [block.matrices[n] for n in names]
+        try:
+            stream = stream_error(moments.stream.mean(), members, block.sites[members[0].site])
+        except PT2Error as e:
+            self.reporter.warn(str(e))
+            stream = None
         return target(
             stacked, hessian, self.method.damping,
             (self.config.asymmetry, moments.shift.mean()), (self.config.stream, stream),

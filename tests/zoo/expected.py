@@ -25,27 +25,6 @@ REASONS: dict[str, str] = {
     "Qwen4ExpForCausalLM": "no tiny config yet: its n-gram tables and hyper-connections",
 }  # fmt: skip
 
-# Right with ordinary weights (python -m tests.zoo --plain), and open on the whole path: either
-# outcome passes, and is printed. What is said is what was seen last.
-NOT_RUN = "right with ordinary weights; not run to the end yet"
-REFUSED = "right with ordinary weights; refused when last tried (KL {}, at most 0.01)"
-SLOW = "right with ordinary weights; did not end in 900 s on a busy machine"
-OPEN: dict[str, str] = {
-    "DeepseekV2ForCausalLM": SLOW,
-    "DeepseekV3ForCausalLM": SLOW,
-    "Gemma4ForCausalLM": REFUSED.format("0.015"),
-    "Gemma4ForConditionalGeneration": REFUSED.format("0.014"),
-    "Gemma4UnifiedForConditionalGeneration": REFUSED.format("0.031"),
-    "Glm4MoeLiteForCausalLM": SLOW,
-    "KimiLinearForCausalLM": SLOW,
-    "MambaForCausalLM": REFUSED.format("0.017"),
-    "NemotronForCausalLM": REFUSED.format("0.012"),
-    "Qwen3NextForCausalLM": NOT_RUN,
-    "Qwen3_5ForCausalLM": NOT_RUN,
-    "Qwen3_5MoeForCausalLM": NOT_RUN,
-    "YoutuForCausalLM": NOT_RUN,
-}
-
 # A dozen that between them have nearly everything: for make quick.
 QUICK = (
     "LlamaForCausalLM", "Phi3ForCausalLM", "Gemma2ForCausalLM", "GPT2LMHeadModel",

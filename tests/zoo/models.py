@@ -42,6 +42,8 @@ def write_model(folder: Path, name: str, kind: str) -> Path:
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             _randomise(path, parameter, special(name).gain)
+            for part, factor in special(name).factors.items():
+                parameter.mul_(factor if part in path else 1)
         for path, buffer in model.named_buffers():
             if path.endswith("e_score_correction_bias"):
                 buffer.normal_(std=0.1)
