@@ -6,10 +6,11 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from export import upstream
 from pt2_core import formats
 from pt2_core.errors import PT2Error
 
-TYPES = (*formats.TYPES, "q2_k")
+TYPES = (*formats.TYPES, "q2_k", *upstream.TYPES)
 
 # Types for ordinary tensors, by llama.cpp's names, each with the type that takes its place where a
 # row is no whole number of its blocks (as llama-quantize does).
@@ -48,7 +49,8 @@ class ExportConfig:
 
     Attributes:
         type: of the ternary linears: one of :data:`pt2_core.formats.TYPES`, or ``q2_k`` (2.625
-            bpw, runs on an unmodified llama.cpp).
+            bpw), ``q2_0`` (2.25) or ``tq2_0`` (2.06), which run on an unmodified llama.cpp; the
+            last two hold artifacts of these grids only.
         embedding_type: of the token embeddings, and of the head where the two are one tensor. None
             is q4_k, or ``output_type`` where they are one.
         output_type: of the head; None is q5_k.
@@ -113,7 +115,7 @@ class ExportConfig:
             raise PT2Error("--target-size and --target-bpw exclude each other")
         if self.target_size < 0 or not 0 <= self.target_bpw <= 32:
             raise PT2Error("--target-size must not be negative, --target-bpw must lie in 0 to 32")
-        if self.targeted and self.type == "q2_k":
+        if self.targeted and self.type not in formats.TYPES:
             raise PT2Error(
                 f"--target-size and --target-bpw need --type {' or '.join(formats.TYPES)}"
             )

@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from export import q2k
+from export import q2k, upstream
 from export.config import ORDINARY_TYPES, ExportConfig
 from export.converter import Carrier, CarrierTensor
 from export.ggml import Ggml, type_of
@@ -122,6 +122,8 @@ class _Planner:
         if better is not None:
             return _item(tensor, better, "original weights, chosen for the target size")
         unit, least = (q2k.SUPER, q2k.SUB) if kind == "q2_k" else (BLOCK, BLOCK)
+        if kind in upstream.TYPES:
+            unit = least = upstream.TYPES[kind].block
         why = None
         if cols % unit:
             why = f"{cols} columns are no whole {kind} blocks of {unit}"
@@ -197,7 +199,7 @@ def check_group_size(group: int, kind: str, columns: Mapping[str, int]) -> None:
     Args:
         columns: matrix -> number of columns, of those with such blocks.
     """
-    if group % BLOCK == 0:
+    if group % BLOCK == 0 or kind in upstream.TYPES:
         return
     widths: dict[str, list[int]] = {}
     for module, cols in columns.items():
@@ -248,6 +250,9 @@ def encode_ternary(
     if name in formats.TYPES:
         exact = rows.per_block(BLOCK)
         return formats.TYPES[name].pack(exact.codes, exact.alpha, exact.mu), None
+    if name in upstream.TYPES:
+        other = upstream.TYPES[name]
+        return other.pack(rows.codes, rows.per_block(other.block).alpha), None
     if name == "q2_k":
         return q2k.encode(rows.codes, rows.alpha, rows.mu)
     return encode_ordinary(rows.dequantize(), kind, ggml, "a ternary weight"), None

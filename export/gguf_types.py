@@ -6,19 +6,23 @@ from typing import Any
 
 import gguf
 
+from export import upstream
 from pt2_core import formats
 
 
 def register() -> None:
-    """Teach the installed ``gguf`` package the types of :mod:`pt2_core.formats` (idempotent).
+    """Teach the installed ``gguf`` package the types of :mod:`pt2_core.formats`, and Q2_0, which
+    its release may lack (idempotent).
 
     Its writer only needs their sizes; its reader looks ids up in an enum, which Python does not
     let one subclass, so the members are added to the enum's own tables.
     """
     enum: Any = gguf.GGMLQuantizationType
-    for t in formats.TYPES.values():
-        if t.id not in enum._value2member_map_:
-            member = int.__new__(enum, t.id)
-            member._name_, member._value_ = t.name, t.id
-            enum._member_map_[t.name] = enum._value2member_map_[t.id] = member
-        gguf.GGML_QUANT_SIZES[enum(t.id)] = (t.block, t.nbytes)
+    known = [(t.id, t.name, t.block, t.nbytes) for t in formats.TYPES.values()]
+    known += [(t.id, n.upper(), t.block, t.nbytes) for n, t in upstream.TYPES.items()]
+    for number, name, block, nbytes in known:
+        if number not in enum._value2member_map_:
+            member = int.__new__(enum, number)
+            member._name_, member._value_ = name, number
+            enum._member_map_[name] = enum._value2member_map_[number] = member
+        gguf.GGML_QUANT_SIZES[enum(number)] = (block, nbytes)

@@ -11,7 +11,7 @@ from typing import Any
 
 import gguf
 
-from export import gguf_types
+from export import gguf_types, upstream
 from export.checks import (
     Progress,
     check_disk,
@@ -58,6 +58,7 @@ PT2_VERSION = 1
 HEADER_SPARE = 8192  # our own metadata and the padding between tensors
 _FILE_TYPE = {
     **{name: t.file_type for name, t in formats.TYPES.items()},
+    **{name: t.file_type for name, t in upstream.TYPES.items()},
     "q2_k": int(gguf.LlamaFileType.MOSTLY_Q2_K),
 }
 
@@ -145,10 +146,13 @@ def export_gguf(
     check_output(out, config)
     gguf_types.register()
     artifact = Artifact.open(artifact_dir)
+    upstream.check_grid(artifact, config.type)
     model = Checkpoint.open(Path(model_dir) if model_dir is not None else source_model(artifact))
     check_tokenizer(model.path)
     ggml = _library(config)
     model.as_made(artifact.manifest["model"])
+    if config.proof_tokens:
+        api.require_build(_judge(config.type))  # before the long work
     source = TernarySource.read(artifact, model, progress)
     if config.targeted:
         source.measured()  # before the long work
@@ -300,7 +304,7 @@ def _write(
         longest = _options(config, source.artifact).max_context
         prover = Prover(
             source, items, files, {k: v[0] for k, v in carrier.fields.items()}, ggml,
-            api.require_build(), config.proof_tokens, longest, progress,
+            api.require_build(_judge(config.type)), config.proof_tokens, longest, progress,
         )  # fmt: skip
         verdict = prover.verdict()
         if verdict.problem is not None:
@@ -378,6 +382,11 @@ def _report(
         verified=config.verify,
         tied=tied,
     )
+
+
+def _judge(kind: str) -> str:
+    """The build that proves a file: the unmodified one where it is made for that alone."""
+    return "stock" if kind in upstream.TYPES else "cpu"
 
 
 def _library(config: ExportConfig) -> Ggml:

@@ -17,6 +17,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from export import upstream
 from export.checks import Progress
 from export.encode import EMBEDDING, F32_TYPE, HEAD, Item
 from export.ggml import Ggml
@@ -38,7 +39,7 @@ KEYS = {
 # A table whose values are further than this from the model's (relative RMS error of a row) is not a
 # rounded one but a wrong one. Q2_K, the coarsest type for tables, is at 0.3 at the most.
 MAX_ROW_ERROR = 0.5
-_EXACT = ("F32", "F16", "BF16", *formats.NAMES)
+_EXACT = ("F32", "F16", "BF16", *formats.NAMES, *(name.upper() for name in upstream.TYPES))
 # Types that round so little that the limits allow for them.
 _FINE = (*_EXACT, "Q8_0")
 

@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from export import upstream
 from export.encode import Item, TernaryRows
 from export.ggml import Ggml
 from export.writer import digest
@@ -31,7 +32,8 @@ def verify_files(
     """Check every tensor of the written files.
 
     All of them: type, shape, and the bytes that were meant to be written. Our own types: the
-    weights that the C library decodes are those of the artifact, bit for bit. Q2_K: the C library
+    weights that the C library decodes are those of the artifact, bit for bit, and so are Q2_0's and
+    TQ2_0's but for the sign of a zero. Q2_K: the C library
     decodes the bytes as NumPy does.
 
     Args:
@@ -72,7 +74,8 @@ def compare_weights(
     """Compare a ternary weight as the C library decodes it with what it should be."""
     kind = item.type.name.lower()
     ours = kind in formats.TYPES
-    if not ours and kind != "q2_k":
+    theirs = kind in upstream.TYPES
+    if not ours and not theirs and kind != "q2_k":
         return
     rows, cols = math.prod(item.tensor.shape[:-1]), item.tensor.shape[-1]
     data = data.reshape(rows, -1)
@@ -81,7 +84,11 @@ def compare_weights(
         part = slice(first, min(first + chunk, rows))
         raw = data[part]
         actual = ggml.dequantize(raw, item.type)
-        whole = ternary(item, part).dequantize() if ours else gguf.dequantize(raw, item.type)
+        whole = (
+            ternary(item, part).dequantize() if ours or theirs else gguf.dequantize(raw, item.type)
+        )
+        if theirs:  # d * 0 is -0 in C where d is negative, and +0 here
+            actual, whole = actual + np.float32(0), whole + np.float32(0)
         if not np.array_equal(actual.view(np.uint32), whole.view(np.uint32)):
             raise _differs(f"{name} (weights)")
 

@@ -19,7 +19,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from export import gguf_types
+from export import gguf_types, upstream
 from export.checks import Progress, check_model, source_model
 from export.converter import Carrier, CarrierTensor, Options, run_converter
 from export.encode import F32_TYPE, Item
@@ -220,7 +220,7 @@ def _wrong_values(
         except ValueError as e:
             yield f"{tensor.name} is damaged: {e}"
             return
-    if tensor.ternary and kind in formats.TYPES:
+    if tensor.ternary and kind in (*formats.TYPES, *upstream.TYPES):
         try:
             compare_weights(tensor.name, data, item, source.rows, ggml)
         except PT2Error:

@@ -23,6 +23,7 @@ from quantize.config import (
     CLOSED_FORM,
     DEVICES,
     DTYPES,
+    GRIDS,
     LEVELS,
     ORDERS,
     SCALES,
@@ -46,6 +47,7 @@ examples:
   pt2-quantize Qwen3-4B -o q4 --calibration my.txt --seqlen 1024 --device cuda --dtype bfloat16
   pt2-quantize Qwen3-4B -o q4 --resume             take up a run that was stopped
   pt2-quantize Qwen3-4B --recipe best              the best T, alpha and mu without gradients
+  pt2-quantize Qwen3-4B --grid q2_0                for stock llama.cpp and LM Studio, 2.25 bits
   pt2-quantize Qwen3-4B --recipe paper             the paper's method to the letter
   pt2-quantize Qwen3-4B --skip 'layers.0\\.|down'   leave some linears as they are
   pt2-quantize Qwen3-4B --report errors.html       draw the errors per block and stage
@@ -133,6 +135,8 @@ def build_parser() -> argparse.ArgumentParser:
     _option(method, "order", "of the columns", choices=ORDERS)
     _option(method, "block_size", "columns", choices=BLOCK_SIZES)
     _option(method, "levels", "of T: -1, 0, 1, and with four of them 2", choices=LEVELS)
+    what = "q2_0 and tq2_0: values of the types that stock llama.cpp runs, without offset"
+    _option(method, "grid", what, choices=tuple(GRIDS))
     _option(method, "scales", "what alpha and mu are rounded to", choices=SCALES)
     _switch(method, "itf", "Iterative Ternary Fitting")
     _switch(method, "aga", "Activation-aware Grid Alignment")
@@ -196,6 +200,8 @@ def _run(args: argparse.Namespace, resume: str) -> int:
         raise PT2Error(f"--report {args.report}: the name must end in .html or .png")
     if args.recipe != "refined" and (args.refine_text or args.refine_steps is not None):
         raise PT2Error("--refine-text and --refine-steps belong to --recipe refined")
+    if args.recipe == "refined" and not config.offset:
+        raise PT2Error(f"--grid {config.grid} cannot be refined: use --recipe best")
     out = _out(args)
 
     from quantize.first_checks import refuse_contradiction
@@ -290,10 +296,11 @@ def print_summary(result: Result) -> None:
         table.add_row(kind, *cells)
     console.print(table)
     levels = max((m["levels"] for m in result.matrices.values()), default=3)
-    bits = math.log2(levels) + 32 / result.block_size
+    halves = 2 if result.offset else 1
+    bits = math.log2(levels) + 16 * halves / result.block_size
     print(
         f"ternary  {len(result.matrices)} linears, {result.parameters / 1e6:.1f} M weights, "
-        f"{bits:.3f} bits per weight (log2({levels}) and two float16 per {result.block_size})"
+        f"{bits:.3f} bits per weight (log2({levels}) and {halves} float16 per {result.block_size})"
     )
     for reason in dict.fromkeys(result.kept.values()):
         count = sum(1 for r in result.kept.values() if r == reason)

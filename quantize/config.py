@@ -17,6 +17,8 @@ from pt2_core.yaml_file import read_yaml
 
 ORDERS = ("none", "random", "hessian", "ssr", "foldable")
 LEVELS = (3, 4)
+# Grids of upstream types: levels, columns of a group; neither has an offset.
+GRIDS = {"pt2": None, "q2_0": (4, 64), "tq2_0": (3, 256)}
 SCALES = ("float16", "pair")
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -34,6 +36,9 @@ class Config:
             o_proj: the exporter can fold all of them into neighbouring weights).
         block_size: columns that share one alpha and mu per row.
         levels: how many values T may take: 3 (-1, 0, 1, the paper's) or 4 (-1, 0, 1, 2).
+        grid: pt2 (alpha and mu), or the values of a type of upstream's, without an offset: q2_0
+            (d * {-1, 0, 1, 2}, d of either sign, groups of 64) or tq2_0 (d * {-1, 0, 1}, groups of
+            256). It sets levels and block_size.
         scales: what alpha and mu are rounded to before the errors are made up for: float16 each, or
             pair, 16 bits for both (docs/scale-pairs.md). The artifact holds halves in any case.
         itf: Iterative Ternary Fitting (eq. 9-10), at most ``itf_steps`` steps.
@@ -84,6 +89,7 @@ class Config:
     order: str = "foldable"
     block_size: int = 128
     levels: int = 3
+    grid: str = "pt2"
     scales: str = "float16"
     itf: bool = True
     itf_steps: int = 50
@@ -121,6 +127,8 @@ class Config:
         _one_of("order", self.order, ORDERS)
         _one_of("block_size", self.block_size, BLOCK_SIZES)
         _one_of("levels", self.levels, LEVELS)
+        _one_of("grid", self.grid, tuple(GRIDS))
+        self._set_grid()
         _one_of("scales", self.scales, SCALES)
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("device", self.device, DEVICES)
@@ -142,6 +150,26 @@ class Config:
             except (re.error, OverflowError, RecursionError) as e:
                 raise PT2Error(f"setting skip is not a regular expression: {e}") from e
 
+    def _set_grid(self) -> None:
+        """Levels and group of a grid of upstream's; other ones that were given are refused."""
+        wanted = GRIDS[self.grid]
+        if wanted is None:
+            return
+        default = {f.name: f.default for f in dataclasses.fields(self)}
+        for name, value in zip(("levels", "block_size"), wanted, strict=True):
+            if getattr(self, name) not in (value, default[name]):
+                raise PT2Error(
+                    f"grid {self.grid} has {name} {value}, not {getattr(self, name)}: leave it out"
+                )
+            object.__setattr__(self, name, value)
+        if self.scales != "float16":
+            raise PT2Error(f"grid {self.grid} has no offset: leave out scales {self.scales}")
+
+    @property
+    def offset(self) -> bool:
+        """Whether the grid has a mu."""
+        return self.grid == "pt2"
+
     def identity(self) -> dict[str, Any]:
         """The settings as the manifest holds them: no folders of this machine.
 
@@ -151,6 +179,8 @@ class Config:
         for name in ("max_context", "pre_tokenizer"):
             if not values[name]:
                 del values[name]
+        if self.offset:
+            del values["grid"]
         values["calibration"] = source_name(self.calibration)
         # The text is known by its tokens' checksum, and what is allowed changes nothing.
         for name in ("text_field", "allow_long"):

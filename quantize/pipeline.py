@@ -52,6 +52,7 @@ class Result:
         block_size: columns per alpha and mu.
         seconds: of this run.
         warnings: what the log said.
+        offset: whether there is a mu.
     """
 
     path: Path
@@ -60,6 +61,7 @@ class Result:
     block_size: int
     seconds: float
     warnings: list[str] = field(default_factory=list)
+    offset: bool = True
 
     def starved(self) -> list[str]:
         """What is to be said of experts that saw few calibration tokens; empty if none did."""
@@ -174,7 +176,13 @@ def _ternarize(
     seconds = time.monotonic() - began
     manifest = writer.manifest
     return Result(
-        out, manifest["matrices"], manifest["kept"], config.block_size, seconds, reporter.warnings
+        out,
+        manifest["matrices"],
+        manifest["kept"],
+        config.block_size,
+        seconds,
+        reporter.warnings,
+        config.offset,
     )
 
 

@@ -85,7 +85,8 @@ def make_plan(model: StreamedModel, config: Config, *, strict: bool = False) -> 
         PT2Error: nothing is left to be done, or ``strict`` and something must stay.
     """
     plan = Plan()
-    exported = config.order in EXPORTED_ORDERS
+    # A grid of upstream's has a type that holds its very groups: its width is all that counts.
+    exported = config.order in EXPORTED_ORDERS and config.offset
     widths: dict[str, list[int]] = {}
     for index in range(model.n_blocks):
         router = _router(model.sites(index))

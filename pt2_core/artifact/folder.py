@@ -79,7 +79,7 @@ class TernaryMatrix:
             ``model.layers.3.self_attn.q_proj``; with ``[e]`` behind it for one expert of a tensor
             of three dimensions.
         ternary: uint8 ``[rows, cols/4]``, see :func:`pack_ternary`.
-        alpha: float16 ``[rows, cols/g]``, >= 0.
+        alpha: float16 ``[rows, cols/g]``, >= 0 but for four levels without an offset.
         mu: float16 ``[rows, cols/g]``.
         perm: int32 ``[cols]``.
         levels: how many values T may take, 3 or 4; they begin at -1.
@@ -144,7 +144,7 @@ def _value_problem(m: TernaryMatrix) -> str | None:
         return "a code that is not ternary"
     if not (np.isfinite(m.alpha).all() and np.isfinite(m.mu).all()):
         return "NaN or Inf in alpha or mu"
-    if np.any(m.alpha < 0):
+    if np.any(m.alpha < 0) and (m.levels < 4 or m.mu.any()):
         return "a negative alpha"
     return None if is_permutation(m.perm) else "perm is not a permutation"
 

@@ -54,6 +54,7 @@ class Search:
         seed: of the noise.
         levels: of T.
         scales: what alpha and mu are rounded to, see ``store_grid``.
+        offset: whether there is a mu; without, it stays 0 and alpha of four levels keeps its sign.
     """
 
     rounds: int = 2
@@ -62,6 +63,7 @@ class Search:
     seed: int = 0
     levels: int = 3
     scales: str = "float16"
+    offset: bool = True
 
 
 def refine_rows(
@@ -87,16 +89,17 @@ def refine_rows(
 def _refine(
     target: Tensor, t: Tensor, start: Grid, h: Tensor, search: Search, generator: torch.Generator
 ) -> tuple[Grid, Tensor]:
-    grid, found, levels, scales = start, t, search.levels, search.scales
+    grid, found, levels = start, t, search.levels
+    what = (levels, search.scales, search.offset)
     for r in range(search.rounds):
-        grid, found = joint_grid(target, found, grid, h, levels, scales)
+        grid, found = joint_grid(target, found, grid, h, *what)
         noise = [search.noise * (1 - (r + i / search.sweeps) / search.rounds)
                  for i in range(search.sweeps)]  # fmt: skip
         found = descend(target, found, grid, h, search.sweeps, noise, generator, levels)
     if search.noise:  # down to where no single change helps
-        grid, found = joint_grid(target, found, grid, h, levels, scales)
+        grid, found = joint_grid(target, found, grid, h, *what)
         found = descend(target, found, grid, h, SETTLING_SWEEPS, levels=levels)
-    grid, found = joint_grid(target, found, grid, h, levels, scales)
+    grid, found = joint_grid(target, found, grid, h, *what)
     better = objective(target, found, grid, h) < objective(target, t, start, h)
     better = better[:, None]
     chosen = Grid(*(torch.where(better, new, old) for new, old in zip(grid, start, strict=True)))
@@ -147,7 +150,7 @@ def descend(
     # Transposed: a column of T is one run of memory.
     t = t.T.contiguous()
     alpha = grid.alpha.T.contiguous()
-    inverse = torch.where(alpha > 0, 1.0 / alpha, 0.0)
+    inverse = torch.where(alpha != 0, 1.0 / alpha, 0.0)
     step = (1.0 / h.diagonal()).reshape(-1, k, 1) * inverse[:, None]  # [blocks, k, rows]
     for i in range(sweeps):
         sigma = noise[i] if noise else 0.0
@@ -251,8 +254,9 @@ def descend_block(
 
 
 def joint_grid(
-    target: Tensor, t: Tensor, grid: Grid, h: Tensor, levels: int = 3, scales: str = "float16"
-) -> tuple[Grid, Tensor]:
+    target: Tensor, t: Tensor, grid: Grid, h: Tensor, levels: int = 3, scales: str = "float16",
+    offset: bool = True,
+) -> tuple[Grid, Tensor]:  # fmt: skip
     """The alpha and mu of all blocks of a row at once, for a given T.
 
     A row keeps its old grid where the new one, rounded to what is stored, is no better.
@@ -262,23 +266,35 @@ def joint_grid(
     """
     blocks = grid.alpha.shape[1]
     rows, cols = target.shape
+    mirrored = mirror(levels) if offset else 0
     size = max(1, SOLVE_NUMBERS // max(cols, 4 * blocks * blocks))
     steps = [
         _solve(target[a : a + size], t[a : a + size],
-               Grid(grid.alpha[a : a + size], grid.mu[a : a + size]), h, mirror(levels), scales)
+               Grid(grid.alpha[a : a + size], grid.mu[a : a + size]), h, mirrored, scales,
+               offset)
         for a in range(0, rows, size)
     ]  # fmt: skip
     alpha, mu = torch.cat([s.alpha for s in steps]), torch.cat([s.mu for s in steps])
+    if not offset and levels != 3:  # no mirror: the sign stays
+        turned = t.reshape(rows, blocks, -1) * (alpha != 0)[..., None]
+        return Grid(alpha, mu), turned.reshape(rows, cols)
     turned = t.reshape(rows, blocks, -1) * alpha.sign()[..., None]
-    if mirror(levels):
-        turned += mirror(levels) * (alpha < 0)[..., None]
+    if mirrored:
+        turned += mirrored * (alpha < 0)[..., None]
     return Grid(alpha.abs(), mu), turned.reshape(rows, cols)
 
 
-def _solve(target: Tensor, t: Tensor, grid: Grid, h: Tensor, mirrored: int, scales: str) -> Grid:
+def _solve(
+    target: Tensor, t: Tensor, grid: Grid, h: Tensor, mirrored: int, scales: str, offset: bool
+) -> Grid:
     """The accepted grid of some rows. Where its alpha is negative, its mu is that of the mirrored t
     (:func:`quantize.method.ternary.mirror`), which is what will be stored."""
     matrix, right = _normal_equations(target, t, grid, h)
+    count = grid.alpha.shape[1]
+    if not offset:  # mu has no say: its rows and columns become those of nothing
+        matrix[:, count:] = 0
+        matrix[:, :, count:] = 0
+        right[:, count:] = 0
     diagonal = matrix.diagonal(dim1=1, dim2=2)
     damped = matrix.clone()
     damped.diagonal(dim1=1, dim2=2).copy_(

@@ -27,6 +27,8 @@ from quantize.method.ternary import (
     iterative_ternary_fitting,
     positive_alpha,
     round_to_grid,
+    scale_only,
+    scale_start,
     starting_point,
     store_grid,
 )
@@ -46,6 +48,7 @@ class Method:
     block_size: int = 128
     levels: int = 3
     scales: str = "float16"
+    offset: bool = True
     itf: bool = True
     itf_steps: int = 50
     aga: bool = True
@@ -174,8 +177,9 @@ def quantize_matrix(
         errors.add("blockwise", original, result.dequantize(), hessian.float())
         h = damped[perm[:, None], perm].float()
         search = descent.Search(
-            method.rounds, method.sweeps, method.noise, method.seed, method.levels, method.scales
-        )
+            method.rounds, method.sweeps, method.noise, method.seed, method.levels, method.scales,
+            method.offset,
+        )  # fmt: skip
         grid, t = descent.refine_rows(aim[:, perm], codes.float(), Grid(alpha, mu), h, search)
         result = Ternary(t.to(torch.int8), grid.alpha, grid.mu, perm)
     errors.add("final", original, result.dequantize(), hessian.float())
@@ -195,36 +199,76 @@ def ternarize_block(
         errors: where to add this block's errors after each stage.
 
     Returns:
-        (grid whose values are float16's, with alpha >= 0; t float32 ``[rows, k]``)
+        (grid whose values are float16's, with alpha >= 0 but for four levels without offset;
+        t float32 ``[rows, k]``)
     """
 
     def note(stage: str, grid: Grid, t: Tensor) -> None:
         if errors is not None:
             errors.add(stage, w, grid.dequantize(t), c)
 
-    grid, t = starting_point(w, method.levels)
+    if method.offset:
+        start = starting_point(w, method.levels)
+    else:
+        signs = (1.0,) if method.levels == 3 else (1.0, -1.0)
+        start = _better_sign(w, c, [scale_start(w, method.levels, s) for s in signs], method)
+    grid, t = start
     note("init", grid, t)
     if method.itf:
-        grid, t = iterative_ternary_fitting(w, t, method.itf_steps, method.levels)
+        grid, t = iterative_ternary_fitting(w, t, method.itf_steps, method.levels, method.offset)
         note("itf", grid, t)
     if method.aga:
-        grid = activation_grid(w, t, c)
+        grid = _grid_of(w, t, c, method)
         note("aga", grid, t)
-    grid, t = positive_alpha(grid, t, method.levels)
+    grid, t = _turned(grid, t, method)
     if method.reround and hinv is not None:
         feedback, order = feedback_weights(hinv, c)
         for _ in range(method.reround):
             t = reround(w, store_grid(grid, method.scales), feedback, order, method.levels)
-            grid = activation_grid(w, t, c) if method.aga else fit_grid(w, t)
-            grid, t = positive_alpha(grid, t, method.levels)
+            grid = _grid_of(w, t, c, method)
+            grid, t = _turned(grid, t, method)
     meant, grid = grid, store_grid(grid, method.scales)
     if method.scales == "pair":  # t was chosen for a much smaller alpha where mu was out of reach
         raised = grid.alpha > RAISED * meant.alpha
         t = torch.where(raised[:, None], round_to_grid(w, grid, method.levels), t)
-    t = t * (grid.alpha > 0)[:, None]  # one code for one value: t is 0 where alpha is
+    t = t * (grid.alpha != 0)[:, None]  # one code for one value: t is 0 where alpha is
     if method.reround:
         note("reround", grid, t)
     return grid, t
+
+
+def _grid_of(w: Tensor, t: Tensor, c: Tensor, method: Method) -> Grid:
+    """The best grid for a given t, in the metric that ``method`` asks for."""
+    if not method.offset:
+        return scale_only(w, t, c if method.aga else None)
+    return activation_grid(w, t, c) if method.aga else fit_grid(w, t)
+
+
+def _turned(grid: Grid, t: Tensor, method: Method) -> tuple[Grid, Tensor]:
+    """Alpha made positive where the levels allow it: four without an offset have no mirror."""
+    if not method.offset and method.levels != 3:
+        return grid, t
+    return positive_alpha(grid, t, method.levels)
+
+
+def _better_sign(
+    w: Tensor, c: Tensor, starts: list[tuple[Grid, Tensor]], method: Method
+) -> tuple[Grid, Tensor]:
+    """The start, row by row, that ends in the smaller output error after ITF and AGA."""
+    if len(starts) == 1:
+        return starts[0]
+    errors = []
+    for grid, t in starts:
+        if method.itf:
+            grid, t = iterative_ternary_fitting(w, t, method.itf_steps, method.levels, False)
+        if method.aga:
+            grid = scale_only(w, t, c)
+        e = w - grid.dequantize(t)
+        errors.append(((e @ c) * e).sum(dim=1))
+    (first, t), (second, t_second) = starts
+    other = errors[1] < errors[0]
+    alpha = torch.where(other, second.alpha, first.alpha)
+    return Grid(alpha, first.mu), torch.where(other[:, None], t_second, t)
 
 
 def feedback_weights(hinv: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:

@@ -102,6 +102,39 @@ def _fit_grid(w: Tensor, t: Tensor, w1: Tensor) -> Grid:
     return Grid(alpha, mu)
 
 
+def scale_only(w: Tensor, t: Tensor, c: Tensor | None = None) -> Grid:
+    """The grid without offset of least error for a given t; its alpha may be negative.
+
+    Args:
+        c: float32 ``[k, k]``, the metric of the error (None: the plain sum of squares).
+
+    Returns:
+        mu is 0, and alpha where t is.
+    """
+    tc = t if c is None else t @ c
+    size = (tc * t).sum(dim=1, dtype=torch.float64)
+    alpha = (tc * w).sum(dim=1, dtype=torch.float64) / size.masked_fill(size <= 0, 1.0)
+    alpha = alpha.masked_fill(size <= 0, 0.0).float()
+    return Grid(alpha, torch.zeros_like(alpha))
+
+
+def scale_start(w: Tensor, levels: int, sign: float = 1.0) -> tuple[Grid, Tensor]:
+    """A start without offset: with ``sign`` the long side of the levels is the row's upper one.
+
+    Three levels start from the mean size, as the paper's do; four reach ``RANGE`` of the row's
+    largest value with their last level, on the side that ``sign`` names.
+    """
+    if levels == 3:
+        size = w.abs()
+        chosen = size > 0.75 * size.mean(dim=1, keepdim=True)
+        alpha = (size * chosen).sum(dim=1) / chosen.sum(dim=1).clamp(min=1)
+    else:
+        low, high = (sign * w).aminmax(dim=1)
+        alpha = sign * RANGE * torch.maximum(high / (LOWEST + levels - 1), -low)
+    grid = Grid(alpha, torch.zeros_like(alpha))
+    return grid, round_to_grid(w, grid, levels)
+
+
 def round_to_grid(w: Tensor, grid: Grid, levels: int = 3) -> Tensor:
     """The nearest of the grid's points (eq. 10): t, 0 where alpha is 0."""
     inverse = torch.where(grid.alpha == 0, 0.0, 1.0 / grid.alpha)
@@ -114,7 +147,7 @@ def clamp_levels_(t: Tensor, levels: int) -> Tensor:
 
 
 def iterative_ternary_fitting(
-    w: Tensor, t: Tensor, max_steps: int = 50, levels: int = 3
+    w: Tensor, t: Tensor, max_steps: int = 50, levels: int = 3, offset: bool = True
 ) -> tuple[Grid, Tensor]:
     """ITF: alternate eq. 9 and eq. 10 until t no longer changes (algorithm 1).
 
@@ -122,24 +155,26 @@ def iterative_ternary_fitting(
 
     Args:
         t: where to start, see :func:`starting_point`.
+        offset: whether the grid has a mu; without, it stays 0 and alpha may be negative.
         max_steps: an upper limit; about 16 steps are usual, 24 the most that was seen.
 
     Returns:
         (grid, t)
     """
     if w.device.type != "cpu" or w.shape[0] <= CPU_ROWS:
-        return _itf(w, t, max_steps, levels)
-    parts = [_itf(a, b, max_steps, levels) for a, b in zip(w.split(CPU_ROWS), t.split(CPU_ROWS))]  # noqa: B905
+        return _itf(w, t, max_steps, levels, offset)
+    split = zip(w.split(CPU_ROWS), t.split(CPU_ROWS), strict=True)
+    parts = [_itf(a, b, max_steps, levels, offset) for a, b in split]
     grid = Grid(*(torch.cat(v) for v in zip(*(g for g, _ in parts))))  # noqa: B905
     return grid, torch.cat([t for _, t in parts])
 
 
-def _itf(w: Tensor, t: Tensor, max_steps: int, levels: int) -> tuple[Grid, Tensor]:
+def _itf(w: Tensor, t: Tensor, max_steps: int, levels: int, offset: bool) -> tuple[Grid, Tensor]:
     alpha, mu = w.new_empty(w.shape[0]), w.new_empty(w.shape[0])
     rows = torch.arange(w.shape[0], device=w.device)
     now_w, now_t, w1 = w, t, w.sum(dim=1)
     for _ in range(max_steps):
-        grid = _fit_grid(now_w, now_t, w1)
+        grid = _fit_grid(now_w, now_t, w1) if offset else scale_only(now_w, now_t)
         new_t = round_to_grid(now_w, grid, levels)
         changed = (new_t != now_t).any(dim=1)
         if rows.shape[0] == w.shape[0]:

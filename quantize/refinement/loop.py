@@ -290,8 +290,17 @@ class Run:
         self.restore(tensors, record)
 
     def build(self, model_config: Any, checkpoint: Checkpoint, source: Artifact) -> None:
-        """Load the teacher and make the student from an artifact's matrices."""
+        """Load the teacher and make the student from an artifact's matrices.
+
+        Raises:
+            PT2Error: the artifact's grid has no offset, which the steps of mu would give it.
+        """
         config = self.config
+        if (grid := source.manifest["settings"].get("grid", "pt2")) != "pt2":
+            raise PT2Error(
+                f"{source.path} was quantised to the grid {grid}, which pt2-refine does not know: "
+                "export it as it is, or quantise without --grid"
+            )
         restored = restored_linears(source, config.restore)
         self.reporter.start("loading the models", 2, "models")
         self.teacher = build_teacher(
