@@ -28,7 +28,7 @@ PACKAGES = {
 # What llama.cpp cannot hold yet, so that the exporter refuses it; never a wrong file.
 REFUSED = {
     "gemma3": "scores from the merges cut runs of spaces into other tokens: refused",
-    "gptoss": "as another class's tokenizer: other tokens of Indic and Thai texts, refused by proof",
+    "gptoss": "with a Llama: other tokens of Indic and Thai text, which the proof refuses",
 }
 SECONDS = 120
 
