@@ -56,8 +56,9 @@ quick: lint
 	$(PYTEST) -m quick $$($(BIN)/python -c \
 		"from pt2_llama import api; print('' if api.find_build() else '--no-llama')")
 
+# Every class of the zoo is run there, and so the dozen of make quick too.
 test: lint llama stock
-	$(PYTEST) --durations=15
+	$(PYTEST) --durations=15 --deselect tests/test_zoo.py::test_a_dozen_classes_go_through_the_whole_path
 
 clean:
 	rm -rf $(VENV) out build *.egg-info

@@ -46,8 +46,6 @@ class UpstreamType:
         """Encode codes ``[rows, cols]`` and d ``[rows, cols / block]``; ``[rows, bytes]``."""
         rows = codes.shape[0]
         runs = codes.reshape(-1, 4, self.lanes)
-        if self.lanes == 1:
-            runs = codes.reshape(-1, 4, 1)
         shifts = np.array([0, 2, 4, 6], np.uint8)[:, None]
         qs = np.bitwise_or.reduce(runs << shifts, axis=1).reshape(-1, self.block // 4)
         scale = np.ascontiguousarray(d.reshape(-1, 1).astype("<f2")).view(np.uint8)
