@@ -30,7 +30,7 @@ from quantize.config import DEVICES, DTYPES
 from quantize.model.student import build_teacher, ternary_maker
 from quantize.model.torch_setup import arithmetic, pick_device
 from quantize.refinement.config import CODES, RefineConfig
-from quantize.refinement.loop import Run
+from quantize.refinement.training import Run
 
 # LLaMA's shapes: width, blocks, heads, feed-forward width, vocabulary; "tiny" is for tests.
 SHAPES = {

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from export.config import ExportConfig
+from pt2_core import upstream
 from pt2_core.artifact.folder import RUN, Artifact
 from pt2_core.errors import PT2Error, reason
 from pt2_core.files import human_bytes, read_json
@@ -92,6 +93,19 @@ def check_shapes(artifact: Artifact, model: Checkpoint) -> None:
     hidden = model.settings.get("hidden_size")
     if hidden is not None and len(artifact.residual_perm) != hidden:
         raise PT2Error(f"{model.path} is not the model of {artifact.path}: another hidden size")
+
+
+def check_grid(artifact: Artifact, kind: str) -> None:
+    """Raise PT2Error where the type does not hold the artifact's grid."""
+    grid = upstream.grid_of(artifact.manifest)
+    if grid == kind or (grid == "pt2" and kind not in upstream.TYPES):
+        return
+    if grid == "pt2":
+        raise PT2Error(
+            f"{artifact.path} has an offset in its grid, which {kind} does not hold: use another "
+            f"--type, or quantise again with --grid {kind}"
+        )
+    raise PT2Error(f"{artifact.path} was quantised to the grid {grid}: use --type {grid}")
 
 
 def check_disk(out: Path, model: Checkpoint, ternary: Collection[str]) -> None:

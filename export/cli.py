@@ -32,7 +32,7 @@ examples:
                                                 {bits:g} bits a weight, needs our llama.cpp
   pt2-export model.gguf --type q2_k             2.625 bits, runs on any llama.cpp
   pt2-export model.gguf --type q2_0             2.25 bits, of pt2-quantize --grid q2_0: runs on the
-                                                unmodified llama.cpp of summer 2026 and LM Studio
+                                                unmodified llama.cpp since summer 2026
   pt2-export model.gguf --embedding-type q4_k --output-type q6_k
   pt2-export model.gguf --type {smallest} --target-bpw 2.1
                                                 the most sensitive tensors in Q2_K to Q4_K, chosen

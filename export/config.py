@@ -6,8 +6,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from export import upstream
-from pt2_core import formats
+from pt2_core import formats, upstream
 from pt2_core.errors import PT2Error
 
 TYPES = (*formats.TYPES, "q2_k", *upstream.TYPES)

@@ -11,11 +11,11 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from export import q2k, upstream
+from export import q2k
 from export.config import ORDINARY_TYPES, ExportConfig
 from export.converter import Carrier, CarrierTensor
 from export.ggml import Ggml, type_of
-from pt2_core import formats
+from pt2_core import formats, upstream
 from pt2_core.errors import PT2Error
 from pt2_core.formats import BLOCK, weights
 from pt2_core.model.fold_edges import tensor_names

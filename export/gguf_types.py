@@ -6,8 +6,7 @@ from typing import Any
 
 import gguf
 
-from export import upstream
-from pt2_core import formats
+from pt2_core import formats, upstream
 
 
 def register() -> None:

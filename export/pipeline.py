@@ -11,10 +11,11 @@ from typing import Any
 
 import gguf
 
-from export import gguf_types, upstream
+from export import gguf_types
 from export.checks import (
     Progress,
     check_disk,
+    check_grid,
     check_model,
     check_output,
     publish,
@@ -48,7 +49,7 @@ from export.q2k import WeightError
 from export.source import TernarySource
 from export.verify import verify_files
 from export.writer import Metadata, write_gguf
-from pt2_core import formats
+from pt2_core import formats, upstream
 from pt2_core.artifact.folder import Artifact
 from pt2_core.errors import PT2Error
 from pt2_core.model.checkpoint import Checkpoint
@@ -146,7 +147,7 @@ def export_gguf(
     check_output(out, config)
     gguf_types.register()
     artifact = Artifact.open(artifact_dir)
-    upstream.check_grid(artifact, config.type)
+    check_grid(artifact, config.type)
     model = Checkpoint.open(Path(model_dir) if model_dir is not None else source_model(artifact))
     check_tokenizer(model.path)
     ggml = _library(config)

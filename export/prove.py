@@ -17,14 +17,13 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from export import upstream
 from export.checks import Progress
 from export.encode import EMBEDDING, F32_TYPE, HEAD, Item
 from export.ggml import Ggml
 from export.proof import KNOWN_GAPS, Programs, Verdict, check_file
 from export.source import TernarySource
 from export.writer import Metadata
-from pt2_core import formats
+from pt2_core import formats, upstream
 from pt2_core.artifact.proof import Proof, rope_type, ropes
 from pt2_core.artifact.proof_text import AFTER_SPECIAL, COMPOSED, DECOMPOSED
 from pt2_core.errors import PT2Error

@@ -14,7 +14,8 @@ from export.encode import Item, TernaryRows
 from export.fold import FoldPlan, Order, fold_plan
 from export.stand_ins import Target
 from pt2_core.artifact import sensitivity
-from pt2_core.artifact.folder import Artifact, TernaryMatrix, unpack_ternary
+from pt2_core.artifact.folder import Artifact
+from pt2_core.artifact.matrix import TernaryMatrix, unpack_ternary
 from pt2_core.model.checkpoint import Checkpoint
 from pt2_core.model.fold_edges import check_edges, edges_for
 

@@ -11,11 +11,10 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from export import upstream
 from export.encode import Item, TernaryRows
 from export.ggml import Ggml
 from export.writer import digest
-from pt2_core import formats
+from pt2_core import formats, upstream
 from pt2_core.errors import PT2Error
 
 _VALUES_AT_ONCE = 1 << 24

@@ -19,7 +19,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from export import gguf_types, upstream
+from export import gguf_types
 from export.checks import Progress, check_model, source_model
 from export.converter import Carrier, CarrierTensor, Options, run_converter
 from export.encode import F32_TYPE, Item
@@ -29,7 +29,7 @@ from export.proof import Folder, Programs, Verdict
 from export.prove import MAX_ROW_ERROR, Prover, row_error
 from export.source import TernarySource
 from export.verify import check_blocks, compare_weights
-from pt2_core import formats
+from pt2_core import formats, upstream
 from pt2_core.artifact.folder import Artifact
 from pt2_core.errors import PT2Error
 from pt2_core.model.checkpoint import Checkpoint

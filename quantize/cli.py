@@ -47,7 +47,7 @@ examples:
   pt2-quantize Qwen3-4B -o q4 --calibration my.txt --seqlen 1024 --device cuda --dtype bfloat16
   pt2-quantize Qwen3-4B -o q4 --resume             take up a run that was stopped
   pt2-quantize Qwen3-4B --recipe best              the best T, alpha and mu without gradients
-  pt2-quantize Qwen3-4B --grid q2_0                for stock llama.cpp and LM Studio, 2.25 bits
+  pt2-quantize Qwen3-4B --grid q2_0                for stock llama.cpp, 2.25 bits
   pt2-quantize Qwen3-4B --recipe paper             the paper's method to the letter
   pt2-quantize Qwen3-4B --skip 'layers.0\\.|down'   leave some linears as they are
   pt2-quantize Qwen3-4B --report errors.html       draw the errors per block and stage
@@ -136,7 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
     _option(method, "block_size", "columns", choices=BLOCK_SIZES)
     _option(method, "levels", "of T: -1, 0, 1, and with four of them 2", choices=LEVELS)
     what = "q2_0 and tq2_0: values of the types that stock llama.cpp runs, without offset"
-    _option(method, "grid", what, choices=tuple(GRIDS))
+    _option(method, "grid", what, choices=GRIDS)
     _option(method, "scales", "what alpha and mu are rounded to", choices=SCALES)
     _switch(method, "itf", "Iterative Ternary Fitting")
     _switch(method, "aga", "Activation-aware Grid Alignment")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pt2_core import upstream
 from pt2_core.cli import check_threads
 from pt2_core.errors import PT2Error
 from pt2_core.model.widths import BLOCK_SIZES
@@ -17,8 +19,8 @@ from pt2_core.yaml_file import read_yaml
 
 ORDERS = ("none", "random", "hessian", "ssr", "foldable")
 LEVELS = (3, 4)
-# Grids of upstream types: levels, columns of a group; neither has an offset.
-GRIDS = {"pt2": None, "q2_0": (4, 64), "tq2_0": (3, 256)}
+# Ours, with an offset, and those of upstream's types, without.
+GRIDS = ("pt2", *upstream.TYPES)
 SCALES = ("float16", "pair")
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -127,7 +129,7 @@ class Config:
         _one_of("order", self.order, ORDERS)
         _one_of("block_size", self.block_size, BLOCK_SIZES)
         _one_of("levels", self.levels, LEVELS)
-        _one_of("grid", self.grid, tuple(GRIDS))
+        _one_of("grid", self.grid, GRIDS)
         self._set_grid()
         _one_of("scales", self.scales, SCALES)
         _one_of("dtype", self.dtype, DTYPES)
@@ -152,15 +154,11 @@ class Config:
 
     def _set_grid(self) -> None:
         """Levels and group of a grid of upstream's; other ones that were given are refused."""
-        wanted = GRIDS[self.grid]
-        if wanted is None:
+        if self.offset:
             return
         default = {f.name: f.default for f in dataclasses.fields(self)}
-        for name, value in zip(("levels", "block_size"), wanted, strict=True):
-            if getattr(self, name) not in (value, default[name]):
-                raise PT2Error(
-                    f"grid {self.grid} has {name} {value}, not {getattr(self, name)}: leave it out"
-                )
+        changed = {n: v for n, v in vars(self).items() if v != default[n]}
+        for name, value in _of_grid(self.grid, changed).items():
             object.__setattr__(self, name, value)
         if self.scales != "float16":
             raise PT2Error(f"grid {self.grid} has no offset: leave out scales {self.scales}")
@@ -217,7 +215,22 @@ def load_recipe(name: str, **overrides: Any) -> Config:
     name = ALIASES.get(name, name)
     values = dict(RECIPES[name]) if name in RECIPES else _recipe_file(Path(name))
     values.update({k: v for k, v in overrides.items() if v is not None})
+    _of_grid(str(values.get("grid")), values)
     return Config(**values)
+
+
+def _of_grid(grid: str, given: Mapping[str, Any]) -> dict[str, int]:
+    """The settings that a grid of upstream's decides.
+
+    Raises:
+        PT2Error: one of them is given, and has another value.
+    """
+    kind = upstream.TYPES.get(grid)
+    decided = {} if kind is None else {"levels": kind.levels, "block_size": kind.block}
+    for name, value in decided.items():
+        if given.get(name, value) != value:
+            raise PT2Error(f"grid {grid} has {name} {value}, not {given[name]}: leave it out")
+    return decided
 
 
 def _recipe_file(path: Path) -> dict[str, Any]:

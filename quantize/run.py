@@ -19,15 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pt2_core.artifact.folder import (
-    GLOBAL,
-    RUN,
-    Artifact,
-    ArtifactWriter,
-    TernaryMatrix,
-    pack_ternary,
-    sha256_array,
-)
+from pt2_core.artifact.folder import GLOBAL, RUN, Artifact, ArtifactWriter, sha256_array
+from pt2_core.artifact.matrix import TernaryMatrix, pack_ternary
 from pt2_core.errors import PT2Error
 from pt2_core.files import write_json
 from pt2_core.progress import Reporter

@@ -17,7 +17,8 @@ from export_support import make_byte_tokenizer, make_tokenizer, ternarise
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from pt2_core.artifact.folder import RUN, Artifact, ArtifactWriter, TernaryMatrix, pack_ternary
+from pt2_core.artifact.folder import RUN, Artifact, ArtifactWriter
+from pt2_core.artifact.matrix import TernaryMatrix, pack_ternary
 from pt2_core.files import write_json
 from pt2_core.model.checkpoint import Checkpoint
 from pt2_core.model.fold_edges import FoldEdges, Heads, edges_for

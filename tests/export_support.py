@@ -14,7 +14,8 @@ import transformers
 from numpy.typing import NDArray
 
 from export import gguf_types
-from pt2_core.artifact.folder import RUN, ArtifactWriter, TernaryMatrix, pack_ternary
+from pt2_core.artifact.folder import RUN, ArtifactWriter
+from pt2_core.artifact.matrix import TernaryMatrix, pack_ternary
 from pt2_core.files import write_json
 from pt2_core.model.checkpoint import Checkpoint
 from pt2_core.model.expected import load_config

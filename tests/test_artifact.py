@@ -14,15 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from safetensors.numpy import load_file, save_file
 
-from pt2_core.artifact.folder import (
-    Artifact,
-    ArtifactWriter,
-    TernaryMatrix,
-    first_difference,
-    pack_ternary,
-    remove_leftovers,
-    unpack_ternary,
-)
+from pt2_core.artifact.folder import Artifact, ArtifactWriter, first_difference, remove_leftovers
+from pt2_core.artifact.matrix import TernaryMatrix, pack_ternary, unpack_ternary
 from pt2_core.errors import PT2Error
 from pt2_core.files import sha256_file
 from pt2_core.safetensors_file import read_header

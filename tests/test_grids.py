@@ -9,14 +9,15 @@ import torch
 from export_support import make_model, read
 from quantize_support import moments, weights
 
-from export import gguf_types, upstream
+from export import gguf_types
 from export.config import ExportConfig
 from export.ggml import Ggml
 from export.pipeline import export_gguf
+from pt2_core import upstream
 from pt2_core.artifact.folder import Artifact
 from pt2_core.errors import PT2Error
 from pt2_llama import api
-from quantize.config import Config
+from quantize.config import Config, load_recipe
 from quantize.method import descent
 from quantize.method.gptq import Errors, Method, quantize_matrix, ternarize_block
 from quantize.method.ternary import Grid, iterative_ternary_fitting, scale_only, scale_start
@@ -73,6 +74,11 @@ def test_settings_of_a_grid():
     assert Config().identity().keys() == Config(grid="q2_0").identity().keys() - {"grid"}
     with pytest.raises(PT2Error, match="grid q2_0 has block_size 64, not 256"):
         Config(grid="q2_0", block_size=256)
+    # Given beside the grid, also what is the default without one is refused.
+    for name, value in (("levels", 3), ("block_size", 128)):
+        with pytest.raises(PT2Error, match=f"grid q2_0 has {name} .*, not {value}: leave it out"):
+            load_recipe("fast", grid="q2_0", **{name: value})
+    assert load_recipe("best", grid="q2_0", levels=4).block_size == 64
 
 
 @pytest.mark.llama

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from quantize_support import artifact_bytes, tiny_model, token_file
 from safetensors.torch import save_file
 
-from pt2_core.artifact.folder import Artifact, pack_ternary, read_manifest
+from pt2_core.artifact.folder import Artifact, read_manifest
+from pt2_core.artifact.matrix import pack_ternary
 from pt2_core.errors import PT2Error
 from quantize.config import Config
 from quantize.evaluate import perplexity
@@ -22,9 +23,10 @@ from quantize.model.student import TernaryLinear
 from quantize.pipeline import ternarize
 from quantize.refinement.config import RefineConfig
 from quantize.refinement.distill import Windows, kl_divergence
-from quantize.refinement.loop import refine, schedule
+from quantize.refinement.loop import refine
 from quantize.refinement.store import pack_codes
 from quantize.refinement.texts import text_tokens
+from quantize.refinement.training import schedule
 
 SMALL = {
     "steps": 12, "batch_size": 4, "micro_batch": 2, "seqlen": 16, "held_out": 4, "eval_every": 4,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scripts import load_script
 
-from pt2_core.artifact.folder import TernaryMatrix, pack_ternary
+from pt2_core.artifact.matrix import TernaryMatrix, pack_ternary
 from quantize import evaluate
 
 scale_bits = load_script("scale_bits")

@@ -36,7 +36,9 @@ class OnDevice:
 
     def env(self) -> dict[str, str]:
         """llama.cpp reads the option's value from this variable."""
-        return {**self.programs.env(), "LLAMA_ARG_N_GPU_LAYERS": str(self.layers)}
+        found = {**self.programs.env(), "LLAMA_ARG_N_GPU_LAYERS": str(self.layers)}
+        # With no layer there, large products would still be sent to a GPU that can be seen.
+        return found if self.layers else {**found, "CUDA_VISIBLE_DEVICES": ""}
 
 
 def main() -> int:

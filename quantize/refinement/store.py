@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pt2_core.artifact.folder import Artifact, ArtifactWriter, TernaryMatrix
+from pt2_core.artifact.folder import Artifact, ArtifactWriter
+from pt2_core.artifact.matrix import TernaryMatrix
 from pt2_core.artifact.proof import Proof
 from pt2_core.model.checkpoint import Checkpoint
 from quantize.method.ternary import Grid, positive_alpha
@@ -20,7 +21,7 @@ from quantize.refinement.distill import Held
 
 
 def pack_codes(codes: Tensor) -> Tensor:
-    """:func:`pt2_core.artifact.folder.pack_ternary` where the codes are: uint8 ``[rows, cols /
+    """:func:`pt2_core.artifact.matrix.pack_ternary` where the codes are: uint8 ``[rows, cols /
     4]``.
 
     Args:

@@ -11,7 +11,8 @@ from safetensors.numpy import save_file
 
 from llamacpp_bench.results import Model, Perplexity, Placement, Results, Sample
 from pt2_core.artifact import sensitivity
-from pt2_core.artifact.folder import RUN, Artifact, ArtifactWriter, TernaryMatrix, pack_ternary
+from pt2_core.artifact.folder import RUN, Artifact, ArtifactWriter
+from pt2_core.artifact.matrix import TernaryMatrix, pack_ternary
 from pt2_core.artifact.proof import Proof
 from pt2_core.files import write_json
 from pt2_core.formats import DEFAULT

@@ -1,21 +1,22 @@
 """Types of unmodified llama.cpp that hold a grid of the quantiser's exactly: Q2_0 and TQ2_0.
 
 Both keep a half d and two bits of code for every weight ``d * (code - 1)``. The bytes are those of
-``block_q2_0`` and ``block_tq2_0`` in ggml-common.h.
+``block_q2_0`` and ``block_tq2_0`` in ggml-common.h. NumPy is imported where it is used, as in
+:mod:`pt2_core.formats`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
-from pt2_core.artifact.folder import Artifact
-from pt2_core.errors import PT2Error
-
-U8 = NDArray[np.uint8]
-F16 = NDArray[np.float16]
+    U8 = NDArray[np.uint8]
+    F16 = NDArray[np.float16]
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class UpstreamType:
 
     def pack(self, codes: U8, d: F16) -> U8:
         """Encode codes ``[rows, cols]`` and d ``[rows, cols / block]``; ``[rows, bytes]``."""
+        import numpy as np
+
         rows = codes.shape[0]
         runs = codes.reshape(-1, 4, self.lanes)
         shifts = np.array([0, 2, 4, 6], np.uint8)[:, None]
@@ -59,19 +62,6 @@ TYPES = {
 }
 
 
-def grid_of(artifact: Artifact) -> str:
+def grid_of(manifest: Mapping[str, Any]) -> str:
     """The grid that an artifact was quantised to: ``pt2``, or a name in :data:`TYPES`."""
-    return str(artifact.manifest["settings"].get("grid", "pt2"))
-
-
-def check_grid(artifact: Artifact, kind: str) -> None:
-    """Raise PT2Error where the type does not hold the artifact's grid."""
-    grid = grid_of(artifact)
-    if grid == kind or (grid == "pt2" and kind not in TYPES):
-        return
-    if grid == "pt2":
-        raise PT2Error(
-            f"{artifact.path} has an offset in its grid, which {kind} does not hold: use another "
-            f"--type, or quantise again with --grid {kind}"
-        )
-    raise PT2Error(f"{artifact.path} was quantised to the grid {grid}: use --type {grid}")
+    return str(manifest["settings"].get("grid", "pt2"))
