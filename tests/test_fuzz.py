@@ -114,7 +114,7 @@ ROBBED = [
     ("safetensors", 600, "pt2_core.safetensors_file", "_check_layout", lambda *a: None),
     ("safetensors", 600, "pt2_core.safetensors_file", "_size", int),
     ("manifest", 300, "pt2_core.artifact.folder", "check_manifest", lambda *a: None),
-    ("artifact", 300, "pt2_core.artifact.folder", "_value_problem", lambda m: None),
+    ("artifact", 300, "pt2_core.artifact.matrix", "_value_problem", lambda m: None),
     ("artifact", 300, "pt2_core.artifact.folder", "sha256_file", lambda path: ANY),
     ("sensitivity", 300, "pt2_core.artifact.sensitivity", "_check_energies", lambda *a: None),
     ("sensitivity", 300, "pt2_core.artifact.sensitivity", "sha256_content", lambda *a: ANY),
